@@ -1,0 +1,178 @@
+"""TRL + PEFT + bitsandbytes on the documents, order and hyper-parameters of a quickstart run; scored by our evaluation.
+
+    python -m benchmarks.quickstart_trl --run RUN --to FOLDER
+
+The base is the run's own NF4 cache, loaded by transformers; one document a forward pass, nothing recomputed, a good
+form for TRL on a CPU, if not proven its fastest in this dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_trainer.config.load import load_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.chat import TokenizedData, drop_overlong, tokenize
+from qlora_trainer.data.micro_batches import cut
+from qlora_trainer.data.order import Order
+from qlora_trainer.data.rows import read_rows
+from qlora_trainer.hardware.device import DTYPES, choose_device
+from qlora_trainer.hardware.memory import process_peak_bytes
+from qlora_trainer.model.adapter_folder import read_adapter_folder
+from qlora_trainer.model.adapters import attach_adapters
+from qlora_trainer.model.base import Base, read_tokenizer, resolve_base
+from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
+from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.run.answer import answer_all
+from qlora_trainer.step.batch import make_micro_batch
+from qlora_trainer.step.train_step import evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a finished run was made of."""
+
+    config: RunConfig
+    base: Base
+    cache: NF4Cache
+    tokenizer: Any
+    train_data: TokenizedData
+    eval_data: TokenizedData
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--to", type=Path, required=True)
+    arguments = parser.parse_args()
+    parts = _parts(arguments.run)
+    _train_with_trl(parts, arguments.to)
+    peak_mib = process_peak_bytes() / 2**20
+    eval_loss = _eval_loss(parts, arguments.to / "adapter")
+    (arguments.to / "outcome.json").write_text(json.dumps({"eval_loss": eval_loss, "peak_mib": peak_mib}))
+
+
+def answer_held_out(run: Path, count: int) -> dict[str, list[tuple[str, str]]]:
+    """(answer, reference) of `count` held-out questions, by the base alone and with the run's adapter."""
+    parts = _parts(run)
+    rows = read_rows(Path(str(parts.config.data.eval)))
+    chosen = [rows[index * len(rows) // count] for index in range(count)]
+    model = _model(parts)
+    answers = {}
+    for name in ("before", "after"):
+        if name == "after":
+            _attach(model, run / "adapter")
+        texts = answer_all(model, parts.tokenizer, parts.base, [row.messages[:-1] for row in chosen], max_new_tokens=64)
+        answers[name] = [(text, row.messages[-1].content) for text, row in zip(texts, chosen, strict=True)]
+    return answers
+
+
+def _parts(run: Path) -> Parts:
+    config = load_config(run / "config.yaml")
+    base = resolve_base(config.model.base, config.model.revision)
+    tokenizer = read_tokenizer(base.folder)
+    seq_len = int(config.data.seq_len)
+    train_data, eval_data = (
+        drop_overlong(tokenize(read_rows(Path(str(path))), tokenizer, seq_len=None), seq_len)
+        for path in (config.data.train, config.data.eval)
+    )
+    cache = prepare_nf4_cache(base, double_quant=config.quantization.double_quant)
+    return Parts(config, base, cache, tokenizer, train_data, eval_data)
+
+
+def _train_with_trl(parts: Parts, folder: Path) -> None:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    training, lora = parts.config.training, parts.config.lora
+    dtype = DTYPES[parts.config.quantization.compute_dtype]
+    model = AutoModelForCausalLM.from_pretrained(parts.cache.folder, dtype=dtype, device_map={"": "cpu"})
+    order = Order(
+        num_documents=len(parts.train_data.documents),
+        global_batch_size=training.global_batch_size,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+    rows = read_rows(Path(parts.config.data.train))
+    documents = [
+        parts.train_data.documents[position] for step in range(order.num_steps) for position in order.batch(step)
+    ]
+    ordered = [
+        {
+            "prompt": [{"role": turn.role, "content": turn.content} for turn in rows[document.index].messages[:-1]],
+            "completion": [{"role": "assistant", "content": rows[document.index].messages[-1].content}],
+        }
+        for document in documents
+    ]
+    trainer = SFTTrainer(
+        model=model,
+        train_dataset=Dataset.from_list(ordered),
+        processing_class=parts.tokenizer,
+        peft_config=LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        ),
+        args=SFTConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=training.global_batch_size,
+            num_train_epochs=1,
+            train_sampling_strategy="sequential",
+            gradient_checkpointing=False,
+            learning_rate=training.learning_rate,
+            lr_scheduler_type=training.schedule,
+            warmup_steps=math.ceil(order.num_steps * training.warmup_ratio),
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm or 0.0,
+            logging_steps=10,
+            save_strategy="no",
+            report_to=[],
+            bf16=dtype == torch.bfloat16,
+            use_cpu=True,
+            max_length=int(parts.config.data.seq_len),
+            seed=training.seed,
+        ),
+    )
+    trainer.train()
+    model_with_adapter: Any = trainer.model
+    model_with_adapter.save_pretrained(folder / "adapter")
+
+
+def _model(parts: Parts) -> QuantizedModel:
+    dtype = DTYPES[parts.config.quantization.compute_dtype]
+    return load_quantized(parts.base, parts.cache, compute_dtype=dtype, device=choose_device())
+
+
+def _attach(model: QuantizedModel, folder: Path) -> None:
+    adapter = read_adapter_folder(folder, linear_names=list(model.linears))
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.bfloat16)
+
+
+def _eval_loss(parts: Parts, folder: Path) -> float:
+    model = _model(parts)
+    _attach(model, folder)
+    documents = parts.eval_data.documents
+    batches = cut([document.num_tokens for document in documents], 2048)
+    micro_batches = (
+        make_micro_batch([documents[position] for position in batch], seed=0, step=0, packing=True) for batch in batches
+    )
+    total = evaluate(model, micro_batches, loss_chunk_tokens=512)
+    return float(total) / parts.eval_data.num_supervised_tokens
+
+
+if __name__ == "__main__":
+    main()

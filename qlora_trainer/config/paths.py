@@ -1,0 +1,89 @@
+"""What can be said about a run's files before torch is imported: what it reads is there, where it writes it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from qlora_trainer.config.bases import check_base
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError, DataError, StorageError
+
+
+def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
+    """Refuse a run that cannot start. Nothing is created, loaded or downloaded.
+
+    Args:
+        config: what was asked for.
+        resume: the run goes on in a folder that is not empty.
+
+    Raises:
+        ConfigError: the base cannot be used, or the run folder is not empty.
+        DataError: a data file is missing, unreadable or empty.
+        StorageError: the run folder cannot be written.
+    """
+    _check_data_file(config.data.train, key="data.train")
+    if config.data.eval is not None:
+        _check_data_file(config.data.eval, key="data.eval")
+    check_base(config.model)
+    _check_run_folder(Path(config.output.dir), resume=resume)
+    if config.memory.paging_dir is not None:
+        _check_writable(Path(config.memory.paging_dir), key="memory.paging_dir")
+
+
+def _check_data_file(name: str, *, key: str) -> None:
+    path = Path(name)
+    try:
+        if not path.is_file():
+            found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
+        else:
+            with path.open("rb") as file:
+                if file.read(1):
+                    return
+            found = "an empty file"
+    except OSError as error:
+        found = _reason(error)
+    raise DataError(where=f"{key} {name}", found=found, expected="a JSONL file", fix=f"Check {key}.")
+
+
+def _check_run_folder(folder: Path, *, resume: bool) -> None:
+    _check_writable(folder, key="output.dir")
+    if not resume and folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            where=f"output.dir {folder}",
+            found="a folder that is not empty",
+            expected="a new or empty folder",
+            fix="Use --resume auto to go on with that run, or give another folder.",
+        )
+
+
+def _check_writable(folder: Path, *, key: str) -> None:
+    """Write a nameless file where the folder is or will be: permission bits do not tell of read-only file systems."""
+    existing = folder
+    try:
+        while not _exists(existing):
+            existing = existing.parent
+        if existing.is_dir():
+            with TemporaryFile(dir=existing):
+                return
+        found = f"a file at {existing}"
+    except OSError as error:
+        found = f"{_reason(error)} at {existing}"
+    raise StorageError(
+        where=f"{key} {folder}", found=found, expected="a folder that can be written", fix=f"Check {key}."
+    )
+
+
+def _exists(path: Path) -> bool:
+    """`Path.exists` that does not take a name that is too long, or a link to nothing, for a free name."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise
+        return False
+    return True
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()

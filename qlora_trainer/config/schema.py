@@ -1,0 +1,225 @@
+"""Every key of the config, its default, its unit and its limits: frozen values that know nothing about files.
+
+"auto" marks what a later room decides (the planner, the hardware, the data); nothing here measures anything.
+Paths are taken relative to the folder the command is started in.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic_core import PydanticCustomError
+
+from qlora_trainer.config.sizes import EXPECTED_SIZE, MAX_SIZE_BYTES, format_size, parse_size_bytes
+
+Auto = Literal["auto"]
+
+
+def _size_bytes(value: object) -> int:
+    if isinstance(value, str):
+        return parse_size_bytes(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE_BYTES:
+        return value
+    raise ValueError(EXPECTED_SIZE)
+
+
+def _path_text(value: str) -> str:
+    if not value.strip() or "\0" in value:
+        raise ValueError("a path or name that is not empty and has no NUL character")
+    return value
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)):
+        names = tuple(name for name in value if isinstance(name, str) and name.strip())
+        if len(names) == len(value) == len(set(names)):
+            return names
+    raise ValueError("a list of different, non-empty names")
+
+
+def _target_modules(value: object) -> str | tuple[str, ...]:
+    expected = '"all-linear", a list of different module names or a regular expression'
+    if isinstance(value, str):
+        try:
+            re.compile(value)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(f"{expected} ({error})") from error
+    if not value or not isinstance(value, (str, list, tuple)):
+        raise ValueError(expected)
+    return value if isinstance(value, str) else _names(value)
+
+
+def _budget_text(value: int | Auto) -> str:
+    return value if isinstance(value, str) else format_size(value)
+
+
+SizeBytes = Annotated[int, BeforeValidator(_size_bytes, json_schema_input_type=int | str)]
+Budget = Annotated[SizeBytes | Auto, PlainSerializer(_budget_text, return_type=str, when_used="json")]
+PathText = Annotated[str, AfterValidator(_path_text)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]  # a tuple, so that a config stays frozen
+TargetModules = Annotated[str | tuple[str, ...], BeforeValidator(_target_modules)]
+
+
+class Section(BaseModel):
+    """What all sections share: unknown keys are refused, values are frozen, and `"16"` or `true` is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelSection(Section):
+    """The frozen base."""
+
+    base: PathText = Field(
+        description="Base model: a local transformers folder with safetensors, a hub id owner/name, "
+        "or the shipped alias smollm2-135m.",
+    )
+    revision: PathText | None = Field(None, description="Branch, tag or commit of a hub id; null = its default branch.")
+
+
+class QuantizationSection(Section):
+    """How the base is stored: always NF4 in blocks of 64."""
+
+    double_quant: bool = Field(
+        True, description="Quantize the block scales too: 0.5159 instead of 0.5625 bytes a weight."
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Dtype of activations and matrix products; auto = what this device multiplies fastest."
+    )
+
+
+class LoraSection(Section):
+    """The adapters that are trained."""
+
+    rank: int = Field(16, ge=1, description="Rank of every adapter.")
+    alpha: Annotated[float, Field(gt=0)] | Auto = Field(
+        "auto", description="The update is scaled by alpha / rank; auto = 2 x rank."
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training.")
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="Dtype of the adapter weights in the model; the optimizer keeps a float32 master."
+    )
+    target_modules: TargetModules = Field(
+        "all-linear",
+        description="Linears with an adapter: all-linear (every one but lm_head), a list of module name endings, "
+        "or one regular expression that matches whole module names.",
+    )
+
+    @property
+    def lora_alpha(self) -> float:
+        """`alpha` as a number."""
+        return 2.0 * self.rank if self.alpha == "auto" else self.alpha
+
+
+class DataSection(Section):
+    """What is learned."""
+
+    train: PathText = Field(description="JSONL file: a row has messages, alpaca keys, or prompt and completion.")
+    eval: PathText | None = Field(None, description="Held-out JSONL file; null = hold out eval_fraction of train.")
+    eval_fraction: float = Field(
+        0.05, ge=0, lt=1, description="Share of the rows of train held out when eval is null; 0 = no evaluation."
+    )
+    seq_len: Annotated[int, Field(ge=8)] | Auto = Field(
+        "auto", description="Longest document kept, in tokens; auto = holds 99 % of the documents. Rows are never cut."
+    )
+    packing: bool = Field(True, description="Lay whole documents end to end without padding, isolated from each other.")
+
+
+class TrainingSection(Section):
+    """How it is learned."""
+
+    epochs: float = Field(1.0, gt=0, description="Passes over the training documents.")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Stop after this many optimizer steps; null = epochs decides."
+    )
+    global_batch_size: int = Field(
+        16,
+        ge=1,
+        description="Documents per optimizer step; memory does not depend on it, see memory.micro_batch_tokens.",
+    )
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Learning rate after the warm-up: cosine or linear fall to 0, or constant."
+    )
+    warmup_ratio: float = Field(0.03, ge=0, le=1, description="Share of all steps in which the learning rate rises.")
+    optimizer: Literal["auto", "adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
+        "auto",
+        description="AdamW with moments of 32 or 8 bits, resident or paged: one of auto, adamw_32bit, "
+        "adamw_8bit, paged_adamw_32bit, paged_adamw_8bit.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="Gradients are scaled down to this norm; null = never."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of order, dropout and initialisation.")
+    save_every: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="Optimizer steps between checkpoints.")
+    eval_every: Annotated[int, Field(ge=1)] | Auto = Field("auto", description="Optimizer steps between evaluations.")
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="Stop after this many evaluations in a row without a lower loss; null = never."
+    )
+
+
+class MemorySection(Section):
+    """What the run may use, and what it may trade for it. None of it changes what is learned."""
+
+    budget: Budget = Field(
+        "auto", description='Memory of the device for the whole run, such as "8GiB"; auto = what is free.'
+    )
+    host_budget: Budget = Field(
+        "auto", description='Memory of the host for the whole run, such as "16GiB"; auto = what is free.'
+    )
+    micro_batch_tokens: Annotated[int, Field(ge=8)] | Auto = Field(
+        "auto", description="Tokens in one forward and backward pass; at least data.seq_len."
+    )
+    activation_checkpointing: bool | Auto = Field(
+        "auto", description="Recompute each layer in the backward pass instead of keeping its activations."
+    )
+    loss_chunk_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
+        "auto", description="Positions whose logits exist at the same time."
+    )
+    paging_dir: PathText | None = Field(
+        None, description="Folder on a disk for the file of a paged optimizer on CPU; null = the run folder."
+    )
+
+
+class OutputSection(Section):
+    """Where it goes."""
+
+    dir: PathText = Field("runs/default", description="Run folder: config, metrics, checkpoints and the adapter.")
+    trackers: Names = Field((), description="Experiment trackers fed through accelerate, such as [tensorboard].")
+    keep_checkpoints: int = Field(3, ge=2, description="Checkpoints kept besides the best and the last.")
+    sample_questions: int = Field(
+        3, ge=0, le=20, description="Held-out questions answered before and after the training."
+    )
+
+
+class RunConfig(Section):
+    """Everything a run was asked for."""
+
+    model: ModelSection
+    quantization: QuantizationSection = QuantizationSection()
+    lora: LoraSection = LoraSection()
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    memory: MemorySection = MemorySection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        tokens, seq_len = self.memory.micro_batch_tokens, self.data.seq_len
+        if tokens != "auto" and seq_len != "auto" and tokens < seq_len:
+            raise _disagreement("memory.micro_batch_tokens", tokens, f"at least data.seq_len = {seq_len}")
+        patience = self.training.early_stopping_patience
+        if patience is not None and self.data.eval is None and self.data.eval_fraction == 0:
+            raise _disagreement(
+                "training.early_stopping_patience",
+                patience,
+                "null, or a data.eval or data.eval_fraction to evaluate on",
+            )
+        return self
+
+
+def _disagreement(key: str, found: object, expected: str) -> PydanticCustomError:
+    """A broken rule between two keys; `config.load` reads the parts back to name the line of `key`."""
+    return PydanticCustomError("disagreement", "{expected}", {"key": key, "found": found, "expected": expected})

@@ -1,0 +1,1 @@
+"""Rows on disk become tokenised documents in a seeded order."""

@@ -1,0 +1,118 @@
+"""Tokenises rendered conversations and finds the first token of each of the assistant's turns.
+
+A tokenizer may merge the end of a prompt with the start of an answer, or split a prompt's last newlines otherwise when
+text follows. Generation never sees such tokens, so every prompt is tokenised alone as well and compared; where they
+differ, the conversation is tokenised in pieces that are cut where the answers begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_trainer.data.template import Rendered
+from qlora_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One conversation, T tokens long.
+
+    Attributes:
+        input_ids_T: token ids.
+        starts_T: where each token begins in the rendered text, in characters; ascending.
+        first_tokens: position of the first token of each of the assistant's turns.
+    """
+
+    input_ids_T: NDArray[np.int32]
+    starts_T: NDArray[np.int32]
+    first_tokens: tuple[int, ...]
+
+
+def encode(
+    conversations: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, *, wheres: Sequence[str]
+) -> list[Encoded]:
+    """Tokenises conversations so that the tokens before each answer are those of its prompt alone.
+
+    Args:
+        conversations: rendered conversations.
+        tokenizer: a fast tokenizer.
+        wheres: `file:line` of each conversation, for errors.
+
+    Returns:
+        One result for each conversation.
+
+    Raises:
+        DataError: an answer cannot be told apart from its prompt in tokens.
+    """
+    whole = _tokenize([conversation.text for conversation in conversations], tokenizer)
+    prompt_texts = [conversation.text[: turn.start] for conversation in conversations for turn in conversation.turns]
+    prompts = iter(_tokenize(prompt_texts, tokenizer))
+    results: list[Encoded] = []
+    for conversation, (input_ids_T, starts_T), where in zip(conversations, whole, wheres, strict=True):
+        prompt_ids = [next(prompts)[0] for _ in conversation.turns]
+        if all(np.array_equal(input_ids_T[: ids_P.size], ids_P) for ids_P in prompt_ids):
+            first_tokens = tuple(ids_P.size for ids_P in prompt_ids)
+            results.append(Encoded(input_ids_T, starts_T, first_tokens))
+        else:
+            results.append(_encode_in_pieces(conversation, input_ids_T, tokenizer, where=where))
+    return results
+
+
+def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a rendered prompt, exactly as they stand before an answer in training."""
+    [(input_ids_T, _)] = _tokenize([text], tokenizer)
+    return [int(token_id) for token_id in input_ids_T]
+
+
+def _encode_in_pieces(
+    conversation: Rendered, whole_ids_T: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> Encoded:
+    """Cuts the text where answers begin; refused if the tokenizer marks the cut (SentencePiece's leading space)."""
+    cuts = [0, *(turn.start for turn in conversation.turns), len(conversation.text)]
+    bounds = list(pairwise(cuts))
+    pieces = _tokenize([conversation.text[start:end] for start, end in bounds], tokenizer)
+    input_ids_T = np.concatenate([ids for ids, _ in pieces])
+    starts_T = np.concatenate([starts + bound for (_, starts), (bound, _) in zip(pieces, bounds, strict=True)])
+    if _decode(input_ids_T, tokenizer) != _decode(whole_ids_T, tokenizer):
+        raise DataError(
+            where=where,
+            found="an answer whose first characters the tokenizer merges with the end of the prompt",
+            expected="an answer that begins with a token of its own",
+            fix="Strip the whitespace around the assistant's text.",
+        )
+    first_tokens = np.cumsum([ids.size for ids, _ in pieces])[:-1]
+    return Encoded(input_ids_T, starts_T, tuple(int(token) for token in first_tokens))
+
+
+def _tokenize(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
+    """Token ids and the characters at which they begin, for each text."""
+    encoding = tokenizer(
+        texts,
+        add_special_tokens=False,  # the template wrote them: a BOS added here would be the second
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        padding=False,
+        truncation=False,
+        verbose=False,  # no warning about lengths: they are handled, and said, by the caller
+    )
+    return [
+        (np.array(ids, dtype=np.int32), np.array([start for start, _ in offsets], dtype=np.int32))
+        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    ]
+
+
+def _decode(input_ids_T: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = tokenizer.decode(input_ids_T.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str)
+    return text

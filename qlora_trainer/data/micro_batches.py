@@ -1,0 +1,78 @@
+"""Cuts a global batch into micro-batches of at most N tokens; a document is never cut.
+
+What is learned does not depend on the cut (the loss is summed over the global batch), so it is chosen for memory and
+speed alone. The micro-batch with the longest document comes first: if memory does not suffice, step 1 tells.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+from qlora_trainer.errors import ConfigError
+
+
+def cut(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    """Best-fit decreasing: documents from the longest on, each into the fullest micro-batch that still holds it.
+
+    Never needs more than 11/9 of the fewest possible micro-batches plus four (D. S. Johnson, 1973).
+
+    Args:
+        lengths: tokens of each document of the global batch.
+        micro_batch_tokens: most tokens of a micro-batch.
+
+    Returns:
+        Positions in `lengths`, ascending within each micro-batch.
+
+    Raises:
+        ConfigError: a document is longer than a micro-batch.
+    """
+    micro_batches: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (tokens left, micro-batch), ascending
+    for position in _longest_first(lengths, micro_batch_tokens):
+        fullest = bisect_left(free, (lengths[position], 0))
+        if fullest == len(free):
+            micro_batches.append([])
+            left, chosen = micro_batch_tokens, len(micro_batches) - 1
+        else:
+            left, chosen = free.pop(fullest)
+        micro_batches[chosen].append(position)
+        insort(free, (left - lengths[position], chosen))
+    return [sorted(micro_batch) for micro_batch in micro_batches]
+
+
+def cut_padded(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:
+    """Cuts for one document a row, each row padded to the longest of its micro-batch.
+
+    Neighbours in length share a micro-batch, so that little is padding.
+
+    Args:
+        lengths: tokens of each document of the global batch.
+        micro_batch_tokens: most tokens of a micro-batch, padding included: rows x longest.
+
+    Returns:
+        Positions in `lengths`, the longest document first.
+
+    Raises:
+        ConfigError: a document is longer than a micro-batch.
+    """
+    micro_batches: list[list[int]] = []
+    for position in _longest_first(lengths, micro_batch_tokens):
+        last = micro_batches[-1] if micro_batches else []
+        if last and (len(last) + 1) * lengths[last[0]] <= micro_batch_tokens:
+            last.append(position)
+        else:
+            micro_batches.append([position])
+    return micro_batches
+
+
+def _longest_first(lengths: Sequence[int], micro_batch_tokens: int) -> list[int]:
+    longest = max(lengths, default=0)
+    if longest > micro_batch_tokens:
+        raise ConfigError(
+            where="memory.micro_batch_tokens",
+            found=f"{micro_batch_tokens} tokens, and a document of {longest}",
+            expected="a micro-batch that holds every document whole",
+            fix=f"Set memory.micro_batch_tokens to {longest} or more, or lower data.seq_len.",
+        )
+    return sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))

@@ -1,0 +1,1 @@
+"""The one room that tells devices apart: device choice, memory readings, bitsandbytes."""

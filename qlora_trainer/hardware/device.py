@@ -1,0 +1,49 @@
+"""Which device trains, in which dtype, with how many threads."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import Literal
+
+import torch
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BF16_COMPUTE_CAPABILITY = (8, 0)  # Ampere; older cards emulate bf16 (CUDA C programming guide, compute capabilities)
+
+
+def choose_device() -> torch.device:
+    """The first CUDA device, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def num_cpu_threads() -> int:
+    """Threads for CPU kernels: the processors this process may run on, not all that the machine has."""
+    return len(os.sched_getaffinity(0))
+
+
+def measure_gemm_gflops(dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
+    """Median speed of a square matrix product on the CPU, in GFLOP/s (2 x size^3 operations a product)."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    torch.mm(left, right)  # the first product pays for oneDNN's kernel generation
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e9
+
+
+def faster_cpu_dtype() -> ComputeDtype:
+    """`"bfloat16"` or `"float32"`, whichever this machine multiplies faster."""
+    is_bfloat16_faster = measure_gemm_gflops(torch.bfloat16) > measure_gemm_gflops(torch.float32)
+    return "bfloat16" if is_bfloat16_faster else "float32"
+
+
+def choose_compute_dtype(device: torch.device) -> ComputeDtype:
+    """The dtype in which matrices are multiplied: bf16 from sm_80, fp16 on older cards, the faster one on a CPU."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.get_device_capability(device) >= BF16_COMPUTE_CAPABILITY else "float16"
+    return faster_cpu_dtype()

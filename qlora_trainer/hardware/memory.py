@@ -1,0 +1,66 @@
+"""Memory readings of this process and its device, and out-of-memory errors told from other errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+# c10's CPU allocator raises a plain RuntimeError; this is the fixed part of its message (c10/core/impl/alloc_cpu.cpp).
+_CPU_ALLOCATOR_MESSAGE = "DefaultCPUAllocator: can't allocate memory"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """Bytes in use now and the most so far, of the device the run trains on.
+
+    On CUDA both are torch's allocated bytes; on CPU the resident set of this process (VmRSS and VmHWM).
+    """
+
+    now_bytes: int
+    peak_bytes: int
+
+
+def process_peak_bytes() -> int:
+    """The most resident memory this process ever had: VmHWM, mapped file pages included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024  # the kernel prints kB
+    raise RuntimeError("/proc/self/status has no VmHWM line")
+
+
+def read_memory(device: torch.device) -> MemoryReading:
+    """Memory in use on `device` now and at its peak."""
+    if device.type == "cuda":
+        return MemoryReading(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+    return MemoryReading(psutil.Process().memory_info().rss, process_peak_bytes())
+
+
+def total_memory_bytes(device: torch.device) -> int:
+    """All the memory `device` has, free or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """What `device` could still give to this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _CPU_ALLOCATOR_MESSAGE in str(error)
+
+
+def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
+    """Let torch take at most `budget_bytes` of a CUDA device; a CPU has no such cap (see `memory.budget`)."""
+    if device.type == "cuda" and budget_bytes is not None:
+        share = min(1.0, budget_bytes / total_memory_bytes(device))
+        torch.cuda.set_per_process_memory_fraction(share, device)

@@ -1,0 +1,39 @@
+"""The one place where bitsandbytes is imported.
+
+On CPUs with AVX512-BF16, bitsandbytes 0.50 asks the hub for a prebuilt kernel (`kernels.get_kernel`) while it is being
+imported, and writes a line to stderr when it gets none. An import must not touch the network, and that kernel repacks
+weights in place, so `kernels` is hidden for the length of the import and that one line is filtered.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from types import ModuleType
+from typing import Any
+
+_ABSENT = object()
+
+
+def _import_without_hub() -> ModuleType:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    hidden: Any = sys.modules.get("kernels", _ABSENT)
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
+
+    def is_not_about_kernels(record: logging.LogRecord) -> bool:
+        return "kernels-community" not in record.getMessage()
+
+    logger.addFilter(is_not_about_kernels)
+    try:
+        import bitsandbytes
+    finally:
+        logger.removeFilter(is_not_about_kernels)
+        if hidden is _ABSENT:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = hidden
+    return bitsandbytes
+
+
+bitsandbytes: Any = _import_without_hub()
+functional: Any = bitsandbytes.functional

@@ -1,0 +1,1 @@
+"""The frozen NF4 base, its adapters, attention and activation policy."""

@@ -1,0 +1,168 @@
+"""Attention over packed documents: one custom op, known to transformers as the attention implementation `packed`.
+
+Documents are isolated by construction: each is attended to on its own, no mask is ever built. The boundaries reach the
+op as a keyword argument of the model's forward, `document_lengths`. Because `packed` is *not* registered with
+transformers' `AttentionMaskInterface`, transformers (5.23, `_preprocess_mask_arguments`) builds no mask for it.
+
+Legend: B rows, H query heads, K key/value heads, T tokens a row, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from qlora_trainer.hardware.causal_attention import AttentionShape, attend, attend_backward
+
+IMPLEMENTATION = "packed"
+
+
+@torch.library.custom_op("qlora_trainer::packed_attention", mutates_args=())
+def packed_attention(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    document_lengths: Sequence[int],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Causal attention within each document of a row.
+
+    Args:
+        q_BHTD, k_BKTD, v_BKTD: queries, keys and values, rotated.
+        document_lengths: how many tokens each document has, in order; they sum to T and hold for every row.
+        scale, window, softcap: see `AttentionShape`.
+
+    Returns:
+        out [B, T, H, D] in q's dtype, and the log-sum-exp [B, H, T] in fp32.
+
+    Raises:
+        ValueError: the lengths do not sum to T.
+    """
+    num_rows, num_heads, num_tokens, _ = q_BHTD.shape
+    if sum(document_lengths) != num_tokens:
+        raise ValueError(f"document_lengths sum to {sum(document_lengths)}; expected the row length {num_tokens}")
+    shape = AttentionShape(scale, window, softcap)
+    out_BTHD = q_BHTD.new_empty((num_rows, num_tokens, num_heads, v_BKTD.shape[-1]))
+    lse_BHT = q_BHTD.new_empty((num_rows, num_heads, num_tokens), dtype=torch.float32)
+    for tokens in _document_slices(document_lengths):
+        out_BHLD, lse_BHL = attend(q_BHTD[:, :, tokens], k_BKTD[:, :, tokens], v_BKTD[:, :, tokens], shape)
+        out_BTHD[:, tokens] = out_BHLD.transpose(1, 2)
+        lse_BHT[:, :, tokens] = lse_BHL
+    return out_BTHD, lse_BHT
+
+
+@packed_attention.register_fake
+def _(
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    document_lengths: Sequence[int],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    num_rows, num_heads, num_tokens, _ = q_BHTD.shape
+    out_BTHD = q_BHTD.new_empty((num_rows, num_tokens, num_heads, v_BKTD.shape[-1]))
+    return out_BTHD, q_BHTD.new_empty((num_rows, num_heads, num_tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("qlora_trainer::packed_attention_backward", mutates_args=())
+def packed_attention_backward(
+    grad_BTHD: Tensor,
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    out_BTHD: Tensor,
+    lse_BHT: Tensor,
+    document_lengths: Sequence[int],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `packed_attention` with respect to q, k and v."""
+    shape = AttentionShape(scale, window, softcap)
+    grads = tuple(torch.empty_like(tensor) for tensor in (q_BHTD, k_BKTD, v_BKTD))
+    for tokens in _document_slices(document_lengths):
+        grads_of_document = attend_backward(
+            grad_BTHD[:, tokens].transpose(1, 2),
+            q_BHTD[:, :, tokens],
+            k_BKTD[:, :, tokens],
+            v_BKTD[:, :, tokens],
+            out_BTHD[:, tokens].transpose(1, 2),
+            lse_BHT[:, :, tokens],
+            shape,
+        )
+        for grad, grad_of_document in zip(grads, grads_of_document, strict=True):
+            grad[:, :, tokens] = grad_of_document
+    return grads[0], grads[1], grads[2]
+
+
+@packed_attention_backward.register_fake
+def _(
+    grad_BTHD: Tensor,
+    q_BHTD: Tensor,
+    k_BKTD: Tensor,
+    v_BKTD: Tensor,
+    out_BTHD: Tensor,
+    lse_BHT: Tensor,
+    document_lengths: Sequence[int],
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_BHTD), torch.empty_like(k_BKTD), torch.empty_like(v_BKTD)
+
+
+def _document_slices(document_lengths: Sequence[int]) -> list[slice]:
+    slices, first = [], 0
+    for length in document_lengths:
+        slices.append(slice(first, first + length))
+        first += length
+    return slices
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q_BHTD, k_BKTD, v_BKTD, *ctx.arguments = inputs
+    ctx.save_for_backward(q_BHTD, k_BKTD, v_BKTD, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_BTHD: Tensor, _grad_lse: Tensor) -> tuple[Any, ...]:
+    grads = packed_attention_backward(grad_BTHD, *ctx.saved_tensors, *ctx.arguments)
+    return *grads, None, None, None, None
+
+
+packed_attention.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    document_lengths: Sequence[int] | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over `packed_attention`.
+
+    `query` [B, H, T, D], `key` and `value` [B, K, T, D]; returns ([B, T, H, D], None). Keyword arguments that other
+    implementations want are passed to all of them, hence `**_`; one that changes the result shows in `acceptance`.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    lengths = [query.shape[2]] if document_lengths is None else list(document_lengths)
+    out_BTHD, _lse = packed_attention(query, key, value, lengths, scale, sliding_window or 0, softcap or 0.0)
+    return out_BTHD, None
+
+
+AttentionInterface.register(IMPLEMENTATION, attention_forward)

@@ -1,0 +1,201 @@
+"""From what the user calls the base to a folder of safetensors on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.model.acceptance import require_accepted
+from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_base
+from qlora_trainer.model.sealed_folder import sha256_of
+from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS
+
+_INDEX = "model.safetensors.index.json"
+# Everything a base needs; weights as safetensors only, so that no pickle is ever fetched.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A base model on disk.
+
+    Attributes:
+        name: what the user called it; adapters name their base so.
+        revision: hub revision, or None.
+        folder: a transformers folder with config.json and safetensors.
+        config: its transformers config.
+    """
+
+    name: str
+    revision: str | None
+    folder: Path
+    config: PreTrainedConfig
+
+
+def resolve_base(name: str, revision: str | None = None) -> Base:
+    """Find or fetch a base and check that its architecture can be trained, before any weight is fetched.
+
+    Args:
+        name: a local transformers folder, a hub id (`owner/name`), or an alias of a base that a package ships.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ConfigError: nothing of that name, no safetensors in it, or an architecture that is refused.
+    """
+    if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long to be a path
+        folder = Path(name).resolve()
+        config = read_config(folder)
+    elif name in PACKAGED_BASES:
+        folder = unpack_packaged_base(name)
+        config = read_config(folder)
+    else:
+        config = read_config(_fetch_from_hub(name, revision, only_config=True))
+        require_accepted(config)
+        return Base(name, revision, _fetch_from_hub(name, revision, only_config=False), config)
+    require_accepted(config)
+    return Base(name, None, folder, config)
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The transformers config of a folder; remote code is never run.
+
+    Raises:
+        ConfigError: it is missing, broken, or of a type that transformers does not have.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, *TRANSFORMERS_ERRORS) as error:
+        raise ConfigError(
+            where=str(folder / "config.json"),
+            found=f"no config that transformers can read ({str(error).splitlines()[0] if str(error) else error!r})",
+            expected="the config.json of a model type that transformers has",
+            fix="Point model.base at a transformers folder; remote code is never run.",
+        ) from error
+    return config
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a base folder.
+
+    Raises:
+        ConfigError: there is none that transformers can read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, *TRANSFORMERS_ERRORS) as error:
+        raise ConfigError(
+            where=str(folder),
+            found=f"no tokenizer that transformers can read ({str(error).splitlines()[0] if str(error) else error!r})",
+            expected="tokenizer.json and tokenizer_config.json beside the weights",
+            fix="Copy the tokenizer files of the base into its folder.",
+        ) from error
+    return tokenizer
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> the safetensors file of `folder` that holds it.
+
+    Raises:
+        ConfigError: no safetensors, or an index that names a file outside the folder or that is not there.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        names = _read_index(index)
+        for file_name in set(names.values()):
+            if Path(file_name).name != file_name or not (folder / file_name).is_file():
+                raise _no_weights(index, f"a weight_map that names {file_name!r}", "files beside the index")
+        return {tensor: folder / file_name for tensor, file_name in names.items()}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise _no_weights(folder, "no *.safetensors file", "weights as safetensors (pickle weights are never read)")
+    tensors: dict[str, Path] = {}
+    for path in files:
+        with open_weights(path) as file:
+            tensors |= dict.fromkeys(file.keys(), path)
+    return tensors
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[Any]:
+    """`safe_open` of one weight file of a base.
+
+    Raises:
+        ConfigError: the file is not safetensors, is cut short, or lacks a tensor that is asked of it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _no_weights(path, f"a weight file that cannot be read ({error})", "whole safetensors") from error
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over config.json and every weight file of a base.
+
+    A file's own hash is remembered under its path, size and modification time, so that 15 GB are read once.
+    """
+    remembered_in = cache_folder() / "hashes.json"
+    remembered = _read_remembered(remembered_in)
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(set(weight_files(folder).values()))]:
+        status = path.stat()
+        key = f"{path.resolve()}:{status.st_size}:{status.st_mtime_ns}"
+        if key not in remembered:
+            remembered[key] = sha256_of(path)
+        digest.update(f"{path.name}:{remembered[key]}\n".encode())
+    # A name of its own: two runs that start at once must not write one temporary file.
+    with tempfile.NamedTemporaryFile("w", dir=remembered_in.parent, prefix=".hashes-", delete=False) as file:
+        json.dump(remembered, file)
+    Path(file.name).replace(remembered_in)
+    return digest.hexdigest()
+
+
+def _read_remembered(path: Path) -> dict[str, str]:
+    try:
+        remembered = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return remembered if isinstance(remembered, dict) else {}
+
+
+def _fetch_from_hub(name: str, revision: str | None, *, only_config: bool) -> Path:
+    try:
+        if only_config:
+            return Path(hf_hub_download(name, "config.json", revision=revision)).parent
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        raise ConfigError(
+            where=f"model.base {name!r}",
+            found=f"nothing that could be fetched from the hub ({str(error).splitlines()[0]})",
+            expected="a local folder, a hub id that you may read, or one of " + ", ".join(PACKAGED_BASES),
+            fix="Check the name, the network and your hub token.",
+        ) from error
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    try:
+        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        if not all(isinstance(file_name, str) for file_name in names.values()):
+            raise TypeError("a file name that is no text")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        found = f"no index of weights ({type(error).__name__}: {error})"
+        raise _no_weights(index, found, 'JSON with a "weight_map" of tensor names to file names') from error
+    return names
+
+
+def _no_weights(where: Path, found: str, expected: str) -> ConfigError:
+    return ConfigError(where=str(where), found=found, expected=expected, fix="Point model.base at a whole folder.")

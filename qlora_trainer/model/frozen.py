@@ -1,0 +1,54 @@
+"""The frozen 16-bit ends of the model: embeddings and output head, stored in bf16, used in the compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FrozenEmbedding(nn.Module):
+    """Looks rows up in a bf16 table and returns them in the compute dtype, so the table is never upcast whole.
+
+    Args:
+        weight_VH: the table.
+        compute_dtype: dtype of the residual stream.
+        scale: factor some models (Gemma) put on embeddings, rounded to the compute dtype as they do; None for none.
+    """
+
+    weight: Tensor
+    scale: Tensor | None
+
+    def __init__(self, weight_VH: Tensor, compute_dtype: torch.dtype, scale: Tensor | None) -> None:
+        super().__init__()
+        self.compute_dtype = compute_dtype
+        self.register_buffer("weight", weight_VH, persistent=False)
+        self.register_buffer("scale", None if scale is None else scale.to(compute_dtype), persistent=False)
+        self.num_embeddings, self.embedding_dim = weight_VH.shape
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """int64 [...] -> [..., H] in the compute dtype."""
+        rows = nn.functional.embedding(input_ids, self.weight).to(self.compute_dtype)
+        return rows if self.scale is None else rows * self.scale
+
+
+class FrozenHead(nn.Module):
+    """The projection onto the vocabulary; training goes through the chunked loss instead of this forward.
+
+    Args:
+        weight_VH: the projection, which is the embedding table itself where a model ties them.
+        bias_V: bias or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight_VH, persistent=False)
+        self.register_buffer("bias", bias_V, persistent=False)
+        self.out_features, self.in_features = weight_VH.shape
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> logits [..., V] in hidden's dtype."""
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)

@@ -1,0 +1,21 @@
+"""A base's NF4 cache becomes a model in memory."""
+
+from __future__ import annotations
+
+import torch
+
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.nf4_cache import CachedWeights, NF4Cache
+from qlora_trainer.model.quantized import QuantizedModel, assemble
+
+
+def load_quantized(base: Base, cache: NF4Cache, *, compute_dtype: torch.dtype, device: torch.device) -> QuantizedModel:
+    """The frozen model of `base`: on a CPU its weights stay in the memory-mapped files, on CUDA they are copied over.
+
+    Args:
+        base: whose architecture it is.
+        cache: its NF4 form, as `prepare_nf4_cache` returned it.
+        compute_dtype: dtype of activations and matrix products.
+        device: where the weights go, tensor by tensor.
+    """
+    return assemble(base.config, CachedWeights(cache.folder), compute_dtype=compute_dtype, device=device)

@@ -1,0 +1,146 @@
+"""NF4 weights: how they are made, kept, unpacked and named on disk.
+
+NF4 stores each weight in 4 bits and one scale for 64 weights (Dettmers et al., QLoRA, 2023). Double quantization stores
+those scales in 8 bits with one fp32 scale for 256 of them: 0.5159 byte a weight instead of 0.5625.
+The names on disk are bitsandbytes' own, which transformers reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.hardware.quant_library import functional
+
+BLOCKSIZE = 64
+NESTED_BLOCKSIZE = 256
+# bitsandbytes' CPU quantizer makes five temporaries of the weight's element count, 17 bytes an element in all.
+QUANTIZE_ELEMENTS = 2**22
+_STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
+
+
+@dataclass(frozen=True, slots=True)
+class NF4Weight:
+    """A packed weight of N elements.
+
+    Attributes:
+        packed: uint8 [ceil(N / 2), 1], two weights a byte.
+        absmax: one scale a block; uint8 [ceil(N / 64)] if nested, else float32.
+        nested_absmax: float32 [ceil(N / 64 / 256)], or None when the scales are not nested.
+        offset: float32 scalar that was taken off the scales before they were nested, or None.
+        shape: (out_features, in_features).
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: tuple[int, int]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (self.packed, self.absmax, self.nested_absmax) if tensor is not None)
+
+
+@functools.cache
+def nf4_code(device: torch.device) -> Tensor:
+    """The 16 NF4 levels, float32 [16]."""
+    code: Tensor = functional.get_4bit_type("nf4", device=device)
+    return code
+
+
+@functools.cache
+def nested_code(device: torch.device) -> Tensor:
+    """The 256 levels of bitsandbytes' signed dynamic 8-bit map, float32 [256], that the scales are stored in."""
+    code: Tensor = functional.create_dynamic_map().to(device)
+    return code
+
+
+def quantize(weight_OI: Tensor, *, double_quant: bool) -> NF4Weight:
+    """Pack a 2-D float weight, bit-equal to bitsandbytes' `quantize_4bit` on the whole tensor.
+
+    Blocks are independent, so the weight goes through the library in pieces, which bounds its temporaries.
+    """
+    flat = weight_OI.reshape(-1)
+    pieces = [
+        torch.ops.bitsandbytes.quantize_4bit.default(piece, BLOCKSIZE, "nf4", torch.uint8)
+        for piece in flat.split(QUANTIZE_ELEMENTS)
+    ]
+    packed, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
+    shape = (weight_OI.shape[0], weight_OI.shape[1])
+    if not double_quant:
+        return NF4Weight(packed, absmax, None, None, shape)
+    offset = absmax.mean()
+    code = nested_code(absmax.device)
+    nested, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, NESTED_BLOCKSIZE)
+    return NF4Weight(packed, nested, nested_absmax, offset, shape)
+
+
+def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The weight as a new dense tensor [out_features, in_features] of `dtype`."""
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.offset is not None:
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            absmax, weight.nested_absmax, nested_code(absmax.device), NESTED_BLOCKSIZE, torch.float32
+        )
+        absmax = absmax.add_(weight.offset)
+    dense_OI: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.packed, absmax, BLOCKSIZE, "nf4", weight.shape, dtype
+    )
+    return dense_OI
+
+
+def empty(shape: tuple[int, int], *, double_quant: bool, device: torch.device) -> NF4Weight:
+    """A weight with storage but no values, for the meta device and for fake tensors."""
+    num_blocks = math.ceil(shape[0] * shape[1] / BLOCKSIZE)
+    packed = torch.empty((math.ceil(shape[0] * shape[1] / 2), 1), dtype=torch.uint8, device=device)
+    if not double_quant:
+        return NF4Weight(packed, torch.empty(num_blocks, device=device), None, None, shape)
+    nested_absmax = torch.empty(math.ceil(num_blocks / NESTED_BLOCKSIZE), device=device)
+    absmax = torch.empty(num_blocks, dtype=torch.uint8, device=device)
+    return NF4Weight(packed, absmax, nested_absmax, torch.empty((), device=device), shape)
+
+
+def to_checkpoint(name: str, weight: NF4Weight, *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of a standard bitsandbytes 4-bit checkpoint for the weight called `name`.
+
+    `dtype` is what a reader of the checkpoint dequantizes to by default (`bfloat16` for all we write).
+    """
+    state: dict[str, object] = {"quant_type": "nf4", "blocksize": BLOCKSIZE}
+    state |= {"dtype": str(dtype).removeprefix("torch."), "shape": list(weight.shape)}
+    tensors = {
+        name: weight.packed,
+        f"{name}.absmax": weight.absmax,
+        f"{name}.quant_map": nf4_code(weight.packed.device),
+    }
+    if weight.nested_absmax is not None and weight.offset is not None:
+        tensors[f"{name}.nested_absmax"] = weight.nested_absmax
+        tensors[f"{name}.nested_quant_map"] = nested_code(weight.packed.device)
+        state |= {"nested_blocksize": NESTED_BLOCKSIZE, "nested_dtype": "float32"}
+        state["nested_offset"] = float(weight.offset)
+    encoded = json.dumps(state).encode()
+    tensors[f"{name}.{_STATE_SUFFIX}"] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    return tensors
+
+
+def checkpoint_names(name: str, *, double_quant: bool) -> list[str]:
+    """The names that `to_checkpoint` writes for the weight called `name`."""
+    names = [name, f"{name}.absmax", f"{name}.quant_map", f"{name}.{_STATE_SUFFIX}"]
+    return [*names, f"{name}.nested_absmax", f"{name}.nested_quant_map"] if double_quant else names
+
+
+def from_checkpoint(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
+    """The weight that `to_checkpoint(name, ...)` wrote; packed bytes are not copied."""
+    state = json.loads(bytes(tensors[f"{name}.{_STATE_SUFFIX}"].tolist()))
+    packed, absmax = tensors[name], tensors[f"{name}.absmax"]
+    shape = (state["shape"][0], state["shape"][1])
+    if "nested_offset" not in state:
+        return NF4Weight(packed, absmax, None, None, shape)
+    offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
+    return NF4Weight(packed, absmax, tensors[f"{name}.nested_absmax"], offset, shape)

@@ -1,0 +1,151 @@
+"""A causal language model whose linears are NF4 and whose other weights are frozen: assembled, and run.
+
+Legend: B rows, T tokens a row, H hidden size, N positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
+from qlora_trainer.model.linear import DropoutKeys, NF4Linear
+from qlora_trainer.model.nf4 import NF4Weight
+from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
+
+
+class WeightSource(Protocol):
+    """Where an assembled model's weights come from: a cache on disk, random numbers, or nothing (a dry run)."""
+
+    def nf4(self, name: str) -> NF4Weight:
+        """The packed weight of the linear whose checkpoint name is `name`."""
+
+    def dense(self, name: str) -> Tensor:
+        """The 16-bit tensor called `name` in the checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogitShape:
+    """What a model does to its logits after the head: `softcap * tanh(logits * scale / softcap)`.
+
+    Attributes:
+        scale: factor on the logits (Cohere's `logit_scale`, Granite's 1 / `logits_scaling`).
+        softcap: Gemma 2's `final_logit_softcapping`; 0 for none.
+    """
+
+    scale: float
+    softcap: float
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> LogitShape:
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(scale, getattr(config, "final_logit_softcapping", None) or 0.0)
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """A new tensor, in the dtype of `logits`."""
+        if self.softcap == 0.0:
+            return logits * self.scale
+        return self.softcap * torch.tanh(logits * (self.scale / self.softcap))
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedModel:
+    """The parts of one model that training and planning need by name.
+
+    Attributes:
+        module: the transformers model, its linears, embeddings and head replaced.
+        linears: checkpoint name -> NF4 linear, in model order.
+        head: the output projection.
+        logit_shape: what happens to logits after the head.
+        compute_dtype: dtype of activations and matrix products.
+        device: where the weights are.
+        dropout_keys: shared by all adapters.
+    """
+
+    module: PreTrainedModel
+    linears: dict[str, NF4Linear]
+    head: FrozenHead
+    logit_shape: LogitShape
+    compute_dtype: torch.dtype
+    device: torch.device
+    dropout_keys: DropoutKeys
+
+
+def assemble(
+    config: PreTrainedConfig, weights: WeightSource, *, compute_dtype: torch.dtype, device: torch.device
+) -> QuantizedModel:
+    """Build the model of `config` over `weights`; each tensor goes to `device` as it is taken.
+
+    1-D parameters (norms, biases) are held in the compute dtype, which is exact for fp32; tables stay as stored.
+
+    Raises:
+        ConfigError: the architecture is not one that can be trained (see `find_parts`).
+    """
+    module = build_skeleton(config, with_buffers=True)
+    parts = find_parts(module)
+    module.requires_grad_(False)
+    dense = {
+        name: _as_stored_or_computed(weights.dense(name).to(device), compute_dtype) for name in parts.dense_parameters
+    }
+    linears = {}
+    for name in parts.linears:
+        packed = weights.nf4(f"{name}.weight")
+        linears[name] = NF4Linear(packed, dense.pop(f"{name}.bias", None)).to(device)
+        module.set_submodule(name, linears[name])
+    head = _replace_tables(module, parts, dense, compute_dtype)
+    for name, tensor in dense.items():
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    nn.Module.to(module, device)  # transformers' override is not typed for a device
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0  # the base is frozen: only the adapter's own dropout draws
+    return QuantizedModel(module, linears, head, LogitShape.of(config), compute_dtype, device, DropoutKeys())
+
+
+def hidden_states(
+    model: QuantizedModel, input_ids_BT: Tensor, position_ids_BT: Tensor, document_lengths: Sequence[int]
+) -> Tensor:
+    """The last layer's normed output [B, T, H] in the compute dtype, what the head sees.
+
+    Args:
+        model: the model to run, in its present train or eval mode.
+        input_ids_BT, position_ids_BT: int64; positions restart at 0 in each document.
+        document_lengths: lengths that cut each row of T tokens into documents.
+    """
+    out = model.module.base_model(
+        input_ids=input_ids_BT,
+        position_ids=position_ids_BT,
+        use_cache=False,
+        document_lengths=tuple(document_lengths),
+    )
+    hidden_BTH: Tensor = out.last_hidden_state
+    return hidden_BTH
+
+
+def _as_stored_or_computed(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    return tensor.to(compute_dtype) if tensor.ndim == 1 else tensor
+
+
+def _replace_tables(
+    module: PreTrainedModel, parts: Parts, dense: dict[str, Tensor], compute_dtype: torch.dtype
+) -> FrozenHead:
+    tables = {}
+    for name in parts.embeddings:
+        scale = getattr(module.get_submodule(name), "embed_scale", None)
+        tables[name] = FrozenEmbedding(dense.pop(f"{name}.weight"), compute_dtype, scale)
+    if parts.is_tied:
+        input_name = next(name for name in tables if module.get_submodule(name) is module.get_input_embeddings())
+        head = FrozenHead(tables[input_name].weight, None)
+    else:
+        head = FrozenHead(dense.pop(f"{parts.head}.weight"), dense.pop(f"{parts.head}.bias", None))
+    for name, table in tables.items():
+        module.set_submodule(name, table)
+    module.set_submodule(parts.head, head)
+    return head

@@ -1,0 +1,61 @@
+"""JSON as a checkpoint uses it: one finite object, written in one way, read back with suspicion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+# A manifest has 2 kB and a state a few; a file beyond this is not one that we wrote (json needs about 10 x its size).
+MAX_JSON_BYTES = 4 * 2**20
+
+
+def encode(value: Mapping[str, Any]) -> bytes:
+    """Render an object; equal objects give equal bytes.
+
+    Raises:
+        ValueError: it holds NaN or an infinity, which JSON does not have.
+        TypeError: it holds something that JSON does not have.
+    """
+    return (json.dumps(value, allow_nan=False, sort_keys=True, indent=1) + "\n").encode()
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """Parse one object.
+
+    Raises:
+        ValueError: not UTF-8, not JSON, not an object, a key given twice, NaN or an infinity, or nested too deep.
+    """
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    if isinstance(value, dict):
+        return value
+    raise ValueError(f"holds a {type(value).__name__}, not an object")
+
+
+def read_capped(path: Path) -> bytes:
+    """Read a small file.
+
+    Raises:
+        ValueError: it is larger than `MAX_JSON_BYTES`.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("a key is given twice")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")

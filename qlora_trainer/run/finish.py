@@ -1,0 +1,95 @@
+"""The end of a run: its adapter as a PEFT folder, and what it took."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.hardware.memory import read_memory
+from qlora_trainer.model.adapter_folder import write_adapter_folder
+from qlora_trainer.model.adapters import trainable_parameters
+from qlora_trainer.run.checkpoint.load import load_checkpoint
+from qlora_trainer.run.checkpoint.manifest import package_versions
+from qlora_trainer.run.folder import write_summary
+from qlora_trainer.run.records import Finished, Status, Summary
+from qlora_trainer.run.session import Progress, Session
+
+
+def finish(session: Session, progress: Progress, *, status: Status) -> Finished:
+    """Write the summary and, unless the run was interrupted, the adapter: the best by held-out loss, else the last."""
+    adapter_path = None
+    if status != "interrupted":
+        adapter_path = session.folder.adapter_path
+        _write_adapter(session, adapter_path, _final_weights(session, progress))
+    is_cuda = session.device.type == "cuda"
+    summary = Summary(
+        status=status,
+        steps=progress.step,
+        tokens=progress.tokens,
+        supervised_tokens=progress.supervised_tokens,
+        train_seconds=progress.train_seconds,
+        tokens_per_second=progress.tokens / progress.train_seconds if progress.train_seconds else 0.0,
+        eval_loss_before=progress.eval_loss_before,
+        eval_loss_after=None if adapter_path is None else progress.best_eval_loss,
+        predicted_peak_bytes=None,
+        measured_peak_bytes=read_memory(session.device).peak_bytes,
+        device=torch.cuda.get_device_name(session.device) if is_cuda else "cpu",
+        versions=package_versions(),
+    )
+    write_summary(session.folder, summary)
+    return Finished(status=status, summary=summary, run_path=session.folder.path, adapter_path=adapter_path)
+
+
+def resolved_config(session: Session) -> RunConfig:
+    """The config with every `auto` replaced by what was decided, as `config.yaml` shows it."""
+    knobs, config = session.knobs, session.config
+    changes: dict[str, dict[str, Any]] = {
+        "quantization": {"compute_dtype": knobs.machine.compute_dtype},
+        "lora": {"alpha": config.lora.lora_alpha},
+        "data": {"seq_len": knobs.seq_len},
+        "training": {
+            "optimizer": knobs.machine.optimizer,
+            "save_every": knobs.save_every,
+            "eval_every": knobs.eval_every,
+        },
+        "memory": {
+            "micro_batch_tokens": knobs.micro_batch_tokens,
+            "loss_chunk_tokens": knobs.loss_chunk_tokens,
+            "activation_checkpointing": knobs.recompute_layers > 0,
+        },
+    }
+    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    return config.model_copy(update=sections)
+
+
+def _final_weights(session: Session, progress: Progress) -> Mapping[str, Tensor]:
+    if progress.best_eval_loss is None or progress.best_step == progress.step:
+        return {name: parameter.data for name, parameter in trainable_parameters(session.model).items()}
+    return load_checkpoint(session.folder.checkpoints_path / "best").adapter
+
+
+def _write_adapter(session: Session, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """Whole or not at all: written beside its place, then moved there."""
+    temporary = Path(tempfile.mkdtemp(prefix=".tmp-adapter-", dir=folder.parent))
+    temporary.chmod(folder.parent.stat().st_mode)
+    try:
+        write_adapter_folder(
+            temporary,
+            weights,
+            session.lora,
+            linear_names=list(session.model.linears),
+            base_name=session.base.name,
+            revision=session.base.revision,
+        )
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,265 @@
+"""The run folder: one place that tells what a run was asked, what it did and where it can go on.
+
+    RUN/config.yaml    plan.json      metrics.jsonl  evals.jsonl    summary.json
+    RUN/checkpoints/   step-00000120/ best  last     RUN/adapter/   (a PEFT folder)
+
+Whole files are replaced atomically. The two logs are appended to, one line a record; `sync_logs` is called before a
+checkpoint is committed and `cut_logs` after one is loaded, so that they always tell the same steps.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from qlora_trainer.errors import ConfigError, StorageError
+from qlora_trainer.run.checkpoint.storage import LOCAL, refusal, write_atomically
+from qlora_trainer.run.records import Evaluated, StepDone, Summary
+
+LOCK_NAME = ".lock"
+STEP_KEYS = (
+    "step",
+    "loss",
+    "lr",
+    "grad_norm",
+    "tokens",
+    "supervised_tokens",
+    "seconds",
+    "tokens_per_second",
+    "peak_bytes",
+    "samples_seen",
+    "epoch",
+)
+EVAL_KEYS = ("step", "eval_loss", "eval_tokens", "seconds")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Where the parts of a run lie."""
+
+    path: Path
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def plan_path(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evals_path(self) -> Path:
+        return self.path / "evals.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter_path(self) -> Path:
+        return self.path / "adapter"
+
+
+@contextmanager
+def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """Create the folder where it is missing, and hold it against every other run until the end.
+
+    A folder that was made here and stayed empty (the run failed before it wrote anything) is removed again, so that the
+    same command can be given once more.
+
+    Args:
+        path: the run folder.
+        resume: whether it may hold a run already.
+
+    Yields:
+        The folder, locked, with `checkpoints/` in it.
+
+    Raises:
+        ConfigError: there is a run in it and `resume` is false, or a file is in its place.
+        StorageError: it cannot be created or written, or another run holds it (names its pid and host).
+    """
+    folder = RunFolder(path)
+    made_here = not path.exists()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            where="output.dir",
+            found=f"a file at {error.filename}",
+            expected="a folder, or nothing yet",
+            fix="Choose another output.dir.",
+        ) from error
+    except OSError as error:
+        raise refusal(error, where=path, doing="creating the run folder") from error
+    try:
+        if not resume and any(name != LOCK_NAME for name in os.listdir(path)):
+            raise ConfigError(
+                where="output.dir",
+                found=f"a run in {path}",
+                expected="an empty or new folder",
+                fix="Go on with it (--resume auto) or choose another output.dir.",
+            )
+        _make_checkpoints(folder)
+        yield folder
+    finally:
+        _unlock(folder, lock, made_here=made_here)
+
+
+def write_config(folder: RunFolder, text: str) -> None:
+    """Write `config.yaml`, the fully resolved config."""
+    write_atomically(folder.config_path, text.encode())
+
+
+def write_plan(folder: RunFolder, plan: Mapping[str, Any]) -> None:
+    """Write `plan.json`; values must be JSON's."""
+    write_atomically(folder.plan_path, (json.dumps(plan, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_summary(folder: RunFolder, summary: Summary) -> None:
+    """Write `summary.json`."""
+    text = json.dumps(_without_nan(asdict(summary)), indent=2, allow_nan=False)
+    write_atomically(folder.summary_path, (text + "\n").encode())
+
+
+def append_step(folder: RunFolder, record: StepDone) -> None:
+    """Append one line to `metrics.jsonl`, with exactly `STEP_KEYS`; a number that is not finite is written as null."""
+    _append(folder.metrics_path, {key: getattr(record, key) for key in STEP_KEYS})
+
+
+def append_eval(folder: RunFolder, record: Evaluated) -> None:
+    """Append one line to `evals.jsonl`, with exactly `EVAL_KEYS`."""
+    _append(folder.evals_path, {key: getattr(record, key) for key in EVAL_KEYS})
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a log back: whole lines only, so that one cut short by a crash is left out; [] where there is no file."""
+    if not path.exists():
+        return []
+    values = []
+    for line in path.read_bytes().split(b"\n")[:-1]:  # what follows the last line feed was never finished
+        with suppress(ValueError, RecursionError):
+            value = json.loads(line)
+            if isinstance(value, dict) and type(value.get("step")) is int:
+                values.append(value)
+    return values
+
+
+def sync_logs(folder: RunFolder) -> None:
+    """Return when both logs are on the disk; called before a checkpoint is committed.
+
+    Raises:
+        StorageError: the disk refused.
+    """
+    for path in (folder.metrics_path, folder.evals_path):
+        if path.exists():
+            try:
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise refusal(error, where=path, doing="writing it to the disk") from error
+
+
+def cut_logs(folder: RunFolder, step: int) -> None:
+    """Drop the lines of steps beyond `step`, which will be done again, and any line that a crash cut short.
+
+    Args:
+        folder: the run folder.
+        step: the committed step that a resume starts from; -1, where nothing was committed, empties both.
+
+    Raises:
+        StorageError: a log cannot be rewritten; the old one is untouched.
+    """
+    for path in (folder.metrics_path, folder.evals_path):
+        if path.exists():
+            kept = [json.dumps(value) for value in read_lines(path) if value["step"] <= step]
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
+
+def _make_checkpoints(folder: RunFolder) -> None:
+    try:
+        if not folder.checkpoints_path.exists():
+            LOCAL.make_dir(folder.checkpoints_path)
+            LOCAL.fsync_dir(folder.path)
+    except OSError as error:
+        raise refusal(error, where=folder.path, doing="creating the run folder") from error
+
+
+def _append(path: Path, values: Mapping[str, Any]) -> None:
+    data = (json.dumps(_without_nan(values), allow_nan=False) + "\n").encode()
+    try:
+        with path.open("ab", buffering=0) as file:
+            LOCAL.write(file, memoryview(data))
+    except OSError as error:
+        raise refusal(error, where=path, doing="appending a line") from error
+
+
+def _without_nan(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN; null says that there was no number, which no other value could."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
+
+
+def _lock(path: Path) -> IO[str]:
+    """Hold `path/.lock`; the kernel lets go of it when the process ends, however it ends."""
+    lock_path = path / LOCK_NAME
+    while True:
+        file = lock_path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(lock_path)):
+                break
+        except BlockingIOError:
+            with file:
+                raise _held_by_other(path, file) from None
+        except FileNotFoundError:
+            pass  # its holder removed it between our open and our lock: ours is a lock on nothing, so take a new one
+        file.close()
+    file.truncate(0)
+    json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+    file.flush()
+    return file
+
+
+def _unlock(folder: RunFolder, lock: IO[str], *, made_here: bool) -> None:
+    """Remove what is empty while still holding it, then let go."""
+    with lock:
+        with suppress(OSError):  # removed by the user meanwhile
+            (folder.path / LOCK_NAME).unlink()
+        with suppress(OSError):  # not empty: there is something to resume from
+            folder.checkpoints_path.rmdir()
+        if made_here:
+            with suppress(OSError):  # not empty: the run wrote something
+                folder.path.rmdir()
+
+
+def _held_by_other(path: Path, file: IO[str]) -> StorageError:
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        found = f"it held by another run, pid {holder['pid']} on {holder['host']}"
+    except (ValueError, KeyError, TypeError):  # it has just taken the lock and not signed it yet
+        found = "it held by another run"
+    return StorageError(
+        where=str(path),
+        found=found,
+        expected="a folder that no run is using",
+        fix="Wait for that run, stop it, or choose another output.dir.",
+    )

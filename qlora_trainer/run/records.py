@@ -1,0 +1,187 @@
+"""What a run tells while it goes: `run.loop.train` yields these, `report` shows them.
+
+Step numbers are optimizer steps done, so the first step is 1 and an evaluation before training is at step 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Status = Literal["done", "stopped_early", "interrupted"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preparing:
+    """Something that takes a while before the first step begins, told as a line such as "quantizing the base"."""
+
+    what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """The base is loaded, the data is tokenised, the first step is next.
+
+    Attributes:
+        run_path: the run folder.
+        base: what the user named as `model.base`.
+        base_parameters: frozen parameters of the base.
+        trainable_parameters: parameters of the adapters.
+        device: "cpu" or "cuda".
+        compute_dtype: "bfloat16", "float16" or "float32".
+        num_train_documents: documents trained on in an epoch.
+        num_eval_documents: documents held out.
+        num_dropped_documents: rows left out because they are longer than `seq_len` or have nothing to train on.
+        num_tokens: tokens of the train documents.
+        num_supervised_tokens: those of them that contribute to the loss.
+        seq_len: tokens that the longest document may have.
+        num_steps: optimizer steps of the whole run.
+        global_batch_size: documents an optimizer step.
+        micro_batch_tokens: tokens that go through the model at once, at most.
+    """
+
+    run_path: Path
+    base: str
+    base_parameters: int
+    trainable_parameters: int
+    device: str
+    compute_dtype: str
+    num_train_documents: int
+    num_eval_documents: int
+    num_dropped_documents: int
+    num_tokens: int
+    num_supervised_tokens: int
+    seq_len: int
+    num_steps: int
+    global_batch_size: int
+    micro_batch_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A held-out question, answered greedily before or after training."""
+
+    when: Literal["before", "after"]
+    question: str
+    answer: str
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepDone:
+    """One optimizer step.
+
+    Attributes:
+        step: steps done, this one included.
+        num_steps: steps of the whole run.
+        loss: mean over the supervised tokens of the global batch.
+        lr: learning rate of this step.
+        grad_norm: before clipping.
+        tokens: tokens of the global batch.
+        supervised_tokens: those that contribute to the loss.
+        seconds: wall time of the step.
+        tokens_per_second: `tokens / seconds`.
+        peak_bytes: most memory used since the run started: RSS on the CPU, allocated on a GPU.
+        memory_bytes: memory in use now, likewise.
+        samples_seen: documents since step 0.
+        epoch: passes over the training data so far.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    peak_bytes: int
+    memory_bytes: int
+    samples_seen: int
+    epoch: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """The held-out loss, a mean over `eval_tokens` supervised tokens; `is_best` where none before was lower."""
+
+    step: int
+    eval_loss: float
+    eval_tokens: int
+    seconds: float
+    is_best: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint is committed: it survives a crash or a power loss from here on."""
+
+    step: int
+    path: Path
+    seconds: float
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resumed:
+    """Training goes on from a checkpoint; `rejected` names newer ones that were damaged, and why."""
+
+    step: int
+    path: Path
+    rejected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What the run took, with exactly the keys of `summary.json`.
+
+    Attributes:
+        status: "done", "stopped_early" (no better evaluation for a while) or "interrupted" (by a signal, and saved).
+        steps: optimizer steps done, those before a resume included.
+        tokens: tokens trained on.
+        supervised_tokens: those that contributed to the loss.
+        train_seconds: wall time of the training steps.
+        tokens_per_second: `tokens / train_seconds`.
+        eval_loss_before: held-out loss before the first step; None without held-out data.
+        eval_loss_after: held-out loss of the exported adapter; None without held-out data, or when interrupted.
+        predicted_peak_bytes: what the plan said; None where there was no prediction.
+        measured_peak_bytes: most memory used: RSS on the CPU, allocated on a GPU.
+        device: "cpu", or the GPU's name.
+        versions: of the packages that the numbers depend on.
+    """
+
+    status: Status
+    steps: int
+    tokens: int
+    supervised_tokens: int
+    train_seconds: float
+    tokens_per_second: float
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    predicted_peak_bytes: int | None
+    measured_peak_bytes: int
+    device: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The last record of a run.
+
+    Attributes:
+        status: as in the summary.
+        summary: what it took.
+        run_path: the run folder.
+        adapter_path: the PEFT folder; None when interrupted before it was written.
+    """
+
+    status: Status
+    summary: Summary
+    run_path: Path
+    adapter_path: Path | None
+
+
+Record = Preparing | Prepared | Answered | StepDone | Evaluated | Saved | Resumed | Finished

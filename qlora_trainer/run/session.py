@@ -1,0 +1,88 @@
+"""Everything one run works on, and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.chat import TokenizedData
+from qlora_trainer.data.order import Order
+from qlora_trainer.data.rows import Message
+from qlora_trainer.model.adapters import LoraSettings
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.run.checkpoint.load import Loaded
+from qlora_trainer.run.folder import RunFolder
+from qlora_trainer.run.knobs import Knobs
+from qlora_trainer.step.optimizer import AdapterOptimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """How far a run is; what a checkpoint's `state.json` holds beside the plan.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens, supervised_tokens: trained on so far.
+        train_seconds: wall time of the steps so far.
+        eval_loss_before: held-out loss before the first step.
+        best_eval_loss, best_step: of the evaluations after the first step.
+        evals_without_better: evaluations since the best one.
+        evaluated_step: the step of the last evaluation; -1 for none.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    train_seconds: float = 0.0
+    eval_loss_before: float | None = None
+    best_eval_loss: float | None = None
+    best_step: int = 0
+    evals_without_better: int = 0
+    evaluated_step: int = -1
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A held-out conversation up to the assistant's last answer, and that answer."""
+
+    messages: tuple[Message, ...]
+    reference: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """One run, prepared: nothing of it changes but the adapters, the optimizer and the files.
+
+    Attributes:
+        run_id: names this run in its checkpoints.
+        asked: the config as the user gave it, as JSON; a resumed run must be asked the same.
+        fingerprints: hashes of base, tokenizer and data.
+        resumed: the checkpoint the run goes on from, or None.
+    """
+
+    run_id: str
+    config: RunConfig
+    asked: Mapping[str, Any]
+    folder: RunFolder
+    device: torch.device
+    base: Base
+    tokenizer: PreTrainedTokenizerBase
+    model: QuantizedModel
+    lora: LoraSettings
+    optimizer: AdapterOptimizer
+    knobs: Knobs
+    train_data: TokenizedData
+    eval_data: TokenizedData
+    order: Order
+    questions: tuple[Question, ...]
+    fingerprints: Mapping[str, str]
+    resumed: Loaded | None

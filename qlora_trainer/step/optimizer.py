@@ -1,0 +1,212 @@
+"""AdamW on one flat fp32 master copy of all adapter weights; the model's bf16 weights are rounded from it.
+
+An AdamW step of 1e-4 on a bf16 weight rounds away, so the truth is fp32 and lives here, with the moments, each as one
+flat buffer. Every parameter is padded to 256 elements, bitsandbytes' 8-bit block, so that no block spans two
+parameters and state can be saved and loaded by parameter name. The update itself is bitsandbytes' AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.hardware.paging import zeros_paged
+from qlora_trainer.hardware.quant_library import bitsandbytes, functional
+
+BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
+# bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB.
+CPU_PIECE_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerSettings:
+    """What the optimizer is.
+
+    Attributes:
+        bits: width of the two moments, 32 or 8.
+        residency: where master and moments live: with the model, or in memory that can be paged out.
+        weight_decay: decoupled (Loshchilov & Hutter, 2019).
+        paging_folder: where the files of paged state lie on a CPU.
+    """
+
+    bits: Literal[8, 32]
+    residency: Literal["device", "paged"]
+    weight_decay: float
+    paging_folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a parameter lies in the flat buffers."""
+
+    first: int
+    num_elements: int
+    shape: tuple[int, ...]
+
+    def view(self, flat: Tensor) -> Tensor:
+        return flat[self.first : self.first + self.num_elements].view(self.shape)
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """With the padding: in 8 bits the byte that means zero is not 0, so a moment's padding is state too."""
+        return flat[self.first : _padded(self.first + self.num_elements)]
+
+    def blocks(self, flat_absmax: Tensor) -> Tensor:
+        first = self.first // BLOCK_ELEMENTS
+        return flat_absmax[first : first + math.ceil(self.num_elements / BLOCK_ELEMENTS)]
+
+
+class AdapterOptimizer:
+    """Owns gradients, master weights and moments of all adapter parameters.
+
+    Making one points every parameter's `.grad` into a flat fp32 buffer, in which backward accumulates.
+
+    Args:
+        parameters: name -> parameter; the names are those of the saved state.
+        settings: see `OptimizerSettings`.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> None:
+        self.settings = settings
+        self.step_count = 0
+        self._parameters = dict(parameters)
+        self._places = _lay_out(self._parameters)
+        self._device = next(iter(self._parameters.values())).device
+        last = list(self._places.values())[-1]
+        num_elements = _padded(last.first + last.num_elements)
+        self.gradient = torch.zeros(num_elements, dtype=torch.float32, device=self._device)
+        self._master = self._zeros(num_elements, torch.float32)
+        self._moments = {name: self._zeros(num_elements, self._moment_dtype) for name in ("state1", "state2")}
+        self._scales = {
+            name: torch.zeros(num_elements // BLOCK_ELEMENTS, dtype=torch.float32, device=self._device)
+            for name in (("absmax1", "absmax2") if settings.bits == 8 else ())
+        }
+        for name, parameter in self._parameters.items():
+            place = self._places[name]
+            place.view(self._master).copy_(parameter.data)
+            parameter.grad = place.view(self.gradient)
+            if parameter.dtype == torch.float32:
+                parameter.data = place.view(self._master)  # an fp32 adapter is its own master
+        self._adamw = self._make_adamw()
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """Bytes of gradients and of optimizer state (master, moments and their scales)."""
+        state = [self._master, *self._moments.values(), *self._scales.values()]
+        return {"gradient": self.gradient.nbytes, "optimizer": sum(tensor.nbytes for tensor in state)}
+
+    def zero_gradients(self) -> None:
+        """Forget the gradients of the last step."""
+        self.gradient.zero_()
+
+    def clip_gradients(self, max_grad_norm: float | None) -> Tensor:
+        """Scale gradients so that their joint 2-norm is at most `max_grad_norm`; returns the norm before, 0-dim."""
+        norm: Tensor = torch.linalg.vector_norm(self.gradient)
+        if max_grad_norm is not None:
+            self.gradient.mul_(torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def update(self, learning_rate: float) -> None:
+        """One AdamW step on the master; then the model's weights are rounded from it."""
+        self._adamw.param_groups[0]["lr"] = learning_rate
+        self._adamw.step()
+        self.step_count += 1
+        self._refresh_parameters()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`{parameter}.master`, `.state1`, `.state2` (and `.absmax1`, `.absmax2` at 8 bits), and `step_count`.
+
+        Views of the optimizer's own buffers, not copies, each in its own dtype. A master has its parameter's shape, a
+        moment is flat and as long as the parameter's whole blocks.
+        """
+        state = {"step_count": torch.tensor(self.step_count)}
+        for name, place in self._places.items():
+            state[f"{name}.master"] = place.view(self._master)
+            state |= {f"{name}.{key}": place.padded(flat) for key, flat in self._moments.items()}
+            state |= {f"{name}.{key}": place.blocks(flat) for key, flat in self._scales.items()}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a `state_dict` into this optimizer's own buffers, so that residency stays as it was planned.
+
+        Raises:
+            ValueError: names, shapes or dtypes differ from this optimizer's.
+        """
+        own = self.state_dict()
+        wrong = sorted(
+            name
+            for name in own.keys() | state.keys()
+            if name not in own
+            or name not in state
+            or own[name].shape != state[name].shape
+            or own[name].dtype != state[name].dtype
+        )
+        if wrong:
+            raise ValueError(f"{len(wrong)} tensors differ from this optimizer's, the first is {wrong[0]}")
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self.step_count = int(state["step_count"])
+        for piece_state in self._adamw.state.values():
+            piece_state["step"] = self.step_count
+        self._refresh_parameters()
+
+    @property
+    def _moment_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.settings.bits == 8 else torch.float32
+
+    def _zeros(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        if self.settings.residency == "device":
+            return torch.zeros(num_elements, dtype=dtype, device=self._device)
+        return zeros_paged(num_elements, dtype=dtype, device=self._device, folder=self.settings.paging_folder)
+
+    def _refresh_parameters(self) -> None:
+        rounded = [name for name, parameter in self._parameters.items() if parameter.dtype != torch.float32]
+        if rounded:
+            sources = [self._places[name].view(self._master) for name in rounded]
+            torch._foreach_copy_([self._parameters[name].data for name in rounded], sources)
+
+    def _make_adamw(self) -> Any:
+        """bitsandbytes' AdamW over pieces of the flat master, its state laid out here instead of by itself.
+
+        Left alone it would allocate per parameter, fall back to resident memory on a CPU, and keep tensors under
+        4,096 elements in 32 bits.
+        """
+        num_elements = self._master.numel()
+        piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else num_elements
+        pieces = {}
+        for first in range(0, num_elements, piece_elements):
+            piece = nn.Parameter(self._master[first : first + piece_elements], requires_grad=True)
+            piece.grad = self.gradient[first : first + piece_elements]
+            pieces[piece] = slice(first, first + piece.numel())
+        adamw = bitsandbytes.optim.AdamW(
+            list(pieces), weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits
+        )
+        for piece, elements in pieces.items():
+            state: dict[str, Any] = {"step": 0}
+            state |= {name: flat[elements] for name, flat in self._moments.items()}
+            if self._scales:
+                blocks = slice(elements.start // BLOCK_ELEMENTS, elements.stop // BLOCK_ELEMENTS)
+                state |= {name: flat[blocks] for name, flat in self._scales.items()}
+                state["qmap1"] = functional.create_dynamic_map(signed=True).to(self._device)
+                state["qmap2"] = functional.create_dynamic_map(signed=False).to(self._device)
+            adamw.state[piece] = state
+        return adamw
+
+
+def _lay_out(parameters: Mapping[str, nn.Parameter]) -> dict[str, _Place]:
+    places, first = {}, 0
+    for name, parameter in parameters.items():
+        places[name] = _Place(first, parameter.numel(), tuple(parameter.shape))
+        first = _padded(first + parameter.numel())
+    return places
+
+
+def _padded(num_elements: int) -> int:
+    return math.ceil(num_elements / BLOCK_ELEMENTS) * BLOCK_ELEMENTS

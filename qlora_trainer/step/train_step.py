@@ -1,0 +1,66 @@
+"""The tensor side of training and evaluation: forward, loss, backward, over the micro-batches of one global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.model.quantized import QuantizedModel, hidden_states
+from qlora_trainer.step.batch import MicroBatch
+from qlora_trainer.step.loss import chunked_cross_entropy
+
+
+def accumulate_gradients(
+    model: QuantizedModel,
+    micro_batches: Iterable[MicroBatch],
+    *,
+    num_supervised_tokens: int,
+    loss_chunk_tokens: int,
+) -> Tensor:
+    """Forward and backward over a global batch; gradients add up in the parameters' `.grad`.
+
+    Args:
+        model: in train mode.
+        micro_batches: the global batch, cut any way.
+        num_supervised_tokens: of the whole global batch, what the summed loss is divided by, so that the cut does not
+            change the gradient.
+        loss_chunk_tokens: see `chunked_cross_entropy`.
+
+    Returns:
+        Mean cross-entropy of the global batch's supervised tokens in nats, 0-dim fp32, detached.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=model.device)
+    for micro_batch in micro_batches:
+        loss_sum = summed_loss(model, micro_batch.to(model.device), loss_chunk_tokens=loss_chunk_tokens)
+        loss = loss_sum / num_supervised_tokens
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+@torch.no_grad()
+def evaluate(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss_chunk_tokens: int) -> Tensor:
+    """Summed cross-entropy of all supervised tokens in nats, 0-dim fp64; the model is put in eval mode and back."""
+    total = torch.zeros((), dtype=torch.float64, device=model.device)
+    was_training = model.module.training
+    model.module.eval()
+    try:
+        for micro_batch in micro_batches:
+            total += summed_loss(model, micro_batch.to(model.device), loss_chunk_tokens=loss_chunk_tokens)
+    finally:
+        model.module.train(was_training)
+    return total
+
+
+def summed_loss(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_tokens: int) -> Tensor:
+    """Sum of the cross-entropies of a micro-batch's supervised tokens, 0-dim fp32, differentiable."""
+    model.dropout_keys.row_keys_T = micro_batch.row_keys_T
+    hidden_BTH = hidden_states(
+        model, micro_batch.input_ids_BT, micro_batch.position_ids_BT, micro_batch.document_lengths
+    )
+    hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, micro_batch.source_positions_N)
+    return chunked_cross_entropy(
+        hidden_NH, micro_batch.targets_N, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens
+    )

@@ -1,0 +1,106 @@
+"""A mistake is told in under a second: nothing that takes seconds to import is imported for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SECONDS = 1.0
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+HEAVY = ("torch", "transformers", "bitsandbytes", "datasets", "accelerate")
+REPORT_IMPORTS = f"""
+import sys
+from qlora_trainer.cli.app import main
+code = main(sys.argv[1:])
+print([name for name in {HEAVY} if name in sys.modules])
+sys.exit(code)
+"""
+ROW = '{"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}\n'
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    (tmp_path / "train.jsonl").write_text(ROW * 4)
+    (tmp_path / "broken.jsonl").write_text(ROW + '{"messages": [\n')
+    (tmp_path / "unanswered.jsonl").write_text('{"messages": [{"role": "user", "content": "2 + 2?"}]}\n')
+    (tmp_path / "empty.jsonl").touch()
+    for name, file in (("pickled", "pytorch_model.bin"), ("full", "metrics.jsonl")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    (tmp_path / "run.yaml").write_text("model: {base: owner/name}\ndata: {train: train.jsonl}\n")
+    (tmp_path / "typo.yaml").write_text("model: {base: owner/name}\ndata: {train: train.jsonl}\nlora:\n  lora_r: 8\n")
+    return tmp_path
+
+
+def run(work: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    """The whole command in a child; the best of three times, since the machine may be busy with something else."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        child = subprocess.run(
+            [sys.executable, "-c", REPORT_IMPORTS, *arguments],
+            cwd=work,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds.append(time.perf_counter() - begin)
+        if seconds[-1] < SECONDS:
+            break
+    return child, min(seconds)
+
+
+@pytest.mark.parametrize(
+    "arguments,exit_code,said",
+    [
+        (["typo.yaml"], 2, "typo.yaml:4: found the unknown key lora.lora_r"),
+        (["run.yaml", "--set", "lora.rank=0"], 2, "--set lora.rank"),
+        (["none.yaml"], 2, "none.yaml: found no such file"),
+        (["run.yaml", "--set", "model.base=smollm-135m"], 2, "Did you mean smollm2-135m?"),
+        (["run.yaml", "--set", "model.base=./pickled"], 2, "Pickle weights are never read"),
+        (["run.yaml", "--set", "output.dir=full"], 2, "a folder that is not empty"),
+        (["run.yaml", "--set", "output.trackers=[tensorbored]"], 2, "Did you mean tensorboard?"),
+        (["run.yaml", "--set", "data.train=none.jsonl"], 4, "no such file"),
+        (["run.yaml", "--set", "data.train=empty.jsonl"], 4, "an empty file"),
+        (["run.yaml", "--set", "data.train=broken.jsonl"], 4, "broken.jsonl:2"),
+        (["run.yaml", "--set", "data.eval=unanswered.jsonl"], 4, "unanswered.jsonl:1"),
+        (["run.yaml", "--set", "output.dir=train.jsonl"], 5, "a file at train.jsonl"),
+    ],
+)
+def test_mistakes_are_told_at_once(work: Path, arguments: list[str], exit_code: int, said: str) -> None:
+    child, seconds = run(work, "train", *arguments)
+    assert child.returncode == exit_code
+    assert child.stderr.startswith("qlora-trainer: error: ")
+    assert said in child.stderr
+    assert child.stderr.count("\n") == 1  # one line, no traceback
+    assert child.stdout == "[]\n"  # nothing heavy was imported
+    assert seconds < SECONDS
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "--print"], ["config", "--schema"]])
+def test_answers_that_need_no_model_come_at_once(work: Path, arguments: list[str]) -> None:
+    child, seconds = run(work, *arguments)
+    assert child.returncode == 0
+    assert child.stdout.endswith("[]\n")
+    assert child.stderr == ""
+    assert seconds < SECONDS
+
+
+def test_python_m_is_the_command_too(work: Path) -> None:
+    child = subprocess.run(
+        [sys.executable, "-m", "qlora_trainer.cli", "frobnicate"],
+        cwd=work,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 2
+    assert child.stderr == "qlora-trainer: error: No such command 'frobnicate'. See `qlora-trainer --help`.\n"

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from qlora_trainer.config.did_you_mean import DOTTED_KEYS
+from qlora_trainer.config.schema import LoraSection, RunConfig
+
+REQUIRED: dict[str, dict[str, Any]] = {"model": {"base": "owner/name"}, "data": {"train": "train.jsonl"}}
+
+
+def config_with(dotted: str, value: object) -> RunConfig:
+    section, key = dotted.split(".")
+    return RunConfig.model_validate({**REQUIRED, section: {**REQUIRED.get(section, {}), key: value}})
+
+
+def value_of(config: RunConfig, dotted: str) -> object:
+    section, key = dotted.split(".")
+    value: object = getattr(getattr(config, section), key)
+    return value
+
+
+def test_defaults() -> None:
+    config = RunConfig.model_validate(REQUIRED)
+    assert config.model_dump() == {
+        "model": {"base": "owner/name", "revision": None},
+        "quantization": {"double_quant": True, "compute_dtype": "auto"},
+        "lora": {
+            "rank": 16,
+            "alpha": "auto",
+            "dropout": 0.0,
+            "dtype": "bfloat16",
+            "target_modules": "all-linear",
+        },
+        "data": {"train": "train.jsonl", "eval": None, "eval_fraction": 0.05, "seq_len": "auto", "packing": True},
+        "training": {
+            "epochs": 1.0,
+            "max_steps": None,
+            "global_batch_size": 16,
+            "learning_rate": 2e-4,
+            "schedule": "cosine",
+            "warmup_ratio": 0.03,
+            "optimizer": "auto",
+            "weight_decay": 0.0,
+            "max_grad_norm": 1.0,
+            "seed": 0,
+            "save_every": "auto",
+            "eval_every": "auto",
+            "early_stopping_patience": None,
+        },
+        "memory": {
+            "budget": "auto",
+            "host_budget": "auto",
+            "micro_batch_tokens": "auto",
+            "activation_checkpointing": "auto",
+            "loss_chunk_tokens": "auto",
+            "paging_dir": None,
+        },
+        "output": {"dir": "runs/default", "trackers": (), "keep_checkpoints": 3, "sample_questions": 3},
+    }
+
+
+@pytest.mark.parametrize(
+    "dotted,value",
+    [
+        ("quantization.compute_dtype", "float16"),
+        ("lora.alpha", 32),
+        ("lora.alpha", 0.5),
+        ("lora.dropout", 0),
+        ("lora.target_modules", r".*\.(q|v)_proj"),
+        ("data.seq_len", 8),
+        ("data.eval_fraction", 0),
+        ("training.epochs", 0.25),
+        ("training.epochs", 3),
+        ("training.max_grad_norm", None),
+        ("training.warmup_ratio", 1),
+        ("training.optimizer", "paged_adamw_8bit"),
+        ("memory.activation_checkpointing", False),
+        ("memory.activation_checkpointing", "auto"),
+        ("output.sample_questions", 0),
+    ],
+)
+def test_accepts(dotted: str, value: object) -> None:
+    assert value_of(config_with(dotted, value), dotted) == value
+
+
+@pytest.mark.parametrize(
+    "dotted,values",
+    [
+        ("model.base", ["", " ", "a\0b", 3, None]),
+        ("model.revision", ["", 1.5]),
+        ("quantization.double_quant", ["true", 1, None]),
+        ("quantization.compute_dtype", ["bf16", None]),
+        ("lora.rank", [0, -1, "16", 16.0, True, None]),
+        ("lora.alpha", [0, -2, "double", float("nan"), float("inf"), True]),
+        ("lora.dropout", [1, -0.1, "0"]),
+        ("lora.dtype", ["float16"]),
+        ("lora.target_modules", ["", "[", [], ["q", "q"], ["q", 3], [" "], 3, None, {"q": 1}]),
+        ("data.train", ["", None, ["a"]]),
+        ("data.eval", ["", 3]),
+        ("data.eval_fraction", [1, -0.1]),
+        ("data.seq_len", [7, 0, -8, "many", 512.0]),
+        ("data.packing", ["yes", 1]),
+        ("training.epochs", [0, -1, float("inf")]),
+        ("training.max_steps", [0, 1.5]),
+        ("training.global_batch_size", [0]),
+        ("training.learning_rate", [0, -1e-4, float("nan"), "1e-4"]),
+        ("training.schedule", ["cosine_with_restarts"]),
+        ("training.warmup_ratio", [1.1, -0.1]),
+        ("training.optimizer", ["adamw", "sgd"]),
+        ("training.weight_decay", [-0.1]),
+        ("training.max_grad_norm", [0, -1]),
+        ("training.seed", [-1, 2**63, 0.5]),
+        ("training.save_every", [0, None]),
+        ("training.eval_every", [0, "epoch"]),
+        ("training.early_stopping_patience", [0]),
+        ("memory.budget", ["8 bananas", 0, -1, 2**63, 1.5, True, None, "8G"]),
+        ("memory.host_budget", ["lots", 0]),
+        ("memory.micro_batch_tokens", [7, "8GiB"]),
+        ("memory.activation_checkpointing", ["selective", 1]),
+        ("memory.loss_chunk_tokens", [0]),
+        ("memory.paging_dir", [""]),
+        ("output.dir", ["", "a\0"]),
+        ("output.trackers", ["tensorboard", [1], ["wandb", "wandb"], [""]]),
+        ("output.keep_checkpoints", [1]),
+        ("output.sample_questions", [-1, 21]),
+    ],
+)
+def test_refuses(dotted: str, values: list[object]) -> None:
+    for value in values:
+        with pytest.raises(ValidationError) as caught:
+            config_with(dotted, value)
+        assert {".".join(str(part) for part in error["loc"][:2]) for error in caught.value.errors()} == {dotted}, value
+
+
+def test_sizes_become_bytes() -> None:
+    assert config_with("memory.budget", "8GiB").memory.budget == 8 * 2**30
+    assert config_with("memory.host_budget", 10**9).memory.host_budget == 10**9
+
+
+def test_lists_become_tuples_so_that_a_config_can_be_hashed() -> None:
+    config = config_with("lora.target_modules", ["q_proj", "v_proj"])
+    assert config.lora.target_modules == ("q_proj", "v_proj")
+    assert hash(config) == hash(config_with("lora.target_modules", ["q_proj", "v_proj"]))
+
+
+@pytest.mark.parametrize("dotted", DOTTED_KEYS)
+def test_frozen(dotted: str) -> None:
+    section, key = dotted.split(".")
+    config = RunConfig.model_validate(REQUIRED)
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(getattr(config, section), key, value_of(config, dotted))
+
+
+def test_auto_alpha_is_twice_the_rank() -> None:
+    assert LoraSection(rank=8).lora_alpha == 16.0
+    assert LoraSection(rank=8, alpha=5).lora_alpha == 5.0
+
+
+def test_a_micro_batch_holds_the_longest_document() -> None:
+    sections = {**REQUIRED, "data": {"train": "a", "seq_len": 512}}
+    assert RunConfig.model_validate({**sections, "memory": {"micro_batch_tokens": 512}}).data.seq_len == 512
+    assert RunConfig.model_validate({**sections, "memory": {"micro_batch_tokens": "auto"}}).data.seq_len == 512
+    with pytest.raises(ValidationError, match=r"data\.seq_len = 512"):
+        RunConfig.model_validate({**sections, "memory": {"micro_batch_tokens": 511}})
+
+
+def test_early_stopping_needs_an_evaluation() -> None:
+    training = {"training": {"early_stopping_patience": 2}}
+    with pytest.raises(ValidationError, match="evaluate"):
+        RunConfig.model_validate({**REQUIRED, **training, "data": {"train": "a", "eval_fraction": 0}})
+    held_out = {**REQUIRED, **training, "data": {"train": "a", "eval": "b", "eval_fraction": 0}}
+    assert RunConfig.model_validate(held_out).training.early_stopping_patience == 2
+
+
+def test_keys_that_other_parts_of_the_project_promise() -> None:
+    promised = """model.base quantization.double_quant quantization.compute_dtype lora.rank lora.alpha lora.dropout
+        lora.dtype lora.target_modules data.train data.eval data.seq_len data.packing training.epochs training.max_steps
+        training.global_batch_size training.learning_rate training.schedule training.warmup_ratio training.optimizer
+        training.max_grad_norm training.seed training.save_every training.eval_every memory.budget memory.host_budget
+        memory.micro_batch_tokens memory.activation_checkpointing output.dir"""
+    assert set(promised.split()) <= set(DOTTED_KEYS)

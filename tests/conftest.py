@@ -1,0 +1,34 @@
+"""Every test runs without a network, and meets bitsandbytes through our import of it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+
+# Before transformers or peft import bitsandbytes themselves: this import keeps it from asking the hub for a kernel.
+import qlora_trainer.hardware.quant_library  # noqa: F401
+from qlora_trainer.errors import StorageError
+from qlora_trainer.hardware.paging import require_on_disk
+
+# Where cores are shared, an example takes ten times longer now and then: no reason to fail.
+settings.register_profile("shared cores", deadline=None)
+settings.load_profile("shared cores")
+
+
+@pytest.fixture
+def disk_folder(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder that is not kept in memory: pytest's own, or one beside the tests where /tmp is a tmpfs."""
+    try:
+        require_on_disk(tmp_path)
+    except StorageError:
+        with tempfile.TemporaryDirectory(dir=Path(__file__).parent) as folder:
+            yield Path(folder)
+    else:
+        yield tmp_path

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import time
+from itertools import chain, islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_trainer.data.order import Order
+
+
+@given(
+    num_documents=st.integers(1, 60),
+    global_batch_size=st.integers(1, 40),
+    seed=st.integers(0, 2**64 - 1),
+    num_epochs=st.integers(1, 4),
+)
+def test_each_epoch_is_a_permutation(num_documents: int, global_batch_size: int, seed: int, num_epochs: int) -> None:
+    order = Order(num_documents=num_documents, global_batch_size=global_batch_size, seed=seed, epochs=float(num_epochs))
+    seen = iter(chain.from_iterable(order.batch(step) for step in range(order.num_steps)))
+    for _ in range(num_epochs):
+        assert sorted(islice(seen, num_documents)) == list(range(num_documents))
+    assert list(seen) == []
+
+
+@given(
+    num_documents=st.integers(1, 200),
+    global_batch_size=st.integers(1, 64),
+    epochs=st.floats(0.01, 5),
+    max_steps=st.none() | st.integers(1, 50),
+)
+def test_steps_and_samples_add_up(
+    num_documents: int, global_batch_size: int, epochs: float, max_steps: int | None
+) -> None:
+    order = Order(
+        num_documents=num_documents, global_batch_size=global_batch_size, seed=0, epochs=epochs, max_steps=max_steps
+    )
+    sizes = [len(order.batch(step)) for step in range(order.num_steps)]
+    assert sizes[:-1] == [global_batch_size] * (order.num_steps - 1)
+    assert 1 <= sizes[-1] <= global_batch_size
+    assert sum(sizes) == order.num_samples == order.samples_seen(order.num_steps)
+    assert order.samples_seen(0) == 0
+    assert order.epoch(order.num_steps) == order.num_samples / num_documents
+    if max_steps is not None:
+        assert order.num_steps == max_steps
+        assert sizes[-1] == global_batch_size
+
+
+def test_the_order_is_the_same_for_ever() -> None:
+    order = Order(num_documents=8, global_batch_size=4, seed=7, epochs=2)
+    assert [order.batch(step) for step in range(4)] == [[4, 1, 6, 3], [2, 7, 5, 0], [3, 1, 6, 2], [5, 4, 0, 7]]
+
+
+def test_seeds_and_epochs_differ() -> None:
+    def whole(seed: int, step: int) -> list[int]:
+        return Order(num_documents=50, global_batch_size=50, seed=seed, epochs=2).batch(step)
+
+    assert whole(0, 0) != whole(0, 1)
+    assert whole(0, 0) != whole(1, 0)
+    assert whole(0, 1) != whole(1, 0)
+
+
+def test_a_batch_may_span_two_epochs() -> None:
+    order = Order(num_documents=5, global_batch_size=4, seed=0, epochs=2)
+    flat = Order(num_documents=5, global_batch_size=5, seed=0, epochs=2)
+    assert [order.batch(step) for step in range(3)] == [
+        flat.batch(0)[:4],
+        [*flat.batch(0)[4:], *flat.batch(1)[:3]],
+        flat.batch(1)[3:],
+    ]
+
+
+@pytest.mark.parametrize(
+    "epochs, num_documents, num_samples", [(0.1, 30, 3), (0.07, 100, 7), (1.1, 10, 11), (0.001, 5, 1)]
+)
+def test_fractional_epochs_are_counted_in_decimals(epochs: float, num_documents: int, num_samples: int) -> None:
+    order = Order(num_documents=num_documents, global_batch_size=1, seed=0, epochs=epochs)
+    assert order.num_samples == num_samples
+
+
+def test_any_step_of_a_million_documents_is_found_at_once() -> None:
+    order = Order(num_documents=10**6, global_batch_size=16, seed=1, epochs=1000)
+    begun = time.perf_counter()
+    assert len(order.batch(order.num_steps - 1)) == 16
+    assert time.perf_counter() - begun < 1
+
+
+@pytest.mark.parametrize("step", [-1, 3])
+def test_a_step_outside_the_run_is_refused(step: int) -> None:
+    with pytest.raises(IndexError, match="of a run with 3 steps"):
+        Order(num_documents=10, global_batch_size=4, seed=0, epochs=1).batch(step)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_documents": 0}, {"global_batch_size": 0}, {"epochs": 0.0}, {"max_steps": 0}, {"seed": -1}, {"seed": 2**64}],
+)
+def test_an_empty_order_is_refused(wrong: dict[str, int]) -> None:
+    right = {"num_documents": 10, "global_batch_size": 4, "seed": 0, "epochs": 1}
+    with pytest.raises(ValueError, match="Order"):
+        Order(**{**right, **wrong})

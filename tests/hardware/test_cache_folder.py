@@ -1,0 +1,50 @@
+"""The cache folder: where it is, who can read it, and whose it must be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.errors import StorageError
+from qlora_trainer.hardware.cache_folder import cache_folder
+
+
+def test_it_is_made_below_xdg_cache_home_for_its_owner_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "deep" / "cache"))
+
+    folder = cache_folder()
+
+    assert folder == tmp_path / "deep" / "cache" / "qlora_trainer"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert cache_folder() == folder
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_without_xdg_cache_home_it_is_in_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if value is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+
+    assert cache_folder() == tmp_path / ".cache" / "qlora_trainer"
+
+
+def test_a_file_in_its_place_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "qlora_trainer").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    with pytest.raises(StorageError, match=r"cannot be made \(File exists\).*XDG_CACHE_HOME"):
+        cache_folder()
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    owner = cache_folder().stat().st_uid
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+
+    with pytest.raises(StorageError, match=f"a cache folder of user {owner}; expected one of user {owner + 1}"):
+        cache_folder()

@@ -1,0 +1,65 @@
+"""Which device, dtype and number of threads are chosen."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from qlora_trainer.hardware import device as device_module
+from qlora_trainer.hardware.device import (
+    DTYPES,
+    choose_compute_dtype,
+    choose_device,
+    faster_cpu_dtype,
+    measure_gemm_gflops,
+    num_cpu_threads,
+)
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("is_available, expected", [(True, GPU), (False, torch.device("cpu"))])
+def test_the_first_gpu_is_taken_where_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, is_available: bool, expected: torch.device
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+
+    assert choose_device() == expected
+
+
+@pytest.mark.parametrize(
+    "capability, expected",
+    [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((12, 0), "bfloat16")],
+)
+def test_a_gpu_computes_in_bf16_from_sm_80_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+
+    assert choose_compute_dtype(GPU) == expected
+
+
+@pytest.mark.parametrize("faster", ["float32", "bfloat16"])
+def test_a_cpu_computes_in_what_it_multiplies_faster(monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
+    monkeypatch.setattr(device_module, "measure_gemm_gflops", lambda dtype: 200.0 if dtype == DTYPES[faster] else 100.0)
+
+    assert faster_cpu_dtype() == faster
+    assert choose_compute_dtype(torch.device("cpu")) == faster
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_measured_speed_is_one_that_a_cpu_can_have(dtype: torch.dtype) -> None:
+    assert 0.01 < measure_gemm_gflops(dtype, size=128, repeats=3) < 1e5
+
+
+def test_threads_are_the_processors_that_this_process_may_use() -> None:
+    allowed = os.sched_getaffinity(0)
+    assert num_cpu_threads() == len(allowed)
+
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        assert num_cpu_threads() == 1
+    finally:
+        os.sched_setaffinity(0, allowed)

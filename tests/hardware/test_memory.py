@@ -1,0 +1,65 @@
+"""Memory readings, and out-of-memory errors told from others."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from qlora_trainer.hardware.memory import (
+    available_memory_bytes,
+    is_out_of_memory,
+    process_peak_bytes,
+    read_memory,
+    total_memory_bytes,
+)
+
+CPU = torch.device("cpu")
+PETABYTE = 10**15
+
+
+def test_torch_running_out_of_memory_is_recognised() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(PETABYTE, dtype=torch.uint8)
+
+    assert type(caught.value) is RuntimeError  # nothing but its text tells it from others
+    assert is_out_of_memory(caught.value)
+
+
+def test_python_running_out_of_memory_is_recognised() -> None:
+    with pytest.raises(MemoryError) as caught:
+        bytearray(PETABYTE)
+
+    assert is_out_of_memory(caught.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.mm(torch.zeros(2, 3), torch.zeros(2, 3))
+
+    assert not is_out_of_memory(caught.value)
+    assert not is_out_of_memory(RuntimeError("the disk is out of memory of better days"))
+    assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
+
+
+def test_a_peak_stays_after_the_memory_is_given_back() -> None:
+    num_bytes = 64 * 2**20
+    taken = bytearray(b"\1") * num_bytes
+    while_taken = read_memory(CPU)
+    del taken
+    after = read_memory(CPU)
+
+    assert while_taken.now_bytes >= num_bytes
+    assert after.now_bytes <= while_taken.now_bytes - num_bytes // 2
+    # The kernel counts pages per CPU and adds up late, so two readings can be apart by some.
+    assert after.peak_bytes >= while_taken.now_bytes - 2**21
+    assert after.peak_bytes == pytest.approx(process_peak_bytes(), abs=2**21)
+
+
+def test_the_machine_has_more_than_this_process_takes() -> None:
+    total_bytes, available_bytes = total_memory_bytes(CPU), available_memory_bytes(CPU)
+
+    assert total_bytes == psutil.virtual_memory().total
+    assert 0 < available_bytes < total_bytes
+    assert read_memory(CPU).now_bytes < total_bytes

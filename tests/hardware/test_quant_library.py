@@ -1,0 +1,46 @@
+"""Importing bitsandbytes asks no hub for kernels and writes nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+# Takes the place of the `kernels` package: whoever imports it leaves a mark.
+FAKE_KERNELS = """
+from pathlib import Path
+Path(__file__).with_name("was-imported").write_text("")
+def get_kernel(*arguments, **options):
+    raise RuntimeError("the hub was asked")
+"""
+IMPORT_ORDER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import qlora_trainer.hardware.quant_library as ours
+assert "kernels" not in sys.modules
+import bitsandbytes
+assert ours.bitsandbytes is bitsandbytes
+assert ours.functional is bitsandbytes.functional
+import torch
+packed, state = ours.functional.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
+assert torch.equal(ours.functional.dequantize_4bit(packed, state), torch.ones(64, 64))
+assert not __import__("pathlib").Path(sys.argv[1], "was-imported").exists()
+import kernels  # hidden for the length of the import only
+"""
+
+
+def test_no_kernel_is_fetched_and_nothing_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "kernels.py").write_text(FAKE_KERNELS)
+
+    child = subprocess.run(
+        [sys.executable, "-c", IMPORT_ORDER, str(tmp_path)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+    assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
+    assert (tmp_path / "was-imported").exists()  # by the last line: the fake would have been found

@@ -1,0 +1,272 @@
+"""Adapter folders go both ways between PEFT and us, and what is not plain LoRA is refused by name."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_folder import (
+    read_adapter_fields,
+    read_adapter_folder,
+    short_target_modules,
+    write_adapter_folder,
+)
+from qlora_trainer.model.adapters import attach_adapters, select_targets, trainable_parameters
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.model.quantized import QuantizedModel
+from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, logits, wrap
+from tests.model.tiny_bases import CONFIGS
+from tests.model.tiny_models import (
+    load_for_training,
+    lora_settings,
+    packed_logits,
+    prepare,
+    random_adapter,
+    relative_error,
+    tiny_documents,
+)
+
+DOCUMENTS = tiny_documents(33, 21)
+NAMES = ["llama", "gemma2", "phi3"]
+PEFT_DEFAULTS = asdict(peft.LoraConfig(peft_type=peft.PeftType.LORA, target_modules=["q_proj"]))
+TARGETS: list[str | list[str]] = ["all-linear", ["o_proj", "down_proj"], r"model\.layers\.1\..*_proj"]
+
+
+def _write(
+    folder: Path, base: Base, model: QuantizedModel, target_modules: str | list[str] = "all-linear"
+) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    settings = lora_settings(model, target_modules)
+    weights = random_adapter(model, settings, b_size=0.05)
+    attach_adapters(model, settings, weights, dtype=torch.float32)
+    write_adapter_folder(
+        folder,
+        trainable_parameters(model),
+        settings,
+        linear_names=list(model.linears),
+        base_name=str(base.folder),
+        revision=None,
+    )
+    return weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target_modules", TARGETS, ids=str)
+def test_peft_loads_ours_and_gives_our_logits(name: str, target_modules: str | list[str], tmp_path: Path) -> None:
+    base, cache = prepare(tmp_path / "base", CONFIGS[name])
+    model = load_for_training(base, cache)
+    _write(tmp_path / "adapter", base, model, target_modules)
+    ours_TV = packed_logits(model, DOCUMENTS)
+    oracle = load_oracle(cache.folder, torch.float32)
+    with torch.no_grad():
+        without_TV = logits(oracle, DOCUMENTS)
+        theirs_TV = logits(load_adapter(oracle, tmp_path / "adapter"), DOCUMENTS)
+    assert relative_error(ours_TV, theirs_TV) <= 1e-5
+    assert relative_error(without_TV, theirs_TV) > 1e-2  # the adapter does something
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target_modules", TARGETS, ids=str)
+def test_we_load_what_peft_saved_and_give_its_logits(
+    name: str, target_modules: str | list[str], tmp_path: Path
+) -> None:
+    base, cache = prepare(tmp_path / "base", CONFIGS[name])
+    wrapped = _save_with_peft(tmp_path / "adapter", cache, target_modules)
+    with torch.no_grad():
+        theirs_TV = logits(wrapped, DOCUMENTS)
+    model = load_for_training(base, cache)
+    adapter = read_adapter_folder(tmp_path / "adapter", linear_names=list(model.linears))
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= 1e-5
+
+
+def _save_with_peft(folder: Path, cache: NF4Cache, target_modules: str | list[str], **fields: Any) -> Any:
+    oracle = load_oracle(cache.folder, torch.float32)
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=target_modules, task_type="CAUSAL_LM", **fields)
+    wrapped = wrap(oracle, config).train()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in adapter_parameters(wrapped).values():
+        parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def test_the_folder_is_what_other_readers_expect(tmp_path: Path) -> None:
+    base, cache = prepare(tmp_path / "base", CONFIGS["llama"])
+    model = load_for_training(base, cache)
+    weights = _write(tmp_path / "adapter", base, model, ["q_proj", "down_proj"])
+    fields = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    # The fields that PEFT has had since 0.9; an older one fails on any that it does not know.
+    assert fields == {
+        "base_model_name_or_path": str(base.folder),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": 8.0,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": 4,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "revision": None,
+        "target_modules": ["down_proj", "q_proj"],
+        "task_type": "CAUSAL_LM",
+        "use_rslora": False,
+        "use_dora": False,
+    }
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors.keys() == {f"base_model.model.{name}.weight" for name in weights}
+    assert tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (4, 64)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+def test_what_we_write_we_read(tmp_path: Path) -> None:
+    base, cache = prepare(tmp_path / "base", CONFIGS["qwen2"])
+    model = load_for_training(base, cache)
+    weights = _write(tmp_path / "adapter", base, model)
+    adapter = read_adapter_folder(tmp_path / "adapter", linear_names=list(model.linears))
+    assert (adapter.base_name, adapter.revision, adapter.settings) == (str(base.folder), None, lora_settings(model))
+    assert adapter.weights.keys() == weights.keys()
+    assert all(torch.equal(adapter.weights[name], weights[name]) for name in weights)
+
+
+def test_an_adapter_of_another_base_names_the_first_five_differences(tmp_path: Path) -> None:
+    base, cache = prepare(tmp_path / "base", CONFIGS["llama"])
+    _write(tmp_path / "adapter", base, load_for_training(base, cache))
+    other = load_for_training(*prepare(tmp_path / "other", CONFIGS["qwen3"]))
+    adapter = read_adapter_folder(tmp_path / "adapter", linear_names=list(other.linears))
+    with pytest.raises(ConfigError) as error:
+        attach_adapters(other, adapter.settings, adapter.weights, dtype=torch.float32)
+    message = str(error.value)
+    assert message.count("adapter (") == 5
+    assert "q_proj.lora_B: adapter (64, 4), base (128, 4)" in message
+
+
+def _plain_folder(folder: Path, **changes: object) -> Path:
+    """A readable adapter folder, with some fields of its config changed."""
+    folder.mkdir()
+    fields: dict[str, object] = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(fields | changes))
+    save_file({"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 8)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("fan_in_fan_out", True),
+        ("layers_to_transform", [0]),
+        ("exclude_modules", ["k_proj"]),
+        ("layer_replication", [[0, 1], [0, 1]]),
+        ("alora_invocation_tokens", [1, 2]),
+        ("lora_bias", True),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("target_parameters", ["experts"]),
+        ("trainable_token_indices", [3]),
+        ("peft_type", "IA3"),
+    ],
+)
+def test_variants_are_refused_by_name(field: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_adapter_fields(_plain_folder(tmp_path / "adapter", **{field: value}))
+    assert f"{field} = {value!r}" in str(error.value)
+
+
+@pytest.mark.parametrize("field", list(PEFT_DEFAULTS))
+def test_the_defaults_of_peft_are_plain_lora(field: str, tmp_path: Path) -> None:
+    value = json.loads(json.dumps(PEFT_DEFAULTS[field], default=str))
+    assert read_adapter_fields(_plain_folder(tmp_path / "adapter", **{field: value}))[field] == value
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"r": 0},
+        {"r": -1},
+        {"r": "8"},
+        {"r": True},
+        {"r": 2.5},
+        {"lora_alpha": "16"},
+        {"lora_alpha": None},
+        {"lora_dropout": "0.1"},
+        {"target_modules": None},
+        {"target_modules": 3},
+        {"target_modules": [3]},
+    ],
+    ids=str,
+)
+def test_fields_of_a_wrong_type_are_refused(changes: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        read_adapter_fields(_plain_folder(tmp_path / "adapter", **changes))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "3", '{"r": 4}', "[" * 100_000, "\udcff"])
+def test_broken_configs_are_refused(content: str, tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter")
+    (folder / "adapter_config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ConfigError, match="no adapter config"):
+        read_adapter_fields(folder)
+
+
+def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
+        read_adapter_fields(folder)
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(ConfigError, match=r"only adapter_model\.bin, a pickle, which is never read"):
+        read_adapter_fields(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"12345678", b"\xff" * 100])
+def test_broken_weights_are_refused(content: bytes, tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter")
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match="no safetensors file"):
+        read_adapter_folder(folder, linear_names=["q_proj"])
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
+        read_adapter_fields(tmp_path / "nowhere")
+
+
+LINEARS = [
+    f"model.layers.{layer}.{part}" for layer in range(3) for part in ("attn.q_proj", "attn.proj", "mlp.proj", "mlp.up")
+]
+
+
+@settings(max_examples=200)
+@given(chosen=st.sets(st.sampled_from(LINEARS), min_size=1))
+def test_short_names_mean_the_same_linears(chosen: set[str]) -> None:
+    targets = tuple(name for name in LINEARS if name in chosen)
+    assert select_targets(LINEARS, short_target_modules(targets, LINEARS)) == targets
