@@ -12,6 +12,10 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
 _ABSENT = object()
 
 
@@ -37,3 +41,13 @@ def _import_without_hub() -> ModuleType:
 
 bitsandbytes: Any = _import_without_hub()
 functional: Any = bitsandbytes.functional
+
+
+def dynamic_map(*, signed: bool, device: torch.device) -> Tensor:
+    """bitsandbytes' 8-bit dynamic data type: its 256 levels, float32, on `device`.
+
+    The library makes it from Python numbers, which a dry run's fake tensors do not have: made real, then moved.
+    """
+    with unset_fake_temporarily():
+        levels: Tensor = functional.create_dynamic_map(signed=signed)
+    return levels.to(device)

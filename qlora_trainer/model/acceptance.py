@@ -106,7 +106,8 @@ def _losses(small: PreTrainedConfig) -> tuple[Tensor, Tensor]:
     for parameter in reference.parameters():
         # Norm weights start at one and biases at zero, which would hide that one is left out.
         parameter.data += 0.1 * torch.randn_like(parameter)
-    model = assemble(small, _RandomWeights(reference), compute_dtype=torch.float32, device=torch.device("cpu"))
+    skeleton = build_skeleton(small, with_buffers=True)
+    model = assemble(skeleton, _RandomWeights(reference), compute_dtype=torch.float32, device=torch.device("cpu"))
     model.module.eval()
     documents = [torch.randint(1, SMALL_VOCABULARY, (1, length)) for length in DOCUMENT_LENGTHS]
     positions = [torch.arange(length).unsqueeze(0) for length in DOCUMENT_LENGTHS]

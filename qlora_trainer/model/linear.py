@@ -84,6 +84,7 @@ class NF4Linear(nn.Module):
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    code: Tensor | None
     bias: Tensor | None
 
     def __init__(self, weight: nf4.NF4Weight, bias_O: Tensor | None) -> None:
@@ -91,13 +92,13 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.adapter: LoraAdapter | None = None
         self.register_buffer("bias", bias_O, persistent=False)
-        for name in ("packed", "absmax", "nested_absmax", "offset"):
+        for name in ("packed", "absmax", "nested_absmax", "offset", "code"):
             self.register_buffer(name, getattr(weight, name), persistent=False)
 
     @property
     def weight(self) -> nf4.NF4Weight:
         shape = (self.out_features, self.in_features)
-        return nf4.NF4Weight(self.packed, self.absmax, self.nested_absmax, self.offset, shape)
+        return nf4.NF4Weight(self.packed, self.absmax, self.nested_absmax, self.offset, self.code, shape)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

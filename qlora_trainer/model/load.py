@@ -7,6 +7,7 @@ import torch
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import CachedWeights, NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel, assemble
+from qlora_trainer.model.skeleton import build_skeleton
 
 
 def load_quantized(base: Base, cache: NF4Cache, *, compute_dtype: torch.dtype, device: torch.device) -> QuantizedModel:
@@ -18,4 +19,5 @@ def load_quantized(base: Base, cache: NF4Cache, *, compute_dtype: torch.dtype, d
         compute_dtype: dtype of activations and matrix products.
         device: where the weights go, tensor by tensor.
     """
-    return assemble(base.config, CachedWeights(cache.folder), compute_dtype=compute_dtype, device=device)
+    skeleton = build_skeleton(base.config, with_buffers=True)
+    return assemble(skeleton, CachedWeights(cache.folder), compute_dtype=compute_dtype, device=device)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_trainer.hardware.quant_library import functional
+from qlora_trainer.hardware.quant_library import dynamic_map, functional
 
 BLOCKSIZE = 64
 NESTED_BLOCKSIZE = 256
@@ -34,6 +34,7 @@ class NF4Weight:
         absmax: one scale a block; uint8 [ceil(N / 64)] if nested, else float32.
         nested_absmax: float32 [ceil(N / 64 / 256)], or None when the scales are not nested.
         offset: float32 scalar that was taken off the scales before they were nested, or None.
+        code: float32 [256], the levels that nested scales are stored in, one tensor for all weights; else None.
         shape: (out_features, in_features).
     """
 
@@ -41,6 +42,7 @@ class NF4Weight:
     absmax: Tensor
     nested_absmax: Tensor | None
     offset: Tensor | None
+    code: Tensor | None
     shape: tuple[int, int]
 
     @property
@@ -58,8 +60,7 @@ def nf4_code(device: torch.device) -> Tensor:
 @functools.cache
 def nested_code(device: torch.device) -> Tensor:
     """The 256 levels of bitsandbytes' signed dynamic 8-bit map, float32 [256], that the scales are stored in."""
-    code: Tensor = functional.create_dynamic_map().to(device)
-    return code
+    return dynamic_map(signed=True, device=device)
 
 
 def quantize(weight_OI: Tensor, *, double_quant: bool) -> NF4Weight:
@@ -75,19 +76,19 @@ def quantize(weight_OI: Tensor, *, double_quant: bool) -> NF4Weight:
     packed, absmax = (torch.cat(parts) for parts in zip(*pieces, strict=True))
     shape = (weight_OI.shape[0], weight_OI.shape[1])
     if not double_quant:
-        return NF4Weight(packed, absmax, None, None, shape)
+        return NF4Weight(packed, absmax, None, None, None, shape)
     offset = absmax.mean()
     code = nested_code(absmax.device)
     nested, nested_absmax = torch.ops.bitsandbytes.quantize_blockwise.default(absmax - offset, code, NESTED_BLOCKSIZE)
-    return NF4Weight(packed, nested, nested_absmax, offset, shape)
+    return NF4Weight(packed, nested, nested_absmax, offset, code, shape)
 
 
 def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     """The weight as a new dense tensor [out_features, in_features] of `dtype`."""
     absmax = weight.absmax
-    if weight.nested_absmax is not None and weight.offset is not None:
+    if weight.nested_absmax is not None and weight.offset is not None and weight.code is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
-            absmax, weight.nested_absmax, nested_code(absmax.device), NESTED_BLOCKSIZE, torch.float32
+            absmax, weight.nested_absmax, weight.code, NESTED_BLOCKSIZE, torch.float32
         )
         absmax = absmax.add_(weight.offset)
     dense_OI: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
@@ -96,15 +97,15 @@ def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
     return dense_OI
 
 
-def empty(shape: tuple[int, int], *, double_quant: bool, device: torch.device) -> NF4Weight:
-    """A weight with storage but no values, for the meta device and for fake tensors."""
+def empty(shape: tuple[int, int], *, code: Tensor | None, device: torch.device) -> NF4Weight:
+    """A weight with storage but no values, for a dry run; nested where a `code` is given."""
     num_blocks = math.ceil(shape[0] * shape[1] / BLOCKSIZE)
     packed = torch.empty((math.ceil(shape[0] * shape[1] / 2), 1), dtype=torch.uint8, device=device)
-    if not double_quant:
-        return NF4Weight(packed, torch.empty(num_blocks, device=device), None, None, shape)
+    if code is None:
+        return NF4Weight(packed, torch.empty(num_blocks, device=device), None, None, None, shape)
     nested_absmax = torch.empty(math.ceil(num_blocks / NESTED_BLOCKSIZE), device=device)
     absmax = torch.empty(num_blocks, dtype=torch.uint8, device=device)
-    return NF4Weight(packed, absmax, nested_absmax, torch.empty((), device=device), shape)
+    return NF4Weight(packed, absmax, nested_absmax, torch.empty((), device=device), code, shape)
 
 
 def to_checkpoint(name: str, weight: NF4Weight, *, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -141,6 +142,6 @@ def from_checkpoint(name: str, tensors: Mapping[str, Tensor]) -> NF4Weight:
     packed, absmax = tensors[name], tensors[f"{name}.absmax"]
     shape = (state["shape"][0], state["shape"][1])
     if "nested_offset" not in state:
-        return NF4Weight(packed, absmax, None, None, shape)
+        return NF4Weight(packed, absmax, None, None, None, shape)
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=packed.device)
-    return NF4Weight(packed, absmax, tensors[f"{name}.nested_absmax"], offset, shape)
+    return NF4Weight(packed, absmax, tensors[f"{name}.nested_absmax"], offset, nested_code(packed.device), shape)

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.linear import DropoutKeys, NF4Linear
 from qlora_trainer.model.nf4 import NF4Weight
-from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
+from qlora_trainer.model.skeleton import Parts, find_parts
 
 
 class WeightSource(Protocol):
@@ -78,16 +78,21 @@ class QuantizedModel:
 
 
 def assemble(
-    config: PreTrainedConfig, weights: WeightSource, *, compute_dtype: torch.dtype, device: torch.device
+    module: PreTrainedModel, weights: WeightSource, *, compute_dtype: torch.dtype, device: torch.device
 ) -> QuantizedModel:
-    """Build the model of `config` over `weights`; each tensor goes to `device` as it is taken.
+    """Put `weights` into a skeleton; each tensor goes to `device` as it is taken.
 
     1-D parameters (norms, biases) are held in the compute dtype, which is exact for fp32; tables stay as stored.
+
+    Args:
+        module: as `build_skeleton` returned it, its buffers real; it becomes the model.
+        weights: where every parameter comes from.
+        compute_dtype: dtype of activations and matrix products.
+        device: where everything goes.
 
     Raises:
         ConfigError: the architecture is not one that can be trained (see `find_parts`).
     """
-    module = build_skeleton(config, with_buffers=True)
     parts = find_parts(module)
     module.requires_grad_(False)
     dense = {
@@ -102,11 +107,12 @@ def assemble(
     for name, tensor in dense.items():
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
-    nn.Module.to(module, device)  # transformers' override is not typed for a device
     for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, buffer.to(device), persistent=name not in part._non_persistent_buffers_set)
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # the base is frozen: only the adapter's own dropout draws
-    return QuantizedModel(module, linears, head, LogitShape.of(config), compute_dtype, device, DropoutKeys())
+    return QuantizedModel(module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys())
 
 
 def hidden_states(

@@ -3,6 +3,9 @@
 Forward computes the gradient too, chunk by chunk, while the logits are at hand, so each is made once and nothing but
 one [N, H] gradient is kept for backward (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al., 2024).
 
+`logsumexp` and `cross_entropy` make copies of the logits inside, which no trace can see and no budget has room for; the
+softmax is written out, in place, so that one fp32 [C, V] is all there is (and its 16-bit form for the products).
+
 Legend: N supervised positions, C positions in a chunk, H hidden size, V vocabulary.
 """
 
@@ -27,56 +30,96 @@ def chunked_cross_entropy(
         targets_N: int64 token to predict there.
         head: frozen output projection.
         logit_shape: scale and soft cap.
-        chunk_tokens: C; the largest temporaries are two or three fp32 [C, V].
+        chunk_tokens: C; the largest temporaries are one or two fp32 [C, V].
     """
-    arguments = (hidden_NH, targets_N, head, logit_shape, chunk_tokens)
-    loss: Tensor = _ChunkedCrossEntropy.apply(*arguments)  # type: ignore[no-untyped-call]
+    needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
+    loss, _gradient = loss_and_gradient(
+        hidden_NH,
+        targets_N,
+        head.weight,
+        head.bias,
+        logit_shape.scale,
+        logit_shape.softcap,
+        chunk_tokens,
+        needs_gradient,
+    )
     return loss
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_NH: Tensor, targets_N: Tensor, head: FrozenHead, logit_shape: LogitShape, chunk_tokens: int
-    ) -> Tensor:
-        weight_VH = head.weight.to(hidden_NH.dtype)
-        bias_V = None if head.bias is None else head.bias.float()
-        loss = hidden_NH.new_zeros((), dtype=torch.float32)
-        grad_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        for first in range(0, hidden_NH.shape[0], chunk_tokens):
-            chunk = slice(first, first + chunk_tokens)
-            logits_CV = torch.mm(hidden_NH[chunk], weight_VH.t()).float()
-            if bias_V is not None:
-                logits_CV += bias_V
-            tanh_CV = _shape_logits_(logits_CV, logit_shape)
-            targets_C1 = targets_N[chunk].unsqueeze(1)
-            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
-            loss += (lse_C1 - logits_CV.gather(1, targets_C1)).sum()
-            if grad_NH is None:
-                continue
-            grad_CV = logits_CV.sub_(lse_C1).exp_()
+@torch.library.custom_op("qlora_trainer::chunked_cross_entropy", mutates_args=())
+def loss_and_gradient(
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float,
+    chunk_tokens: int,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed)."""
+    weight_VH = weight_VH.to(hidden_NH.dtype)
+    loss = hidden_NH.new_zeros((), dtype=torch.float32)
+    grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
+    for first in range(0, hidden_NH.shape[0], chunk_tokens):
+        chunk = slice(first, first + chunk_tokens)
+        logits_CV = torch.mm(hidden_NH[chunk], weight_VH.t()).float()
+        if bias_V is not None:
+            logits_CV += bias_V.float()
+        tanh_CV = _shape_logits_(logits_CV, scale, softcap)
+        targets_C1 = targets_N[chunk].unsqueeze(1)
+        highest_C1 = logits_CV.amax(-1, keepdim=True)
+        loss += (highest_C1 - logits_CV.gather(1, targets_C1)).sum()
+        exp_CV = logits_CV.sub_(highest_C1).exp_()
+        sum_C1 = exp_CV.sum(-1, keepdim=True)
+        loss += sum_C1.log().sum()
+        if needs_gradient:
+            grad_CV = exp_CV.div_(sum_C1)
             grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=torch.float32))
             if tanh_CV is not None:
                 grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
-            if logit_shape.scale != 1.0:
-                grad_CV.mul_(logit_shape.scale)
+            if scale != 1.0:
+                grad_CV.mul_(scale)
             grad_NH[chunk] = torch.mm(grad_CV.to(weight_VH.dtype), weight_VH)
-        if grad_NH is not None:
-            ctx.save_for_backward(grad_NH)
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grad_outputs[0].to(grad_NH.dtype), None, None, None, None
+            del grad_CV
+        del logits_CV, exp_CV, tanh_CV  # before the next chunk's are made
+    return loss, grad_NH
 
 
-def _shape_logits_(logits_CV: Tensor, logit_shape: LogitShape) -> Tensor | None:
+@loss_and_gradient.register_fake
+def _(
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    scale: float,
+    softcap: float,
+    chunk_tokens: int,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
+    return hidden_NH.new_empty((), dtype=torch.float32), grad_NH
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
+    (grad_NH,) = ctx.saved_tensors
+    return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, None, None, None, None
+
+
+loss_and_gradient.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _shape_logits_(logits_CV: Tensor, scale: float, softcap: float) -> Tensor | None:
     """Scale and cap in place; returns tanh of the scaled logits over the cap where there is one."""
-    if logit_shape.scale != 1.0:
-        logits_CV.mul_(logit_shape.scale)
-    if logit_shape.softcap == 0.0:
+    if scale != 1.0:
+        logits_CV.mul_(scale)
+    if softcap == 0.0:
         return None
-    tanh_CV = torch.tanh(logits_CV / logit_shape.softcap)
-    torch.mul(tanh_CV, logit_shape.softcap, out=logits_CV)
+    tanh_CV = torch.div(logits_CV, softcap).tanh_()
+    torch.mul(tanh_CV, softcap, out=logits_CV)
     return tanh_CV

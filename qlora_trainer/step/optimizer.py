@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.hardware.paging import zeros_paged
-from qlora_trainer.hardware.quant_library import bitsandbytes, functional
+from qlora_trainer.hardware.quant_library import bitsandbytes, dynamic_map
 
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
 # bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB.
@@ -188,14 +188,15 @@ class AdapterOptimizer:
         adamw = bitsandbytes.optim.AdamW(
             list(pieces), weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits
         )
+        signed_map, unsigned_map = (dynamic_map(signed=signed, device=self._device) for signed in (True, False))
         for piece, elements in pieces.items():
             state: dict[str, Any] = {"step": 0}
             state |= {name: flat[elements] for name, flat in self._moments.items()}
             if self._scales:
                 blocks = slice(elements.start // BLOCK_ELEMENTS, elements.stop // BLOCK_ELEMENTS)
                 state |= {name: flat[blocks] for name, flat in self._scales.items()}
-                state["qmap1"] = functional.create_dynamic_map(signed=True).to(self._device)
-                state["qmap2"] = functional.create_dynamic_map(signed=False).to(self._device)
+                state["qmap1"] = signed_map
+                state["qmap2"] = unsigned_map
             adamw.state[piece] = state
         return adamw
 

@@ -1,0 +1,181 @@
+"""The plan as a value: what was decided, what it will take, and what else would have fitted. No torch.
+
+`as_json` is the form of `qlora-trainer plan --json` and of the run folder's `plan.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Optimizer = Literal["adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanKnobs:
+    """Everything that memory depends on and a plan decides.
+
+    Attributes:
+        rank, alpha: of the adapters.
+        seq_len: tokens of the longest document.
+        micro_batch_tokens: tokens that go through the model at once, at most.
+        micro_batches_per_step: in a global batch whose documents are all `seq_len` long.
+        activation_keep_layers: layers whose activations are kept for backward: the last ones.
+        activation_recompute_layers: layers that keep only their input: the first ones.
+        activation_offload_layers: layers whose input waits in host memory; 0, until that lever exists.
+        loss_chunk: positions whose logits exist at the same time.
+        optimizer: width and residency of the AdamW state, as the config names it.
+        embedding_residency: where embedding and head live; "device", until that lever exists.
+    """
+
+    rank: int
+    alpha: float
+    seq_len: int
+    micro_batch_tokens: int
+    micro_batches_per_step: int
+    activation_keep_layers: int
+    activation_recompute_layers: int
+    loss_chunk: int
+    optimizer: Optimizer
+    activation_offload_layers: int = 0
+    embedding_residency: str = "device"
+
+    @property
+    def optimizer_residency(self) -> Literal["device", "paged"]:
+        return "paged" if self.optimizer.startswith("paged") else "device"
+
+    @property
+    def micro_batch_size(self) -> float:
+        """Documents of `seq_len` tokens that go through the model at once."""
+        return self.micro_batch_tokens / self.seq_len
+
+    def as_json(self) -> dict[str, Any]:
+        size = self.micro_batch_size
+        return asdict(self) | {
+            "micro_batch_size": int(size) if size == int(size) else size,
+            "optimizer_residency": self.optimizer_residency,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a set of knobs takes.
+
+    Attributes:
+        allocated_peak_bytes: most bytes of live tensors on the device at once, as its allocator counts them.
+        process_peak_bytes: what the driver (CUDA) or the kernel (CPU: resident set) will show for the process.
+        worst_peak_bytes: the same with all the margins added up; what is compared with the budget.
+        host_peak_bytes: resident host memory of the process; on a CPU the same as `process_peak_bytes`.
+        peak_phase: the phase of `phases` in which the allocated peak occurs.
+        breakdown: category -> bytes at that moment; sums to `allocated_peak_bytes`.
+        resident: category -> bytes that stay for the whole run.
+        phases: phase -> its own allocated peak; the largest equals `allocated_peak_bytes`.
+        tokens_per_second: estimate of the training speed.
+    """
+
+    allocated_peak_bytes: int
+    process_peak_bytes: int
+    worst_peak_bytes: int
+    host_peak_bytes: int
+    peak_phase: str
+    breakdown: Mapping[str, int]
+    resident: Mapping[str, int]
+    phases: Mapping[str, int]
+    tokens_per_second: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """Other knobs that fit, and what they take."""
+
+    knobs: PlanKnobs
+    predicted: Prediction
+
+    def as_json(self) -> dict[str, Any]:
+        return {"knobs": self.knobs.as_json(), "predicted": self.predicted.as_json()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WouldFit:
+    """One change that makes a plan fit which does not: `knob` from `before` to `after`."""
+
+    knob: str
+    before: int | str
+    after: int | str
+    allocated_peak_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "knob": self.knob,
+            "from": self.before,
+            "to": self.after,
+            "allocated_peak_bytes": self.allocated_peak_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontierCell:
+    """The largest micro-batch that fits for one rank and length; zeros where none does."""
+
+    rank: int
+    seq_len: int
+    micro_batch_tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run will do with its memory.
+
+    Attributes:
+        fits: whether `knobs` stay within both budgets; if not, they are the smallest that were allowed.
+        model: what the user called the base.
+        device: "cpu", or the GPU's name.
+        budget_bytes, host_budget_bytes: of the device and of the host; on a CPU the same memory.
+        knobs: what was decided.
+        predicted: what that takes.
+        trainable_parameters: elements of all adapters.
+        gave_up: what was given up to fit, in words, the least first.
+        alternatives: other choices that fit, best first.
+        frontier: rank x seq_len.
+        missing_bytes: by how much the smallest choice is too large; 0 if it fits.
+        would_fit: single changes that would make it fit.
+    """
+
+    fits: bool
+    model: str
+    device: str
+    budget_bytes: int
+    host_budget_bytes: int
+    knobs: PlanKnobs
+    predicted: Prediction
+    trainable_parameters: int
+    gave_up: tuple[str, ...] = ()
+    alternatives: tuple[Alternative, ...] = ()
+    frontier: tuple[FrontierCell, ...] = ()
+    missing_bytes: int = 0
+    would_fit: tuple[WouldFit, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values only; `missing_bytes` and `would_fit` are there where it does not fit."""
+        values: dict[str, Any] = {
+            "fits": self.fits,
+            "model": self.model,
+            "device": self.device,
+            "budget_bytes": self.budget_bytes,
+            "host_budget_bytes": self.host_budget_bytes,
+            "knobs": self.knobs.as_json(),
+            "predicted": self.predicted.as_json(),
+            "trainable_parameters": self.trainable_parameters,
+            "gave_up": list(self.gave_up),
+            "alternatives": [alternative.as_json() for alternative in self.alternatives],
+            "frontier": [asdict(cell) for cell in self.frontier],
+        }
+        if not self.fits:
+            values["missing_bytes"] = self.missing_bytes
+            values["would_fit"] = [change.as_json() for change in self.would_fit]
+        return values
