@@ -55,10 +55,9 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape
             q_BHTD, k_BKTD, v_BKTD, 0.0, True, scale=shape.scale
         )
         return out_BHTD, lse_BHT
-    out_BHTD = scaled_dot_product_attention(
-        q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=shape.scale, enable_gqa=q_BHTD.shape[1] != k_BKTD.shape[1]
+    return fused_attention(q_BHTD, k_BKTD, v_BKTD, shape.scale), q_BHTD.new_zeros(
+        q_BHTD.shape[:-1], dtype=torch.float32
     )
-    return out_BHTD, q_BHTD.new_zeros(q_BHTD.shape[:-1], dtype=torch.float32)
 
 
 def attend_backward(
@@ -75,11 +74,41 @@ def attend_backward(
         return _attend_in_chunks_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape)
     if q_BHTD.device.type == "cpu":
         return _cpu_flash_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape.scale)
+    grads: tuple[Tensor, Tensor, Tensor] = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, shape.scale)
+    return grads
+
+
+@torch.library.custom_op("qlora_trainer::fused_attention", mutates_args=())
+def fused_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+    """The library's causal attention on a GPU: an op of its own, so that a dry run need not know its kernel."""
+    return _library_attention(q_BHTD, k_BKTD, v_BKTD, scale).contiguous()
+
+
+@fused_attention.register_fake
+def _(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+    return q_BHTD.new_empty(q_BHTD.shape)
+
+
+@torch.library.custom_op("qlora_trainer::fused_attention_backward", mutates_args=())
+def fused_attention_backward(
+    grad_BHTD: Tensor, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `fused_attention`: the forward is run again, since the library's kernels save different things."""
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in (q_BHTD, k_BKTD, v_BKTD)]
-        again_BHTD, _ = attend(leaves[0], leaves[1], leaves[2], shape)
+        again_BHTD = _library_attention(leaves[0], leaves[1], leaves[2], scale)
     grads = torch.autograd.grad(again_BHTD, leaves, grad_BHTD)
     return grads[0], grads[1], grads[2]
+
+
+@fused_attention_backward.register_fake
+def _(grad_BHTD: Tensor, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q_BHTD), torch.empty_like(k_BKTD), torch.empty_like(v_BKTD)
+
+
+def _library_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
+    has_groups = q_BHTD.shape[1] != k_BKTD.shape[1]
+    return scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=has_groups)
 
 
 def _cpu_flash_backward(

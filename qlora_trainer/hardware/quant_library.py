@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 _ABSENT = object()
@@ -43,6 +44,12 @@ bitsandbytes: Any = _import_without_hub()
 functional: Any = bitsandbytes.functional
 
 
+def make_adamw(parameters: Sequence[nn.Parameter], *, weight_decay: float, optim_bits: int) -> Any:
+    """bitsandbytes' AdamW, also for fake parameters: it fills its 8-bit maps when it is made."""
+    with unset_fake_temporarily():
+        return bitsandbytes.optim.AdamW(parameters, weight_decay=weight_decay, optim_bits=optim_bits)
+
+
 def dynamic_map(*, signed: bool, device: torch.device) -> Tensor:
     """bitsandbytes' 8-bit dynamic data type: its 256 levels, float32, on `device`.
 
@@ -50,4 +57,4 @@ def dynamic_map(*, signed: bool, device: torch.device) -> Tensor:
     """
     with unset_fake_temporarily():
         levels: Tensor = functional.create_dynamic_map(signed=signed)
-    return levels.to(device)
+    return torch.empty(levels.shape, dtype=torch.float32, device=device).copy_(levels)

@@ -33,6 +33,7 @@ def chunked_cross_entropy(
         chunk_tokens: C; the largest temporaries are one or two fp32 [C, V].
     """
     needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
+    loss: Tensor
     loss, _gradient = loss_and_gradient(
         hidden_NH,
         targets_N,

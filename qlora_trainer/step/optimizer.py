@@ -8,7 +8,7 @@ parameters and state can be saved and loaded by parameter name. The update itsel
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.hardware.paging import zeros_paged
-from qlora_trainer.hardware.quant_library import bitsandbytes, dynamic_map
+from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
 
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
 # bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB.
@@ -97,8 +97,11 @@ class AdapterOptimizer:
     @property
     def num_bytes(self) -> dict[str, int]:
         """Bytes of gradients and of optimizer state (master, moments and their scales)."""
-        state = [self._master, *self._moments.values(), *self._scales.values()]
-        return {"gradient": self.gradient.nbytes, "optimizer": sum(tensor.nbytes for tensor in state)}
+        return {"gradient": self.gradient.nbytes, "optimizer": sum(tensor.nbytes for tensor in self.state_tensors())}
+
+    def state_tensors(self) -> tuple[Tensor, ...]:
+        """Master, moments and their scales: the flat buffers themselves."""
+        return (self._master, *self._moments.values(), *self._scales.values())
 
     def zero_gradients(self) -> None:
         """Forget the gradients of the last step."""
@@ -185,9 +188,7 @@ class AdapterOptimizer:
             piece = nn.Parameter(self._master[first : first + piece_elements], requires_grad=True)
             piece.grad = self.gradient[first : first + piece_elements]
             pieces[piece] = slice(first, first + piece.numel())
-        adamw = bitsandbytes.optim.AdamW(
-            list(pieces), weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits
-        )
+        adamw = make_adamw(list(pieces), weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits)
         signed_map, unsigned_map = (dynamic_map(signed=signed, device=self._device) for signed in (True, False))
         for piece, elements in pieces.items():
             state: dict[str, Any] = {"step": 0}
@@ -199,6 +200,11 @@ class AdapterOptimizer:
                 state["qmap2"] = unsigned_map
             adamw.state[piece] = state
         return adamw
+
+
+def num_flat_elements(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Elements of the flat buffers over parameters of these shapes, each padded to whole blocks."""
+    return sum(_padded(math.prod(shape)) for shape in shapes)
 
 
 def _lay_out(parameters: Mapping[str, nn.Parameter]) -> dict[str, _Place]:

@@ -1,0 +1,54 @@
+"""How fast this machine's CPU does what a training step consists of: a quarter of a second of each."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from qlora_trainer.hardware.device import DTYPES, ComputeDtype, measure_gemm_gflops
+from qlora_trainer.hardware.quant_library import functional
+
+_ELEMENTS = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuSpeed:
+    """Per second: FLOP of matrix products, bytes read or written by simple operations, weights dequantized.
+
+    `launch_seconds` is what one operation costs however small it is, Python and autograd included.
+    """
+
+    flops: float
+    bytes: float
+    unpacked_elements: float
+    launch_seconds: float
+
+
+def measure_cpu_speed(compute_dtype: ComputeDtype) -> CpuSpeed:
+    """Measure it now; where cores are shared, the figures swing by a factor of two."""
+    dtype = DTYPES[compute_dtype]
+    values, out = torch.ones(_ELEMENTS, dtype=dtype), torch.empty(_ELEMENTS, dtype=dtype)
+    packed, state = functional.quantize_4bit(torch.ones(512, 2048), blocksize=64, quant_type="nf4")
+    state.dtype = dtype
+    small = torch.ones(8)
+    return CpuSpeed(
+        flops=measure_gemm_gflops(dtype) * 1e9,
+        # A new result each time, as in a step: its pages are touched for the first time.
+        bytes=2 * out.nbytes / _seconds(lambda: values * 2.0),
+        unpacked_elements=_ELEMENTS / _seconds(lambda: functional.dequantize_4bit(packed, state)),
+        launch_seconds=4 * _seconds(lambda: small * 2.0),
+    )
+
+
+def _seconds(run: Callable[[], object], repeats: int = 9) -> float:
+    run()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

@@ -1,0 +1,86 @@
+"""What library kernels allocate inside themselves: memory that neither their results nor their fake kernels show.
+
+Each figure was read off `torch.profiler`'s memory events (torch 2.13, bitsandbytes 0.50.2), and a test holds it against
+the same counter. Kernels that are not named here allocate nothing but their results.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.hardware.device import num_cpu_threads
+
+# bitsandbytes' CPU updates, in bytes an element of the piece that is updated.
+ADAMW_32BIT_BYTES, ADAMW_8BIT_BYTES = 12, 20
+# bitsandbytes' CPU `quantize_4bit` of a float32 piece, in bytes an element.
+QUANTIZE_4BIT_BYTES = 9.5
+
+
+def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None) -> int:
+    """Bytes that `op` needs beyond its results while it runs.
+
+    Args:
+        op: name of the operation, such as `aten::mm`.
+        args: its positional arguments.
+        num_threads: of CPU kernels; None for all processors that this process may use.
+    """
+    threads = num_cpu_threads() if num_threads is None else num_threads
+    match op:
+        case "aten::_scaled_dot_product_flash_attention_for_cpu":
+            return _cpu_flash_bytes(args[0], threads)
+        case "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
+            return _cpu_flash_backward_bytes(args[1], threads)
+        case "qlora_trainer::fused_attention_backward":
+            return _gpu_flash_backward_bytes(args[1], args[2])
+        case "bitsandbytes::optimizer_update_32bit" if args[1].device.type == "cpu":
+            return ADAMW_32BIT_BYTES * int(args[1].numel())
+        case "bitsandbytes::optimizer_update_8bit_blockwise" if args[1].device.type == "cpu":
+            return ADAMW_8BIT_BYTES * int(args[1].numel())
+        case "bitsandbytes::quantize_4bit" if args[0].device.type == "cpu":
+            return math.ceil(QUANTIZE_4BIT_BYTES * int(args[0].numel()))
+    return 0
+
+
+def _blocks(num_tokens: int) -> tuple[int, int]:
+    """Queries and keys in a block (ATen/native/cpu/FlashAttentionKernel.cpp, `flash_attention_kernel_impl`)."""
+    queries = 256 if num_tokens >= 768 else 64 if num_tokens >= 192 else 32
+    return queries, min(512, num_tokens)
+
+
+def _cpu_flash_bytes(q_BHTD: Tensor, num_threads: int) -> int:
+    """A thread's scores, row maxima, row sums and output block in fp32; 16-bit inputs need 16-bit weights too."""
+    queries, keys = _blocks(q_BHTD.shape[2])
+    num_bytes = 4 * (queries * keys + 2 * queries + queries * q_BHTD.shape[-1])
+    if q_BHTD.dtype != torch.float32:
+        num_bytes += 2 * queries * keys
+    return num_threads * num_bytes
+
+
+def _cpu_flash_backward_bytes(q_BHTD: Tensor, num_threads: int) -> int:
+    """A thread's weights and their gradient in fp32, and one tensor of the size of the queries."""
+    queries, keys = _blocks(q_BHTD.shape[2])
+    return num_threads * 2 * 4 * queries * keys + q_BHTD.numel() * q_BHTD.element_size()
+
+
+def _gpu_flash_backward_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:
+    """FlashAttention 2's backward, with the forward run again before it.
+
+    The forward's output and log-sum-exp; an fp32 accumulator of dq, rounded up to 128 tokens and 32 columns; the row
+    sums; and, where heads share keys, dk and dv for every query head (csrc/flash_attn/flash_api.cpp, `mha_bwd`).
+    """
+    rows, heads, num_tokens, head_dim = q_BHTD.shape
+    tokens, columns = _round_up(num_tokens, 128), _round_up(head_dim, 32)
+    out_bytes = q_BHTD.numel() * q_BHTD.element_size() + 4 * rows * heads * num_tokens
+    accumulator_bytes = 4 * rows * heads * tokens * (columns + 1)
+    expanded_bytes = 0
+    if k_BKTD.shape[1] != heads:
+        expanded_bytes = 2 * q_BHTD.numel() * q_BHTD.element_size()
+    return out_bytes + accumulator_bytes + expanded_bytes
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,160 @@
+"""What a plan may use, and on which device: this machine, a card of the catalogue, or a number of bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from qlora_trainer.config.sizes import format_size
+from qlora_trainer.errors import ConfigError, DoesNotFitError
+from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
+from qlora_trainer.hardware.device import BF16_COMPUTE_CAPABILITY, ComputeDtype, choose_compute_dtype, choose_device
+from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
+from qlora_trainer.hardware.gpu_catalogue import CATALOGUE, Gpu, find_gpu, nearest_by_name
+from qlora_trainer.hardware.memory import available_memory_bytes, total_memory_bytes
+from qlora_trainer.planning.throughput import Speed, gpu_speed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """A device and the memory of it that a run may use.
+
+    Attributes:
+        kind: "cpu" or "cuda".
+        device_name: as a person would call it.
+        budget_bytes: of the device, for the whole run: context, libraries and margins included.
+        host_budget_bytes: of the host; on a CPU the same memory.
+        compute_dtype: what the device multiplies in.
+        memory: from allocated bytes to used ones.
+        speed: for the estimate of time.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    device_name: str
+    budget_bytes: int
+    host_budget_bytes: int
+    compute_dtype: ComputeDtype
+    memory: DeviceMemory
+    speed: Speed
+
+
+def gpu_budget(gpu_name: str | None, vram_bytes: int | None, host_bytes: int | None = None) -> Budget:
+    """A GPU that need not be here.
+
+    Args:
+        gpu_name: of the catalogue; None stands for the smallest card with that much memory.
+        vram_bytes: what the run may use of it; None is all of it.
+        host_bytes: what it may use of the host; None is no limit.
+
+    Raises:
+        ConfigError: no such card, or more memory than it has.
+    """
+    gpu = _smallest_with(vram_bytes) if gpu_name is None else find_gpu(gpu_name)
+    if gpu_name is not None and vram_bytes is not None and vram_bytes > gpu.nominal_gib * 2**30:
+        raise ConfigError(
+            where="--vram",
+            found=format_size(vram_bytes),
+            expected=f"at most the {gpu.nominal_gib} GiB of the {gpu.name}",
+            fix="Lower --vram or choose another --gpu.",
+        )
+    return Budget(
+        kind="cuda",
+        device_name=gpu.name if gpu_name is not None else f"GPU with {format_size(vram_bytes or gpu.memory_bytes)}",
+        budget_bytes=gpu.memory_bytes if vram_bytes is None else vram_bytes,
+        host_budget_bytes=host_bytes or 2**62,
+        compute_dtype="bfloat16" if gpu.compute_capability >= BF16_COMPUTE_CAPABILITY else "float16",
+        memory=cuda_memory(gpu.compute_capability),
+        speed=gpu_speed(gpu),
+    )
+
+
+def cpu_budget(
+    ram_bytes: int | None, *, interpreter_bytes: int | None = None, compute_dtype: ComputeDtype | None = None
+) -> Budget:
+    """This machine's CPU.
+
+    Args:
+        ram_bytes: resident memory of the whole process; None is what is free now.
+        interpreter_bytes: what of it the process takes without model and activations; None for what it usually is.
+        compute_dtype: None for the one that this machine multiplies faster.
+    """
+    cpu = torch.device("cpu")
+    memory = cpu_memory() if interpreter_bytes is None else cpu_memory(interpreter_bytes)
+    budget_bytes = available_memory_bytes(cpu) + (interpreter_bytes or 0) if ram_bytes is None else ram_bytes
+    dtype = compute_dtype or choose_compute_dtype(cpu)
+    measured = measure_cpu_speed(dtype)
+    return Budget(
+        kind="cpu",
+        device_name="CPU",
+        budget_bytes=budget_bytes,
+        host_budget_bytes=budget_bytes,
+        compute_dtype=dtype,
+        memory=memory,
+        speed=Speed(
+            flops=measured.flops,
+            bytes=measured.bytes,
+            unpacked_elements=measured.unpacked_elements,
+            launch_seconds=measured.launch_seconds,
+        ),
+    )
+
+
+def machine_budget(budget_bytes: int | None, host_bytes: int | None, *, interpreter_bytes: int | None) -> Budget:
+    """The device that training takes on this machine, with what is free on it as the upper bound.
+
+    Raises:
+        ConfigError: more is asked for than the device has.
+        DoesNotFitError: nothing is free on the device.
+    """
+    device = choose_device()
+    total = total_memory_bytes(device)
+    if budget_bytes is not None and budget_bytes > total:
+        raise ConfigError(
+            where="memory.budget",
+            found=format_size(budget_bytes),
+            expected=f"at most the {total / 2**30:.1f} GiB of this machine's {device.type}",
+            fix="Lower memory.budget, or set it to auto.",
+        )
+    if device.type == "cpu":
+        limits = [limit for limit in (budget_bytes, host_bytes) if limit is not None]
+        return cpu_budget(min(limits, default=None), interpreter_bytes=interpreter_bytes)
+    free = available_memory_bytes(device)
+    if free < 2**26:
+        raise DoesNotFitError(
+            where="memory.budget",
+            found=f"{free / 2**20:.0f} MiB free on the GPU",
+            expected="some memory to train in",
+            fix="End what is using the GPU (see nvidia-smi).",
+        )
+    name = torch.cuda.get_device_name(device)
+    known = nearest_by_name(name, total_bytes=total)
+    budget = gpu_budget(None if known is None else known.key, min(free, budget_bytes or free), host_bytes)
+    capability = torch.cuda.get_device_capability(device)
+    return Budget(
+        kind="cuda",
+        device_name=name,
+        budget_bytes=budget.budget_bytes,
+        host_budget_bytes=host_bytes or available_memory_bytes(torch.device("cpu")),
+        compute_dtype=choose_compute_dtype(device),
+        memory=cuda_memory(capability),
+        speed=budget.speed,
+    )
+
+
+def _smallest_with(vram_bytes: int | None) -> Gpu:
+    if vram_bytes is None:
+        raise ConfigError(
+            where="plan", found="neither --gpu nor --vram", expected="one of them", fix="Give --vram 8GiB, say."
+        )
+    fitting = [gpu for gpu in CATALOGUE if gpu.nominal_gib * 2**30 >= vram_bytes]
+    if not fitting:
+        most = max(CATALOGUE, key=lambda gpu: gpu.nominal_gib)
+        raise ConfigError(
+            where="--vram",
+            found=format_size(vram_bytes),
+            expected=f"at most {most.nominal_gib} GiB, what the largest card has ({most.name})",
+            fix="Lower --vram: a run uses one card.",
+        )
+    return min(fitting, key=lambda gpu: (gpu.nominal_gib, gpu.tensor_tflops))

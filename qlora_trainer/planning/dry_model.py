@@ -1,0 +1,178 @@
+"""A base on fake tensors: the project's own model, from a config alone, without weights and without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qlora_trainer.model import nf4
+from qlora_trainer.model.activation_policy import decoder_layers
+from qlora_trainer.model.adapters import LoraSettings, attach_adapters
+from qlora_trainer.model.linear import NF4Linear
+from qlora_trainer.model.quantized import QuantizedModel, assemble
+from qlora_trainer.model.skeleton import build_skeleton
+from qlora_trainer.planning.tracker import StorageTracker
+
+
+class _EmptyWeights:
+    """Storages without values, in place of a cache on disk (a `WeightSource`)."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size], *, code: Tensor | None, device: torch.device) -> None:
+        self._shapes, self._code, self._device = shapes, code, device
+
+    def nf4(self, name: str) -> nf4.NF4Weight:
+        rows, columns = self._shapes[name]
+        return nf4.empty((rows, columns), code=self._code, device=self._device)
+
+    def dense(self, name: str) -> Tensor:
+        return torch.empty(self._shapes[name], dtype=torch.bfloat16, device=self._device)
+
+
+@dataclass(frozen=True, slots=True)
+class DryModel:
+    """A quantized model of fake tensors.
+
+    Attributes:
+        model: as training uses it, without adapters.
+        fake_mode: under which everything of it lives.
+        layers: its decoder layers.
+        resident: category -> sizes in bytes of the storages that stay for the whole run.
+        load_peak_bytes: most that was alive while it was loaded.
+    """
+
+    model: QuantizedModel
+    fake_mode: FakeTensorMode
+    layers: tuple[nn.Module, ...]
+    resident: Mapping[str, tuple[int, ...]]
+    load_peak_bytes: int
+
+    @property
+    def final_norm(self) -> nn.Module:
+        """What comes after the last layer; every decoder of transformers calls it so."""
+        base_model: Any = self.model.module.base_model
+        norm: nn.Module = base_model.norm
+        return norm
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+def build_dry_model(
+    config: PreTrainedConfig,
+    *,
+    double_quant: bool,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    alignment_bytes: int,
+) -> DryModel:
+    """Build the model that `load_quantized` would load.
+
+    Args:
+        config: the architecture; of the weights only shapes matter.
+        double_quant, compute_dtype: as for the real one.
+        device: "cpu", or the Python-only accelerator.
+        alignment_bytes: of the device's allocator.
+
+    Raises:
+        ConfigError: the architecture cannot be trained (see `find_parts`).
+    """
+    skeleton = build_skeleton(config, with_buffers=False)
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
+    fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes)
+    with fake_mode, tracker:
+        _materialize_buffers(skeleton, device)
+        code = torch.empty(256, device=device) if double_quant else None
+        weights = _EmptyWeights(shapes, code=code, device=device)
+        model = assemble(skeleton, weights, compute_dtype=compute_dtype, device=device)
+        _tag(model, tracker)
+    # find_parts has refused models whose layers are none of transformers' own.
+    layers = tuple(decoder_layers(model))
+    return DryModel(model, fake_mode, layers, _resident(tracker), tracker.peak_bytes)
+
+
+def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.dtype) -> None:
+    """Give the targets adapters without values; to be called under the fake mode."""
+    weights: dict[str, Tensor] = {}
+    for name in settings.targets:
+        linear = dry.model.linears[name]
+        weights[f"{name}.lora_A"] = torch.empty(settings.rank, linear.in_features, device=dry.model.device)
+        weights[f"{name}.lora_B"] = torch.empty(linear.out_features, settings.rank, device=dry.model.device)
+    attach_adapters(dry.model, settings, weights, dtype=dtype)
+
+
+@contextmanager
+def only_layers(dry: DryModel, indices: Sequence[int]) -> Iterator[list[nn.Module]]:
+    """For a while, the model consists of these of its layers."""
+    parent, name = _owner_of_layers(dry)
+    config: Any = dry.model.module.base_model.config
+    all_layers = getattr(parent, name)
+    before = {"num_hidden_layers": config.num_hidden_layers, **_per_layer_fields(config, dry.num_layers)}
+    chosen = [dry.layers[index] for index in indices]
+    try:
+        setattr(parent, name, nn.ModuleList(chosen))
+        for field, values in before.items():
+            setattr(config, field, len(indices) if isinstance(values, int) else [values[index] for index in indices])
+        yield chosen
+    finally:
+        setattr(parent, name, all_layers)
+        for field, values in before.items():
+            setattr(config, field, values)
+
+
+def layer_kinds(dry: DryModel) -> list[tuple[str, ...]]:
+    """What tells each layer from others: entries of per-layer lists in the config, and the shapes of its linears."""
+    fields = _per_layer_fields(dry.model.module.base_model.config, dry.num_layers)
+    kinds = []
+    for index, layer in enumerate(dry.layers):
+        linears = [part for part in layer.modules() if isinstance(part, NF4Linear)]
+        shapes = str([(linear.in_features, linear.out_features, linear.adapter is not None) for linear in linears])
+        kinds.append((*(str(values[index]) for values in fields.values()), shapes))
+    return kinds
+
+
+def _per_layer_fields(config: Any, num_layers: int) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if isinstance(value, list | tuple) and len(value) == num_layers and num_layers > 0
+    }
+
+
+def _owner_of_layers(dry: DryModel) -> tuple[nn.Module, str]:
+    for part in dry.model.module.modules():
+        for name, child in part.named_children():
+            if isinstance(child, nn.ModuleList) and len(child) == dry.num_layers and child[0] is dry.layers[0]:
+                return part, name
+    raise RuntimeError(f"{type(dry.model.module).__name__} keeps its layers in no list")
+
+
+def _materialize_buffers(skeleton: PreTrainedModel, device: torch.device) -> None:
+    """Rotary frequencies and the like: on meta in the skeleton, some of them plain attributes."""
+    for part in skeleton.modules():
+        made: dict[int, Tensor] = {}
+        for name, tensor in [*part.named_buffers(recurse=False), *vars(part).items()]:
+            if isinstance(tensor, Tensor) and tensor.device.type == "meta":
+                fresh = made.setdefault(id(tensor), torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
+                setattr(part, name, fresh)
+
+
+def _tag(model: QuantizedModel, tracker: StorageTracker) -> None:
+    tracker.tag(model.module.parameters(), "base")
+    for linear in model.linears.values():
+        tracker.tag((linear.packed, linear.bias), "base")
+        tracker.tag((linear.absmax, linear.nested_absmax, linear.offset, linear.code), "quant_state")
+    table: Any = model.module.get_input_embeddings()
+    tracker.tag((model.head.weight, model.head.bias, table.weight), "embedding")
+
+
+def _resident(tracker: StorageTracker) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(sizes) for name, sizes in tracker.live_sizes().items()}

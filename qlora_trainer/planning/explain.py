@@ -1,0 +1,134 @@
+"""What a plan gave up, and what would have to be given up for one that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.sizes import format_size
+from qlora_trainer.planning.plan import WouldFit
+from qlora_trainer.planning.price import Layout, Usage
+from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
+
+_MIN_SEQ_LEN = 64
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A planner's answers: the space for (rank, seq_len), the price of a layout, whether that is within the budget."""
+
+    space: Callable[[int, int], Space]
+    price: Callable[[Layout, str], Usage]
+    is_within: Callable[[Usage, str], bool]
+    config: RunConfig
+    num_layers: int
+
+
+def gave_up(chosen: Candidate, space: Space) -> tuple[str, ...]:
+    """In words, the least first: what is smaller than it could be if there were more memory."""
+    words = []
+    layout = chosen.layout
+    if layout.tokens < space.tokens[-1]:
+        words.append(f"micro-batches of {layout.tokens:,} tokens instead of {space.tokens[-1]:,}")
+    num_given_up = layout.num_recomputed - space.recompute[0]
+    if num_given_up:
+        words.append(
+            f"{num_given_up} {'layer recomputes its' if num_given_up == 1 else 'layers recompute their'} activations"
+        )
+    if chosen.optimizer != space.optimizers[0]:
+        words.append("the AdamW state is 8 bits wide instead of 32")
+    return tuple(words)
+
+
+def would_fit(
+    least: Candidate, space: Space, bound: Bound, *, needed_bytes: int, budget_bytes: int
+) -> tuple[WouldFit, ...]:
+    """Single changes to the smallest plan that make it fit, in the order in which they should be given up.
+
+    Args:
+        least: the smallest plan, which does not fit.
+        space: it was found in.
+        bound: to price others.
+        needed_bytes: what the smallest plan needs of the device.
+        budget_bytes: what there is.
+    """
+    layout, optimizer = least.layout, least.optimizer
+    found: list[WouldFit | None] = [
+        _micro_batch(layout, optimizer, bound),
+        _recompute(layout, optimizer, bound),
+        _loss_chunk(layout, optimizer, bound),
+        _optimizer(layout, optimizer, bound),
+        _seq_len(layout, optimizer, bound),
+        _rank(layout, optimizer, bound),
+        WouldFit(
+            knob="memory.budget",
+            before=format_size(budget_bytes),
+            after=format_size(-(-needed_bytes // _MIB) * _MIB),
+            allocated_peak_bytes=least.usage.peak_bytes,
+        ),
+    ]
+    return tuple(change for change in found if change is not None)
+
+
+def _tried(
+    layout: Layout, optimizer: str, bound: Bound, knob: str, before: int | str, after: int | str
+) -> WouldFit | None:
+    used = bound.price(layout, optimizer)
+    if not bound.is_within(used, optimizer):
+        return None
+    return WouldFit(knob=knob, before=before, after=after, allocated_peak_bytes=used.peak_bytes)
+
+
+def _micro_batch(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    for tokens in reversed(token_steps(layout.seq_len, layout.tokens)[:-1]):
+        smaller = replace(layout, tokens=tokens, loss_chunk=min(layout.loss_chunk, tokens))
+        change = _tried(smaller, optimizer, bound, "memory.micro_batch_tokens", layout.tokens, tokens)
+        if change is not None:
+            return change
+    return None
+
+
+def _recompute(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    if layout.num_recomputed == bound.num_layers:
+        return None
+    every = replace(layout, num_recomputed=bound.num_layers)
+    return _tried(every, optimizer, bound, "memory.activation_checkpointing", "false", "true")
+
+
+def _loss_chunk(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    if layout.loss_chunk <= MIN_LOSS_CHUNK:
+        return None
+    smaller = replace(layout, loss_chunk=MIN_LOSS_CHUNK)
+    return _tried(smaller, optimizer, bound, "memory.loss_chunk_tokens", layout.loss_chunk, MIN_LOSS_CHUNK)
+
+
+def _optimizer(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    if optimizer.endswith("8bit"):
+        return None
+    narrow = optimizer.replace("32bit", "8bit")
+    return _tried(layout, narrow, bound, "training.optimizer", optimizer, narrow)
+
+
+def _seq_len(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    seq_len = 1 << ((layout.seq_len - 1).bit_length() - 1)
+    while seq_len >= _MIN_SEQ_LEN:
+        space = bound.space(layout.rank, seq_len)
+        tokens = token_steps(seq_len, seq_len)[0]
+        shorter = layout_of(replace(space, seq_len=seq_len), tokens, layout.loss_chunk, layout.num_recomputed)
+        change = _tried(shorter, optimizer, bound, "data.seq_len", layout.seq_len, seq_len)
+        if change is not None:
+            return change
+        seq_len //= 2
+    return None
+
+
+def _rank(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    rank = 1 << ((layout.rank - 1).bit_length() - 1) if layout.rank > 1 else 0
+    while rank >= 1:
+        change = _tried(replace(layout, rank=rank), optimizer, bound, "lora.rank", layout.rank, rank)
+        if change is not None:
+            return change
+        rank //= 2
+    return None

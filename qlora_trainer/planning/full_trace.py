@@ -1,0 +1,131 @@
+"""A training step at full depth for one set of knobs, and what the other phases need: what a plan is confirmed with."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from qlora_trainer.model.activation_policy import recompute_layers
+from qlora_trainer.model.adapters import LoraSettings, trainable_parameters
+from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters
+from qlora_trainer.planning.inside import bytes_of, inside_bytes
+from qlora_trainer.planning.shallow_trace import full_micro_batch, marking
+from qlora_trainer.planning.timeline import Level, read_levels
+from qlora_trainer.planning.tracker import StorageTracker
+from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
+from qlora_trainer.step.state import first_non_finite
+from qlora_trainer.step.train_step import accumulate_gradients
+
+
+@dataclass(frozen=True, slots=True)
+class StateTrace:
+    """What the optimizer is and needs, in bytes on the device.
+
+    Attributes:
+        gradient, optimizer: sizes of what stays: the flat gradient; master, moments and their scales.
+        pageable_bytes: of `optimizer`, what a paged optimizer keeps in managed memory or in a file.
+        levels: phase ("optimizer", "save", "resume") -> the most above that.
+    """
+
+    gradient: tuple[int, ...]
+    optimizer: tuple[int, ...]
+    pageable_bytes: int
+    levels: Mapping[str, Level]
+
+
+def trace_state(
+    num_flat_elements: int,
+    *,
+    bits: Literal[8, 32],
+    adapter_dtype: torch.dtype,
+    device: torch.device,
+    alignment_bytes: int,
+) -> StateTrace:
+    """Update, hand out and take back the state of an optimizer over that many elements.
+
+    All adapters together are one parameter here: the optimizer's buffers are flat in any case.
+    """
+    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
+    settings = OptimizerSettings(bits=bits, residency="device", weight_decay=0.0, paging_folder=Path())
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=adapter_dtype, device=device))
+        parameter.grad_dtype = torch.float32
+        optimizer = AdapterOptimizer({"all": parameter}, settings)
+        saved = {name: torch.empty_like(value, device="cpu") for name, value in optimizer.state_dict().items()}
+        with tracker:
+            tracker.mark("optimizer")
+            optimizer.zero_gradients()
+            optimizer.clip_gradients(1.0)
+            optimizer.update(1e-4)
+            tracker.mark("save")
+            first_non_finite(optimizer.state_dict())
+            tracker.mark("resume")
+            optimizer.load_state_dict(saved)
+        flats = optimizer.state_tensors()
+    return StateTrace(
+        gradient=(optimizer.gradient.nbytes,),
+        optimizer=tuple(flat.nbytes for flat in flats),
+        pageable_bytes=sum(flat.nbytes for flat in flats if flat.numel() == num_flat_elements),
+        levels={str(level.label): level for level in read_levels(tracker, alignment_bytes, bytes_of)},
+    )
+
+
+def trace_training(
+    dry: DryModel,
+    settings: LoraSettings,
+    *,
+    adapter_dtype: torch.dtype,
+    document_lengths: Sequence[int],
+    rows: int,
+    num_recomputed: int,
+    loss_chunk_tokens: int,
+    alignment_bytes: int,
+) -> list[Level]:
+    """Forward and backward of one micro-batch through the whole model.
+
+    Args:
+        dry: the model.
+        settings, adapter_dtype: the adapters.
+        document_lengths: of the micro-batch; every token is supervised.
+        rows: rows of one document each that the micro-batch consists of; 1 when packed.
+        num_recomputed: layers that keep only their input.
+        loss_chunk_tokens: as in training.
+        alignment_bytes: of the device's allocator.
+
+    Returns:
+        Part by part, what is alive beyond base, adapters, gradients and optimizer.
+    """
+    device = dry.model.device
+    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
+    num_tokens = sum(document_lengths)
+    with dry.fake_mode, without_collector():
+        attach_dry_adapters(dry, settings, dtype=adapter_dtype)
+        for parameter in trainable_parameters(dry.model).values():
+            parameter.grad = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+        recompute_layers(dry.model, num_recomputed)
+        dry.model.module.train()
+        micro_batch = full_micro_batch(num_tokens, document_lengths, device, rows=rows)
+        with tracker, marking(tracker, dry.layers, dry.final_norm):
+            accumulate_gradients(
+                dry.model, [micro_batch], num_supervised_tokens=num_tokens, loss_chunk_tokens=loss_chunk_tokens
+            )
+    return read_levels(tracker, alignment_bytes, bytes_of)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's cycle collector walks through all of transformers every few thousand operations: not during a trace."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

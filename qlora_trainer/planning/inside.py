@@ -1,0 +1,100 @@
+"""What our own operations allocate inside themselves: their Python code, on fake tensors in a tracker of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_inside_bytes
+from qlora_trainer.model import attention
+from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
+from qlora_trainer.step import loss
+
+ATTENTION = ("qlora_trainer::packed_attention", "qlora_trainer::packed_attention_backward")
+LOSS = "qlora_trainer::chunked_cross_entropy"
+# The undecorated functions behind the operations.
+_BODIES: dict[str, Callable[..., Any]] = {
+    ATTENTION[0]: attention.packed_attention._init_fn,
+    ATTENTION[1]: attention.packed_attention_backward._init_fn,
+    LOSS: loss.loss_and_gradient._init_fn,
+}
+
+
+def inside_bytes(op: str, args: tuple[Any, ...]) -> int | None:
+    """Bytes that `op` needs beyond its results while it runs; the hook of a `StorageTracker`.
+
+    Our own operations are told as 0 and worked out afterwards by `bytes_of`: inside a dispatch, torch no longer takes
+    composite operations apart, and what they allocate would not be seen.
+    """
+    return 0 if op in _BODIES else library_inside_bytes(op, args) or None
+
+
+def bytes_of(inside: Inside) -> int:
+    """The same of recorded arguments."""
+    if inside.op in _BODIES:
+        return _traced_bytes(inside.op, inside.arguments)
+    return library_inside_bytes(inside.op, _as_meta(inside.arguments))
+
+
+def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, rows: int, loss_chunk: int) -> Inside:
+    """The same operation at other sizes: attention sees one document at a time, the loss two chunks (more are alike).
+
+    Args:
+        inside: recorded at `probe_tokens` tokens in one document.
+        tokens: of the micro-batch.
+        seq_len: of the longest document.
+        rows: documents that attention sees at once: 1 when packed.
+        loss_chunk: positions in a chunk of the loss.
+    """
+    if inside.op == LOSS:
+        num_positions = min(tokens, 2 * loss_chunk)
+        arguments = list(_with_tokens(inside.arguments, probe_tokens, num_positions))
+        arguments[6] = loss_chunk
+        return Inside(inside.index, inside.op, tuple(arguments))
+    return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe_tokens, seq_len, rows))
+
+
+def _with_tokens(arguments: tuple[Any, ...], probe_tokens: int, tokens: int, rows: int = 1) -> tuple[Any, ...]:
+    changed: list[Any] = []
+    for value in arguments:
+        if isinstance(value, TensorSpec):
+            shape = tuple(tokens if size == probe_tokens else size for size in value.shape)
+            if rows > 1 and len(shape) == 4 and shape[0] == 1:
+                shape = (rows, *shape[1:])
+            changed.append(TensorSpec(shape, value.dtype, value.device))
+        elif value == (probe_tokens,):  # document lengths
+            changed.append((tokens,))
+        else:
+            changed.append(value)
+    return tuple(changed)
+
+
+@functools.lru_cache(maxsize=4096)
+def _traced_bytes(op: str, arguments: tuple[Any, ...]) -> int:
+    device_types = {value.device.type for value in arguments if isinstance(value, TensorSpec)}
+    tracker = StorageTracker(inside=inside_bytes)
+    with FakeTensorMode(), torch.no_grad():
+        made = [_empty(value) if isinstance(value, TensorSpec) else value for value in arguments]
+        made = [list(value) if isinstance(value, tuple) else value for value in made]
+        with tracker:
+            out = _BODIES[op](*made)
+    if len(device_types) > 1:
+        raise RuntimeError(f"{op} on several devices: {device_types}")
+    results = (out,) if isinstance(out, Tensor) else out
+    kept = {result.untyped_storage()._cdata: result.untyped_storage().nbytes() for result in results}
+    return max(0, tracker.peak_bytes - sum(kept.values()))
+
+
+def _empty(spec: TensorSpec) -> Tensor:
+    return torch.empty(spec.shape, dtype=spec.dtype, device=spec.device)
+
+
+def _as_meta(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Tensors of the right shape and device type, without storage."""
+    with FakeTensorMode():
+        return tuple(_empty(value) if isinstance(value, TensorSpec) else value for value in arguments)

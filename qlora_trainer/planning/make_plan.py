@@ -1,0 +1,353 @@
+"""From a config and a budget to a `Plan`: the model on fake tensors, a few traces, a search, a confirmation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Literal, cast
+
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.device import DTYPES
+from qlora_trainer.hardware.python_accelerator import python_accelerator
+from qlora_trainer.model.adapters import LoraSettings, select_targets
+from qlora_trainer.planning.budget import Budget
+from qlora_trainer.planning.dry_model import DryModel, build_dry_model
+from qlora_trainer.planning.explain import Bound, gave_up, would_fit
+from qlora_trainer.planning.frontier import frontier_cells
+from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training, without_collector
+from qlora_trainer.planning.plan import Alternative, FrontierCell, Optimizer, Plan, PlanKnobs, Prediction
+from qlora_trainer.planning.price import Layout, Prices, Usage, evaluation_level, training_levels, usage
+from qlora_trainer.planning.search import Candidate, Space, chunk_steps, find, smallest, token_steps
+from qlora_trainer.planning.shallow_trace import trace_step
+from qlora_trainer.planning.throughput import Demand, tokens_per_second
+from qlora_trainer.planning.timeline import Level
+from qlora_trainer.step.optimizer import num_flat_elements
+
+DEFAULT_SEQ_LEN = 2048
+MAX_ALTERNATIVES = 4
+MAX_CONFIRMATIONS = 3
+# `lora.rank: max` takes the largest of these that costs less than this share of the speed at the smallest.
+MAX_RANKS, MAX_RANK_COST = (8, 16, 32, 64, 128, 256), 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """What is known of the data: a length as a value, since `planning` knows no data.
+
+    Attributes:
+        seq_len: tokens of the longest document that is kept.
+        mean_tokens: of a document.
+        largest_batch_tokens: of the longest documents that can meet in one global batch.
+    """
+
+    seq_len: int
+    mean_tokens: float
+    largest_batch_tokens: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], *, seq_len: int, global_batch_size: int) -> Documents:
+        """Of the documents that are trained on."""
+        longest = sorted(lengths, reverse=True)[:global_batch_size]
+        repeated = longest + longest[:1] * (global_batch_size - len(longest))  # an epoch may end within a batch
+        return cls(seq_len, sum(lengths) / len(lengths), sum(repeated))
+
+
+def make_plan(
+    config: RunConfig,
+    budget: Budget,
+    *,
+    model_config: PreTrainedConfig,
+    documents: Documents | None = None,
+    with_frontier: bool = False,
+) -> Plan:
+    """Decide everything that `config` leaves to `auto`, within `budget`.
+
+    Args:
+        config: what was asked for; what it pins stays.
+        budget: the device and its memory.
+        model_config: the architecture of `config.model.base`.
+        documents: lengths of the data; None plans for global batches of documents of full length.
+        with_frontier: also work out rank x seq_len.
+
+    Returns:
+        The plan; if nothing fits, the smallest, with `fits` false.
+
+    Raises:
+        ConfigError: documents longer than the model's positions, or an architecture that cannot be trained.
+    """
+    asked_len = config.data.seq_len
+    seq_len = documents.seq_len if documents is not None else DEFAULT_SEQ_LEN if asked_len == "auto" else asked_len
+    _require_positions(seq_len, model_config, config.model.base)
+    size = config.training.global_batch_size
+    documents = documents or Documents(seq_len, float(seq_len), seq_len * size)
+    with without_collector():
+        planner = _Planner.of(config, budget, model_config, documents)
+        plan = planner.plan(config.lora.rank)
+        if with_frontier:
+            plan = replace(plan, frontier=planner.frontier(plan))
+    return plan
+
+
+@dataclass(slots=True)
+class _Planner:
+    """One model on one device, traced; asked for many layouts."""
+
+    config: RunConfig
+    budget: Budget
+    documents: Documents
+    dry: DryModel
+    settings: LoraSettings
+    prices: Prices
+    base: Mapping[str, int]
+    state_of: Callable[[int, Literal[8, 32]], StateTrace]
+
+    @classmethod
+    def of(cls, config: RunConfig, budget: Budget, model_config: PreTrainedConfig, documents: Documents) -> _Planner:
+        device = (python_accelerator() if budget.kind == "cuda" else None) or torch.device("cpu")
+        alignment = budget.memory.alignment_bytes
+        pinned = config.quantization.compute_dtype
+        dry = build_dry_model(
+            model_config,
+            double_quant=config.quantization.double_quant,
+            compute_dtype=DTYPES[budget.compute_dtype if pinned == "auto" else pinned],
+            device=device,
+            alignment_bytes=alignment,
+        )
+        settings = LoraSettings(
+            rank=config.lora.rank,
+            alpha=config.lora.lora_alpha,
+            dropout=config.lora.dropout,
+            targets=select_targets(list(dry.model.linears), config.lora.target_modules),
+        )
+        parts = trace_step(dry, settings, adapter_dtype=DTYPES[config.lora.dtype])
+
+        def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
+            return trace_state(
+                num_elements,
+                bits=bits,
+                adapter_dtype=DTYPES[config.lora.dtype],
+                device=device,
+                alignment_bytes=alignment,
+            )
+
+        base = {name: sum(_rounded(size, alignment) for size in sizes) for name, sizes in dry.resident.items()}
+        prices = Prices(parts, budget.memory)
+        return cls(config, budget, documents, dry, settings, prices, base, lru_cache(maxsize=64)(state_of))
+
+    def plan(self, rank: int) -> Plan:
+        space = self.space(rank, self.documents.seq_len)
+        slack = 0
+        for _ in range(MAX_CONFIRMATIONS):
+            found = find(space, self.price, self.estimate, partial(self.is_within, slack_bytes=slack))
+            if not found:
+                break
+            chosen = self.confirmed(found[0])
+            if self.is_within(chosen.usage, chosen.optimizer):
+                return self._plan(chosen, [chosen, *found[1:]], space)
+            slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
+        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate)), space)
+
+    def space(self, rank: int, seq_len: int) -> Space:
+        """What may vary: everything that the config leaves open."""
+        memory, documents = self.config.memory, self.documents
+        num_layers = self.dry.num_layers
+        tokens: tuple[int, ...]
+        if memory.micro_batch_tokens == "auto":
+            tokens = token_steps(seq_len, max(seq_len, documents.largest_batch_tokens * seq_len // documents.seq_len))
+        else:
+            tokens = token_steps(memory.micro_batch_tokens, memory.micro_batch_tokens)
+        chunk = memory.loss_chunk_tokens
+        policy = memory.activation_checkpointing
+        optimizers: tuple[str, ...] = (self.config.training.optimizer,)
+        if optimizers == ("auto",):
+            prefix = "paged_" if self.budget.kind == "cuda" else ""
+            optimizers = (f"{prefix}adamw_32bit", f"{prefix}adamw_8bit")
+        return Space(
+            rank=rank,
+            seq_len=seq_len,
+            rows_of=(lambda _: 1) if self.config.data.packing else (lambda number: max(1, number // seq_len)),
+            tokens=tokens,
+            loss_chunks=chunk_steps(tokens[-1]) if chunk == "auto" else (chunk,),
+            recompute=(num_layers if policy is True else 0, 0 if policy is False else num_layers),
+            optimizers=optimizers,
+        )
+
+    def price(self, layout: Layout, optimizer: str) -> Usage:
+        levels = {str(level.label): level for level in training_levels(self.prices, layout)}
+        return self._usage(layout, optimizer, levels)
+
+    def confirmed(self, candidate: Candidate) -> Candidate:
+        """The same knobs, traced at full depth."""
+        layout = candidate.layout
+        num_documents, rest = divmod(layout.tokens, layout.seq_len)
+        traced = trace_training(
+            self.dry,
+            replace(self.settings, rank=layout.rank),
+            adapter_dtype=DTYPES[self.config.lora.dtype],
+            document_lengths=[layout.seq_len] * num_documents + [rest] * (rest > 0),
+            rows=layout.rows,
+            num_recomputed=layout.num_recomputed,
+            loss_chunk_tokens=layout.loss_chunk,
+            alignment_bytes=self.budget.memory.alignment_bytes,
+        )
+        levels: dict[str, Level] = {}
+        for level in traced:
+            phase = str(level.label[0]) if isinstance(level.label, tuple) else str(level.label)
+            phase = "forward" if phase == "embed" else phase
+            if phase not in levels or level.peak_bytes > levels[phase].peak_bytes:
+                levels[phase] = level
+        return replace(candidate, usage=self._usage(layout, candidate.optimizer, levels))
+
+    def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
+        state = self.state_of(self.num_elements(layout.rank), _bits(optimizer))
+        alignment = self.budget.memory.alignment_bytes
+        item_bytes = 4 if self.config.lora.dtype == "float32" else 2
+        resident = dict(self.base)
+        adapters = sum(_rounded(rows * columns * item_bytes, alignment) for rows, columns in self.shapes(layout.rank))
+        # An fp32 adapter is its own master: its weights lie in the optimizer's buffer.
+        resident["adapter"] = 0 if self.config.lora.dtype == "float32" else adapters
+        resident["gradient"] = sum(_rounded(size, alignment) for size in state.gradient)
+        resident["optimizer"] = sum(_rounded(size, alignment) for size in state.optimizer)
+        if self.is_paged(optimizer):
+            resident["optimizer"] -= state.pageable_bytes
+        resident["other"] = resident.get("other", 0) + self.budget.memory.workspace_bytes
+        evaluation = {"eval": evaluation_level(self.prices, layout)}
+        return usage(resident, self.dry.load_peak_bytes, {**levels, **evaluation}, state)
+
+    def estimate(self, layout: Layout) -> float:
+        demand = Demand(
+            self.config.training.global_batch_size,
+            self.documents.mean_tokens * layout.seq_len / self.documents.seq_len,
+        )
+        return tokens_per_second(self.prices, layout, demand, self.budget.speed)
+
+    def is_paged(self, optimizer: str) -> bool:
+        return optimizer.startswith("paged")
+
+    def paged_bytes(self, layout: Layout, optimizer: str) -> int:
+        """Optimizer state that torch's allocator does not see; counted as if all of it were resident."""
+        state = self.state_of(self.num_elements(layout.rank), _bits(optimizer))
+        return state.pageable_bytes if self.is_paged(optimizer) else 0
+
+    def is_within(self, used: Usage, optimizer: str, slack_bytes: int = 0) -> bool:
+        paged = self._paged_of(used, optimizer)
+        process = self.budget.memory.process_bytes(used.peak_bytes + slack_bytes, paged)
+        host = self.budget.memory.host_peak_bytes(process)
+        return process <= self.budget.budget_bytes and host <= self.budget.host_budget_bytes
+
+    def _paged_of(self, used: Usage, optimizer: str) -> int:
+        # The gradient is fp32 and flat, so it tells how many elements the optimizer has.
+        state = self.state_of(used.resident["gradient"] // 4, _bits(optimizer))
+        return state.pageable_bytes if self.is_paged(optimizer) else 0
+
+    def shapes(self, rank: int) -> list[tuple[int, int]]:
+        found = []
+        for name in self.settings.targets:
+            linear = self.dry.model.linears[name]
+            found += [(rank, linear.in_features), (linear.out_features, rank)]
+        return found
+
+    def num_elements(self, rank: int) -> int:
+        return num_flat_elements(self.shapes(rank))
+
+    def knobs(self, candidate: Candidate) -> PlanKnobs:
+        layout, pinned = candidate.layout, self.config.memory.micro_batch_tokens
+        batch_tokens = self.config.training.global_batch_size * layout.seq_len
+        alpha = self.config.lora.alpha
+        return PlanKnobs(
+            rank=layout.rank,
+            alpha=2.0 * layout.rank if alpha == "auto" else alpha,
+            seq_len=layout.seq_len,
+            micro_batch_tokens=layout.tokens if pinned == "auto" else pinned,
+            micro_batches_per_step=-(
+                -batch_tokens // max(layout.seq_len, layout.tokens // layout.seq_len * layout.seq_len)
+            ),
+            activation_keep_layers=self.dry.num_layers - layout.num_recomputed,
+            activation_recompute_layers=layout.num_recomputed,
+            loss_chunk=layout.loss_chunk,
+            optimizer=cast(Optimizer, candidate.optimizer),
+        )
+
+    def prediction(self, candidate: Candidate) -> Prediction:
+        used, memory = candidate.usage, self.budget.memory
+        paged = self.paged_bytes(candidate.layout, candidate.optimizer)
+        process = memory.process_bytes(used.peak_bytes, paged)
+        return Prediction(
+            allocated_peak_bytes=used.peak_bytes,
+            process_peak_bytes=process,
+            worst_peak_bytes=memory.worst_bytes(used.peak_bytes, paged),
+            host_peak_bytes=memory.host_peak_bytes(process),
+            peak_phase=used.peak_phase,
+            breakdown=used.breakdown,
+            resident=used.resident,
+            phases=used.phases,
+            tokens_per_second=candidate.tokens_per_second,
+        )
+
+    def _plan(self, chosen: Candidate, found: Sequence[Candidate], space: Space) -> Plan:
+        return Plan(
+            fits=True,
+            model=self.config.model.base,
+            device=self.budget.device_name,
+            budget_bytes=self.budget.budget_bytes,
+            host_budget_bytes=self.budget.host_budget_bytes,
+            knobs=self.knobs(chosen),
+            predicted=self.prediction(chosen),
+            trainable_parameters=sum(rows * columns for rows, columns in self.shapes(chosen.layout.rank)),
+            gave_up=gave_up(chosen, space),
+            alternatives=tuple(
+                Alternative(knobs=self.knobs(one), predicted=self.prediction(one))
+                for one in _different(found)[1 : MAX_ALTERNATIVES + 1]
+            ),
+        )
+
+    def _does_not_fit(self, least: Candidate, space: Space) -> Plan:
+        memory = self.budget.memory
+        paged = self.paged_bytes(least.layout, least.optimizer)
+        process = memory.process_bytes(least.usage.peak_bytes, paged)
+        missing = max(
+            process - self.budget.budget_bytes, memory.host_peak_bytes(process) - self.budget.host_budget_bytes, 1
+        )
+        bound = Bound(self.space, self.price, self.is_within, self.config, self.dry.num_layers)
+        return replace(
+            self._plan(least, [], space),
+            fits=False,
+            alternatives=(),
+            missing_bytes=missing,
+            would_fit=would_fit(least, space, bound, needed_bytes=process, budget_bytes=self.budget.budget_bytes),
+        )
+
+    def frontier(self, plan: Plan) -> tuple[FrontierCell, ...]:
+        return frontier_cells(self.space, self.price, self.estimate, self.is_within, plan.knobs)
+
+
+def _different(found: Sequence[Candidate]) -> list[Candidate]:
+    """One candidate a micro-batch: the same tokens with another loss chunk is no alternative worth showing."""
+    seen: dict[int, Candidate] = {}
+    for candidate in found:
+        seen.setdefault(candidate.layout.tokens, candidate)
+    return list(seen.values())
+
+
+def _require_positions(seq_len: int, model_config: PreTrainedConfig, name: str) -> None:
+    most = getattr(model_config, "max_position_embeddings", None)
+    if most is not None and seq_len > most:
+        raise ConfigError(
+            where="data.seq_len",
+            found=f"{seq_len} tokens",
+            expected=f"at most {most}, the positions of {name}",
+            fix="Lower data.seq_len, or choose a base with a longer context.",
+        )
+
+
+def _bits(optimizer: str) -> Literal[8, 32]:
+    return 8 if optimizer.endswith("8bit") else 32
+
+
+def _rounded(num_bytes: int, alignment_bytes: int) -> int:
+    return -(-num_bytes // alignment_bytes) * alignment_bytes

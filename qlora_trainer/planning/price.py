@@ -1,0 +1,153 @@
+"""Prices a set of knobs from the parts of a step: bytes in every phase, and a roofline estimate of its time.
+
+Parts are put one after the other: embedding, layers forward, loss, layers backward. Each raises the level by its net
+and reaches a peak above it; the maximum over all of them is taken last. Nothing here traces or allocates anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_trainer.hardware.device_memory import DeviceMemory
+from qlora_trainer.planning.full_trace import StateTrace
+from qlora_trainer.planning.inside import LOSS, bytes_of, resized
+from qlora_trainer.planning.shallow_trace import Policy, StepParts
+from qlora_trainer.planning.timeline import Level, Outline, Segment, outline
+from qlora_trainer.planning.tracker import CATEGORIES, Inside
+
+PHASES = ("load", "forward", "loss", "backward", "optimizer", "eval", "save", "resume")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What the bytes of a training step depend on.
+
+    Attributes:
+        rank: of the adapters.
+        tokens: of a micro-batch, all of it supervised.
+        seq_len: of its longest document.
+        rows: documents that attention sees at once, 1 when packed.
+        num_recomputed: layers that keep only their input, the first ones.
+        loss_chunk: positions in a chunk of the loss.
+    """
+
+    rank: int
+    tokens: int
+    seq_len: int
+    rows: int
+    num_recomputed: int
+    loss_chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Allocated bytes of a whole run.
+
+    Attributes:
+        phases: phase -> its own peak.
+        peak_phase: where the largest is.
+        breakdown: category -> bytes at that moment.
+        resident: category -> bytes between two steps.
+    """
+
+    phases: Mapping[str, int]
+    peak_phase: str
+    breakdown: Mapping[str, int]
+    resident: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phases[self.peak_phase]
+
+
+@dataclass(slots=True)
+class Prices:
+    """The parts of a model's step, with what has been worked out of them so far."""
+
+    parts: StepParts
+    memory: DeviceMemory
+    _outlines: dict[tuple[int, int, int, int, int, int], Outline] = field(default_factory=dict)
+
+    def outline(self, segment: Segment, layout: Layout) -> Outline:
+        """A part at given sizes; what only depends on them is worked out once."""
+        chunk = layout.loss_chunk if any(inside.op == LOSS for _, inside in segment.insides) else 0
+        key = (id(segment), layout.rank, layout.tokens, layout.seq_len, layout.rows, chunk)
+        if key not in self._outlines:
+            sizes = segment.sizes(
+                layout.tokens,
+                layout.rank,
+                alignment_bytes=self.memory.alignment_bytes,
+                inside_bytes=lambda inside: bytes_of(self._resized(inside, layout)),
+            )
+            self._outlines[key] = outline(segment, sizes)
+        return self._outlines[key]
+
+    def _resized(self, inside: Inside, layout: Layout) -> Inside:
+        return resized(
+            inside,
+            self.parts.probe.tokens,
+            tokens=layout.tokens,
+            seq_len=layout.seq_len,
+            rows=layout.rows,
+            loss_chunk=layout.loss_chunk,
+        )
+
+
+def training_levels(prices: Prices, layout: Layout) -> list[Level]:
+    """The peak of each part of a training step, beyond base, adapters, gradients and optimizer."""
+    parts = prices.parts
+    policies: list[Policy] = [
+        "recompute" if index < layout.num_recomputed else "keep" for index in range(len(parts.kinds))
+    ]
+    layers = [parts.of_layer(index, policy) for index, policy in enumerate(policies)]
+    order: list[tuple[str, Segment]] = [("forward", parts.embed[policies[0]])]
+    order += [("forward", layer.forward) for layer in layers]
+    order.append(("loss", parts.loss[policies[-1]]))
+    order += [("backward", layer.backward) for layer in reversed(layers)]
+    levels: dict[str, Level] = {}
+    level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
+    for phase, segment in order:
+        own = prices.outline(segment, layout)
+        peak = int(level.sum()) + own.peak_bytes
+        if phase not in levels or peak > levels[phase].peak_bytes:
+            levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (level + own.at_peak).tolist(), strict=True)))
+        level = level + own.net
+    return list(levels.values())
+
+
+def evaluation_level(prices: Prices, layout: Layout) -> Level:
+    """The peak of an evaluation of the same micro-batch: nothing is kept, so a few layers need what all do."""
+    return max(
+        (_evaluated(prices, segment, layout) for segment in prices.parts.evaluation), key=lambda level: level.peak_bytes
+    )
+
+
+def _evaluated(prices: Prices, segment: Segment, layout: Layout) -> Level:
+    own = prices.outline(segment, layout)
+    return Level("eval", own.peak_bytes, dict(zip(CATEGORIES, own.at_peak.tolist(), strict=True)))
+
+
+def usage(resident: Mapping[str, int], load_peak_bytes: int, levels: Mapping[str, Level], state: StateTrace) -> Usage:
+    """Put the phases of a run on top of what is always there.
+
+    Args:
+        resident: category -> bytes of base, adapters, gradients and optimizer, rounded.
+        load_peak_bytes: most that is alive while the base is loaded.
+        levels: "forward", "loss", "backward" and "eval" -> most beyond that.
+        state: the same of the optimizer's phases.
+    """
+    resident_bytes = sum(resident.values())
+    peaks = {"load": load_peak_bytes}
+    for phase, level in {**levels, **state.levels}.items():
+        peaks[phase] = resident_bytes + level.peak_bytes
+    phases = {phase: peaks[phase] for phase in PHASES}
+    peak_phase = max(phases, key=lambda phase: phases[phase])
+    above = {**levels, **state.levels}.get(peak_phase)
+    breakdown = {name: resident.get(name, 0) + (above.at_peak[name] if above is not None else 0) for name in CATEGORIES}
+    if above is None:  # loading: what is not the base yet is workspace
+        breakdown["other"] += load_peak_bytes - sum(breakdown.values())
+    return Usage(phases, peak_phase, breakdown, {name: resident.get(name, 0) for name in CATEGORIES})

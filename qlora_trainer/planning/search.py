@@ -1,0 +1,143 @@
+"""The choice: which knobs stay within a budget, and which of those train fastest.
+
+Sequence length and rank are settled before; among what fits the fastest is taken (micro-batch, layers kept, loss
+chunk), and a budget that is used is no defect: recomputing what could have been kept is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qlora_trainer.planning.price import Layout, Usage
+from qlora_trainer.step.batch import ROW_MULTIPLE
+
+MAX_LOSS_CHUNK, MIN_LOSS_CHUNK = 4096, 64
+# Micro-batches are tried in steps of about this ratio: a finer one changes throughput by less than it is known to.
+TOKEN_STEP = 1.12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Space:
+    """What the search may vary; what the user pinned has one value.
+
+    Attributes:
+        rank, seq_len: settled.
+        rows_per_micro_batch: documents that attention sees at once: of `tokens`, 1 when packed.
+        tokens: micro-batches to try, ascending.
+        loss_chunks: ascending.
+        recompute: fewest and most layers that may be recomputed.
+        optimizers: in order of preference.
+    """
+
+    rank: int
+    seq_len: int
+    rows_of: Callable[[int], int]
+    tokens: tuple[int, ...]
+    loss_chunks: tuple[int, ...]
+    recompute: tuple[int, int]
+    optimizers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Knobs that were priced.
+
+    Attributes:
+        layout: what bytes depend on.
+        optimizer: as the config names it.
+        usage: allocated bytes.
+        tokens_per_second: estimate.
+    """
+
+    layout: Layout
+    optimizer: str
+    usage: Usage
+    tokens_per_second: float
+
+
+Pricer = Callable[[Layout, str], Usage]
+Estimator = Callable[[Layout], float]
+
+
+def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage, str], bool]) -> list[Candidate]:
+    """What fits, fastest first, with the first optimizer that lets anything fit; empty if nothing does."""
+    for optimizer in space.optimizers:
+        found = list(_fitting(space, optimizer, price, estimate, fits))
+        if found:
+            return sorted(found, key=lambda one: (-one.tokens_per_second, one.usage.peak_bytes))
+    return []
+
+
+def smallest(space: Space, price: Pricer, estimate: Estimator) -> Candidate:
+    """The knobs that need least: everything given up that may be."""
+    layout = layout_of(space, space.tokens[0], space.loss_chunks[0], space.recompute[1])
+    candidates = [
+        Candidate(layout, optimizer, price(layout, optimizer), estimate(layout)) for optimizer in space.optimizers
+    ]
+    return min(candidates, key=lambda one: one.usage.peak_bytes)
+
+
+def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int) -> Layout:
+    """One point of the space."""
+    return Layout(
+        rank=space.rank,
+        tokens=tokens,
+        seq_len=space.seq_len,
+        rows=space.rows_of(tokens),
+        num_recomputed=num_recomputed,
+        loss_chunk=min(loss_chunk, tokens),
+    )
+
+
+def token_steps(smallest_tokens: int, largest_tokens: int) -> tuple[int, ...]:
+    """Micro-batches to try: whole rows between the two, about `TOKEN_STEP` apart."""
+    steps = [_whole_rows(smallest_tokens)]
+    while steps[-1] * TOKEN_STEP < largest_tokens:
+        steps.append(_whole_rows(max(steps[-1] + 1, int(steps[-1] * TOKEN_STEP))))
+    if steps[-1] < largest_tokens:
+        steps.append(_whole_rows(largest_tokens))
+    return tuple(steps)
+
+
+def chunk_steps(tokens: int) -> tuple[int, ...]:
+    """Loss chunks to try: powers of two, in steps of four."""
+    steps = [MIN_LOSS_CHUNK]
+    while steps[-1] * 4 <= min(MAX_LOSS_CHUNK, tokens):
+        steps.append(steps[-1] * 4)
+    return tuple(steps)
+
+
+def largest_that(is_fine: Callable[[int], bool], values: Sequence[int]) -> int | None:
+    """The largest of ascending `values` that is fine, where all before it are too; None if the first is not."""
+    if not values or not is_fine(values[0]):
+        return None
+    low, high = 0, len(values) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if is_fine(values[middle]) else (low, middle - 1)
+    return values[low]
+
+
+def _fitting(
+    space: Space, optimizer: str, price: Pricer, estimate: Estimator, fits: Callable[[Usage, str], bool]
+) -> Iterator[Candidate]:
+    fewest, most = space.recompute
+    kept = range(most - fewest + 1)  # layers kept beyond those that must be
+    for loss_chunk in space.loss_chunks:
+        for tokens in space.tokens:
+            if loss_chunk > tokens and loss_chunk != space.loss_chunks[0]:
+                continue
+
+            def is_fine(num_kept: int, tokens: int = tokens, loss_chunk: int = loss_chunk) -> bool:
+                return fits(price(layout_of(space, tokens, loss_chunk, most - num_kept), optimizer), optimizer)
+
+            num_kept = largest_that(is_fine, kept)
+            if num_kept is None:
+                break  # more tokens need more
+            layout = layout_of(space, tokens, loss_chunk, most - num_kept)
+            yield Candidate(layout, optimizer, price(layout, optimizer), estimate(layout))
+
+
+def _whole_rows(tokens: int) -> int:
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE

@@ -1,0 +1,248 @@
+"""A training step over a few of a model's layers, traced once: the parts that every deeper step is made of.
+
+The layers are the first one, whose input needs no gradient, and one more of each kind (windowed or full attention,
+...); they are traced recomputed, then kept. `price` puts the parts together for any depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.model.activation_policy import recompute_layers
+from qlora_trainer.model.adapters import LoraSettings, trainable_parameters
+from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, layer_kinds, only_layers
+from qlora_trainer.planning.inside import LOSS, inside_bytes
+from qlora_trainer.planning.timeline import Probe, Segment, choose_probe, read_segments
+from qlora_trainer.planning.tracker import StorageTracker, TensorSpec
+from qlora_trainer.planning.work import WorkSum, sum_work
+from qlora_trainer.step.batch import MicroBatch
+from qlora_trainer.step.train_step import accumulate_gradients, evaluate
+
+Policy = Literal["recompute", "keep"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """One layer's share of a step."""
+
+    forward: Segment
+    backward: Segment
+    forward_work: WorkSum
+    backward_work: WorkSum
+    query_spec: TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """What a training step is made of.
+
+    Attributes:
+        probe: where it was traced.
+        embed, loss: before the first layer, and from the last layer's output to its gradient, by that layer's policy.
+        layers: (kind, policy, is first layer) -> parts.
+        kinds: the kind of each layer of the whole model.
+        evaluation: the parts of an evaluation over the same few layers, without gradients.
+        head_spec: what the loss is given: hidden states and the output projection.
+    """
+
+    probe: Probe
+    embed: Mapping[Policy, Segment]
+    loss: Mapping[Policy, Segment]
+    embed_work: WorkSum
+    loss_work: WorkSum
+    layers: Mapping[tuple[int, Policy, bool], LayerParts]
+    kinds: tuple[int, ...]
+    evaluation: tuple[Segment, ...]
+    head_spec: tuple[TensorSpec, TensorSpec]
+
+    def of_layer(self, index: int, policy: Policy) -> LayerParts:
+        return self.layers[self.kinds[index], policy, index == 0]
+
+
+def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dtype) -> StepParts:
+    """Trace a step over a few layers of `dry`.
+
+    Args:
+        dry: the whole model, without adapters.
+        settings: targets and dropout; rank and scale do not matter.
+        adapter_dtype: what the adapters are held in.
+    """
+    names = layer_kinds_with_targets(dry, settings)
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(names))}
+    kinds = tuple(numbers[name] for name in names)
+    probe = choose_probe(size for sizes in dry.resident.values() for size in sizes)
+    indices = [0, *(next(i for i in range(1, len(kinds)) if kinds[i] == kind) for kind in dict.fromkeys(kinds[1:]))]
+    layers: dict[tuple[int, Policy, bool], LayerParts] = {}
+    embed: dict[Policy, Segment] = {}
+    loss: dict[Policy, Segment] = {}
+    policies: tuple[Policy, ...] = ("recompute", "keep")
+    for policy in policies:
+        num_recomputed = len(indices) if policy == "recompute" else 0
+        traced = _trace(dry, settings, indices, num_recomputed, probe, adapter_dtype)
+        embed[policy], loss[policy] = traced.segments["embed"], traced.segments["loss"]
+        for place, index in enumerate(indices):
+            layers[kinds[index], policy, index == 0] = traced.layer(place)
+    return StepParts(
+        probe=probe,
+        embed=embed,
+        loss=loss,
+        embed_work=traced.work["embed"],
+        loss_work=traced.work["loss"],
+        layers=layers,
+        kinds=kinds,
+        evaluation=(_trace_evaluation(dry, indices, probe),),
+        head_spec=traced.head_spec,
+    )
+
+
+def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tuple[str, ...]]:
+    """`layer_kinds`, told apart also by which of a layer's linears carry an adapter."""
+    targets = set(settings.targets)
+    chosen = []
+    names = {id(linear): name for name, linear in dry.model.linears.items()}
+    for kind, layer in zip(layer_kinds(dry), dry.layers, strict=True):
+        own = [names[id(part)] in targets for part in layer.modules() if id(part) in names]
+        chosen.append((*kind, str(own)))
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    segments: Mapping[object, Segment]
+    work: Mapping[object, WorkSum]
+
+    def layer(self, place: int) -> LayerParts:
+        forward, backward = ("forward", place), ("backward", place)
+        query_spec = next(
+            inside.arguments[1]
+            for _, inside in self.segments[backward].insides
+            if inside.op == "qlora_trainer::packed_attention_backward"
+        )
+        return LayerParts(
+            self.segments[forward], self.segments[backward], self.work[forward], self.work[backward], query_spec
+        )
+
+    @property
+    def head_spec(self) -> tuple[TensorSpec, TensorSpec]:
+        inside = next(inside for _, inside in self.segments["loss"].insides if inside.op == LOSS)
+        return inside.arguments[0], inside.arguments[2]
+
+
+def _trace(
+    dry: DryModel,
+    settings: LoraSettings,
+    indices: Sequence[int],
+    num_recomputed: int,
+    probe: Probe,
+    adapter_dtype: torch.dtype,
+) -> _Traced:
+    tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes, record_work=True)
+    probed = LoraSettings(probe.rank, settings.alpha, settings.dropout, settings.targets)
+    with dry.fake_mode, only_layers(dry, indices) as chosen:
+        own = {id(part) for layer in chosen for part in layer.modules()}
+        targets = tuple(name for name in probed.targets if id(dry.model.linears[name]) in own)
+        attach_dry_adapters(dry, LoraSettings(probed.rank, probed.alpha, probed.dropout, targets), dtype=adapter_dtype)
+        for parameter in trainable_parameters(dry.model).values():
+            parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        recompute_layers(dry.model, num_recomputed)
+        dry.model.module.train()
+        micro_batch = full_micro_batch(probe.tokens, (probe.tokens,), dry.model.device)
+        with tracker, marking(tracker, chosen, dry.final_norm):
+            accumulate_gradients(
+                dry.model, [micro_batch], num_supervised_tokens=probe.tokens, loss_chunk_tokens=probe.tokens
+            )
+            tracker.mark("end")
+    return _Traced(read_segments(tracker, probe), sum_work(tracker, probe))
+
+
+def _trace_evaluation(dry: DryModel, indices: Sequence[int], probe: Probe) -> Segment:
+    """Nothing is kept without gradients, so a few layers need as much as all of them. The adapters of before serve."""
+    tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes)
+    with dry.fake_mode, only_layers(dry, indices):
+        micro_batch = full_micro_batch(probe.tokens, (probe.tokens,), dry.model.device)
+        with tracker:
+            tracker.mark("eval")
+            evaluate(dry.model, [micro_batch], loss_chunk_tokens=probe.tokens)
+            del micro_batch
+    return read_segments(tracker, probe)["eval"]
+
+
+def full_micro_batch(
+    num_tokens: int, document_lengths: Sequence[int], device: torch.device, *, rows: int = 1
+) -> MicroBatch:
+    """A micro-batch in the worst case: no padding, every token supervised. Under a fake mode it has no values.
+
+    With more than one row, each holds one document, and `num_tokens` is cut to whole rows.
+    """
+
+    def whole(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=device)
+
+    return MicroBatch(
+        input_ids_BT=whole(rows, num_tokens // rows),
+        position_ids_BT=whole(rows, num_tokens // rows),
+        document_lengths=tuple(document_lengths) if rows == 1 else (num_tokens // rows,),
+        source_positions_N=whole(num_tokens),
+        targets_N=whole(num_tokens),
+        row_keys_T=whole(num_tokens),
+        num_tokens=num_tokens,
+    )
+
+
+@contextmanager
+def marking(tracker: StorageTracker, layers: Sequence[nn.Module], final_norm: nn.Module) -> Iterator[None]:
+    """While active, layers mark their forward and backward in the tracker, and what they recompute.
+
+    Marks: "embed", ("forward", 0), ..., "loss", ("backward", last), ..., ("backward", 0). A layer's forward lasts until
+    the next module begins, since only then the caller lets go of what went into the layer.
+    """
+
+    def before(place: int) -> Any:
+        return lambda *_: tracker.mark(("forward", place))
+
+    def after(place: int) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+            hidden = out[0] if isinstance(out, tuple) else out
+            if hidden.requires_grad:
+                hidden.register_hook(lambda _: tracker.mark(("backward", place)))
+
+        return hook
+
+    tracker.mark("embed")
+    with ExitStack() as stack:
+        for place, layer in enumerate(layers):
+            stack.callback(layer.register_forward_pre_hook(before(place)).remove)
+            stack.callback(layer.register_forward_hook(after(place)).remove)
+            stack.enter_context(_noting_recomputation(tracker, layer))
+        stack.callback(final_norm.register_forward_pre_hook(lambda *_: tracker.mark("loss")).remove)
+        yield
+
+
+@contextmanager
+def _noting_recomputation(tracker: StorageTracker, layer: nn.Module) -> Iterator[None]:
+    """While active, what `layer` makes when it is computed again counts as `recompute`."""
+    checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+    if checkpoint is None:
+        yield
+        return
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
+            if torch._C._current_graph_task_id() == -1:  # autograd is not running: this is the forward itself
+                return function(*inner_args, **inner_kwargs)
+            with tracker.as_category("recompute"):
+                return function(*inner_args, **inner_kwargs)
+
+        return checkpoint(run, *args, **kwargs)
+
+    layer.__dict__["_gradient_checkpointing_func"] = noted
+    try:
+        yield
+    finally:
+        layer.__dict__["_gradient_checkpointing_func"] = checkpoint

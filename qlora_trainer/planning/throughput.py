@@ -1,0 +1,119 @@
+"""How long a step takes, by a roofline: products at the device's rate, everything else at its bandwidth, launches.
+
+Williams et al., "Roofline: an insightful visual performance model" (2009). Only the order of candidates and the figure
+that is shown depend on it; nothing that is learned does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qlora_trainer.hardware.gpu_catalogue import Gpu
+from qlora_trainer.planning.price import Layout, Prices
+from qlora_trainer.planning.tracker import TensorSpec
+from qlora_trainer.planning.work import WorkSum
+
+# Shares of the data sheet's figures that a training step reaches, and the cost of starting a kernel; the same for every
+# card and model. benchmarks/published_memory.py shows how far they carry (docs/log.md).
+GPU_PRODUCT_SHARE, GPU_BANDWIDTH_SHARE, GPU_LAUNCH_SECONDS = 0.70, 0.80, 6e-6
+# Causal attention is half of a full product, and its kernels reach about this share of the product rate.
+ATTENTION_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What a device does in a second.
+
+    Attributes:
+        flops: of matrix products.
+        bytes: read or written by everything else.
+        unpacked_elements: weights dequantized.
+        launch_seconds: of starting one operation.
+    """
+
+    flops: float
+    bytes: float
+    unpacked_elements: float
+    launch_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a training run asks for.
+
+    Attributes:
+        global_batch_size: documents an optimizer step.
+        mean_tokens: of a document.
+    """
+
+    global_batch_size: int
+    mean_tokens: float
+
+
+def gpu_speed(gpu: Gpu) -> Speed:
+    """Of a card of the catalogue."""
+    bandwidth = gpu.bandwidth_gbps * 1e9 * GPU_BANDWIDTH_SHARE
+    return Speed(
+        flops=gpu.tensor_tflops * 1e12 * GPU_PRODUCT_SHARE,
+        bytes=bandwidth,
+        unpacked_elements=bandwidth / 2.52,  # half a byte read, two bytes written
+        launch_seconds=GPU_LAUNCH_SECONDS,
+    )
+
+
+def tokens_per_second(prices: Prices, layout: Layout, demand: Demand, speed: Speed) -> float:
+    """Tokens trained on in a second.
+
+    A micro-batch costs a part that does not depend on its tokens (unpacking every weight, launches) and a part that
+    does, so a global batch costs the first once for each of its micro-batches.
+    """
+    tokens = demand.global_batch_size * demand.mean_tokens
+    num_micro_batches = max(1, -(-tokens // layout.tokens))
+    fixed, full = (_seconds(prices, layout, number, demand, speed) for number in (0, layout.tokens))
+    return float(tokens / (num_micro_batches * fixed + tokens * (full - fixed) / layout.tokens))
+
+
+def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed: Speed) -> float:
+    parts = prices.parts
+    num_kept = len(parts.kinds) - layout.num_recomputed
+    total = _part_seconds(parts.embed_work, layout, tokens, speed) + _part_seconds(
+        parts.loss_work, layout, tokens, speed
+    )
+    for index in range(len(parts.kinds)):
+        own = parts.of_layer(index, "recompute" if index < len(parts.kinds) - num_kept else "keep")
+        total += _part_seconds(own.forward_work, layout, tokens, speed)
+        total += _part_seconds(own.backward_work, layout, tokens, speed)
+        passes = 3.5 + (1 if index < layout.num_recomputed else 0)  # backward is 2.5 forwards (Dao, 2023)
+        total += passes * tokens * _attention_flops_per_token(own.query_spec, demand) / (speed.flops * ATTENTION_SHARE)
+    total += _loss_seconds(prices, layout, tokens, speed)
+    return total
+
+
+def _part_seconds(work: WorkSum, layout: Layout, tokens: int, speed: Speed) -> float:
+    flops, moved = work.at(tokens, layout.rank)
+    return (
+        flops / speed.flops
+        + moved / speed.bytes
+        + work.unpacked_elements / speed.unpacked_elements
+        + work.launches * speed.launch_seconds
+    )
+
+
+def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
+    """Of a causal forward pass over documents of the mean length: two products over half of the pairs."""
+    heads, head_dim = query.shape[1], query.shape[3]
+    return 2.0 * demand.mean_tokens * heads * head_dim
+
+
+def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> float:
+    """Two products with the head, and about eight passes over fp32 logits; launches a chunk."""
+    hidden, head = prices.parts.head_spec
+    vocabulary = head.shape[0]
+    num_chunks = -(-layout.tokens // layout.loss_chunk)
+    upcast = head.shape[0] * head.shape[1] * (6 if hidden.dtype.itemsize == 4 else 0)  # read in 16 bits, written in 32
+    return (
+        4.0 * tokens * vocabulary * hidden.shape[1] / speed.flops
+        + 32.0 * tokens * vocabulary / speed.bytes
+        + upcast / speed.bytes
+        + 14 * num_chunks * speed.launch_seconds
+    )

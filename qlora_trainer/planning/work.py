@@ -1,0 +1,71 @@
+"""How much a step computes and moves, summed over the parts of a trace; sizes again as functions of tokens and rank.
+
+Legend: monomials 1, T, R, T x R.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_trainer.planning.timeline import Probe
+from qlora_trainer.planning.tracker import StorageTracker, Work
+
+_UNPACK = "bitsandbytes::dequantize_4bit"
+_OURS = "qlora_trainer::"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkSum:
+    """Sums over one part.
+
+    Attributes:
+        flops: of matrix products, factors of the four monomials.
+        moved_bytes: read and written by everything else, likewise.
+        unpacked_elements: weights that were dequantized.
+        launches: operations that compute.
+    """
+
+    flops: NDArray[np.float64]
+    moved_bytes: NDArray[np.float64]
+    unpacked_elements: int
+    launches: int
+
+    def at(self, tokens: int, rank: int) -> tuple[float, float]:
+        """(FLOPs, bytes) for these values."""
+        monomials = np.array([1.0, tokens, rank, tokens * rank])
+        return float(self.flops @ monomials), float(self.moved_bytes @ monomials)
+
+
+def sum_work(tracker: StorageTracker, probe: Probe) -> dict[object, WorkSum]:
+    """The work of each marked part of a trace."""
+    starts = [start for start, _ in tracker.events.marks]
+    parts: dict[object, list[Work]] = {label: [] for _, label in tracker.events.marks}
+    for work in tracker.work:
+        place = bisect_right(starts, work.index) - 1
+        if place >= 0:
+            parts[tracker.events.marks[place][1]].append(work)
+    return {label: _sum(own, probe) for label, own in parts.items()}
+
+
+def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
+    flops, moved_bytes, unpacked_elements = np.zeros(4), np.zeros(4), 0
+    for work in part:
+        if work.op == _UNPACK:
+            unpacked_elements += 2 * work.moved[0]  # two weights a packed byte
+        elif work.flops:
+            _add(flops, work.flops, probe)
+        elif not work.op.startswith(_OURS):  # their work depends on documents and chunks: see `throughput`
+            for num_bytes in work.moved:
+                _add(moved_bytes, num_bytes, probe)
+    return WorkSum(flops, moved_bytes, unpacked_elements, len(part))
+
+
+def _add(factors: NDArray[np.float64], number: int, probe: Probe) -> None:
+    has_tokens, has_rank = number % probe.tokens == 0, number % probe.rank == 0
+    factor = number // (probe.tokens if has_tokens else 1) // (probe.rank if has_rank else 1)
+    factors[int(has_tokens) + 2 * int(has_rank)] += factor
