@@ -10,7 +10,9 @@ import typer
 from qlora_trainer.cli.options import ConfigFile, Overrides
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import check_inputs
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rows import read_rows
+from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.run.trackers import check_trackers
 
 
@@ -23,8 +25,15 @@ def train(
             metavar="auto|PATH", help="Go on from the newest good checkpoint of the run folder, or from PATH."
         ),
     ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Check the data and plan the memory; load and write nothing.")
+    ] = False,
 ) -> None:
     """Fine-tune a 4-bit base with LoRA adapters."""
+    if dry and resume is not None:
+        raise ConfigError(
+            where="train", found="--dry-run with --resume", expected="one of them", fix="Leave --resume out."
+        )
     config = load_config(config_file, overrides or ())
     check_inputs(config, resume=resume is not None)
     for name in (config.data.train, config.data.eval):
@@ -33,8 +42,28 @@ def train(
 
     check_trackers(config.output.trackers)
 
+    if dry:
+        _dry_run(config)
+        return
+
     from qlora_trainer.report.progress import show
     from qlora_trainer.report.screen import stdout_console
     from qlora_trainer.run.loop import train as run
 
     show(run(config, resume=resume), stdout_console())
+
+
+def _dry_run(config: RunConfig) -> None:
+    from qlora_trainer.report.plan_tables import plan_report
+    from qlora_trainer.report.screen import stdout_console
+    from qlora_trainer.run.dry_run import dry_run
+    from qlora_trainer.run.records import Preparing
+
+    console = stdout_console()
+    for told in dry_run(config):
+        if isinstance(told, Preparing):
+            console.print(told.what)
+            continue
+        console.print(plan_report(told))
+        if not told.fits:
+            raise typer.Exit(DoesNotFitError.exit_code)

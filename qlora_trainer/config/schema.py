@@ -172,8 +172,10 @@ class MemorySection(Section):
     micro_batch_tokens: Annotated[int, Field(ge=8)] | Auto = Field(
         "auto", description="Tokens in one forward and backward pass; at least data.seq_len."
     )
-    activation_checkpointing: bool | Auto = Field(
-        "auto", description="Recompute each layer in the backward pass instead of keeping its activations."
+    activation_checkpointing: bool | Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Recompute every layer in the backward pass instead of keeping its activations (true), none "
+        "(false), or this many, the first ones.",
     )
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="Positions whose logits exist at the same time."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,11 +32,23 @@ def process_peak_bytes() -> int:
     raise RuntimeError("/proc/self/status has no VmHWM line")
 
 
+def resident_bytes() -> int:
+    """Resident memory of this process now, mapped file pages included."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def release_free_memory() -> None:
+    """Ask glibc to give back what is free at the end and in the middle of its heaps; elsewhere nothing happens."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def read_memory(device: torch.device) -> MemoryReading:
     """Memory in use on `device` now and at its peak."""
     if device.type == "cuda":
         return MemoryReading(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
-    return MemoryReading(psutil.Process().memory_info().rss, process_peak_bytes())
+    return MemoryReading(resident_bytes(), process_peak_bytes())
 
 
 def total_memory_bytes(device: torch.device) -> int:
@@ -57,6 +70,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _CPU_ALLOCATOR_MESSAGE in str(error)
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let the peak start anew from what is in use now: what preparing took is not what training takes."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current resident set
+    except OSError:  # not everywhere allowed: then the peak is that of the whole process
+        return
 
 
 def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:

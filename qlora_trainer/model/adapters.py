@@ -72,9 +72,14 @@ def select_targets(linear_names: Sequence[str], target_modules: str | Sequence[s
 
 
 def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype: torch.dtype, seed: int) -> None:
-    """Give every target a fresh adapter: A uniform in +-1/sqrt(I) as in PEFT, B zero, so the model starts unchanged.
+    """Give every target the adapter that training starts from, rounded to `dtype`; see `initial_weights`."""
+    attach_adapters(model, settings, initial_weights(model, settings, seed=seed), dtype=dtype)
 
-    Each A is drawn from (seed, its name) alone, in fp32, then rounded to `dtype`.
+
+def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int) -> dict[str, Tensor]:
+    """Fresh adapters: A uniform in +-1/sqrt(I) as in PEFT, B zero, so the model starts unchanged.
+
+    Each A is drawn from (seed, its name) alone, in fp32.
     """
     weights = {}
     for name in settings.targets:
@@ -84,7 +89,7 @@ def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype:
         a_RI = torch.empty(settings.rank, linear.in_features).uniform_(-bound, bound, generator=generator)
         weights[f"{name}.lora_A"] = a_RI
         weights[f"{name}.lora_B"] = torch.zeros(linear.out_features, settings.rank)
-    attach_adapters(model, settings, weights, dtype=dtype)
+    return weights
 
 
 def attach_adapters(

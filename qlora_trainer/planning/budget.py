@@ -13,7 +13,7 @@ from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
 from qlora_trainer.hardware.device import BF16_COMPUTE_CAPABILITY, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
 from qlora_trainer.hardware.gpu_catalogue import CATALOGUE, Gpu, find_gpu, nearest_by_name
-from qlora_trainer.hardware.memory import available_memory_bytes, total_memory_bytes
+from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
 from qlora_trainer.planning.throughput import Speed, gpu_speed
 
 
@@ -70,28 +70,24 @@ def gpu_budget(gpu_name: str | None, vram_bytes: int | None, host_bytes: int | N
     )
 
 
-def cpu_budget(
-    ram_bytes: int | None, *, interpreter_bytes: int | None = None, compute_dtype: ComputeDtype | None = None
-) -> Budget:
+def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = None) -> Budget:
     """This machine's CPU.
 
     Args:
-        ram_bytes: resident memory of the whole process; None is what is free now.
-        interpreter_bytes: what of it the process takes without model and activations; None for what it usually is.
+        ram_bytes: resident memory of the whole process; None is what is free now, and what this process has already.
         compute_dtype: None for the one that this machine multiplies faster.
     """
     cpu = torch.device("cpu")
-    memory = cpu_memory() if interpreter_bytes is None else cpu_memory(interpreter_bytes)
-    budget_bytes = available_memory_bytes(cpu) + (interpreter_bytes or 0) if ram_bytes is None else ram_bytes
+    budget_bytes = available_memory_bytes(cpu) + resident_bytes() if ram_bytes is None else ram_bytes
     dtype = compute_dtype or choose_compute_dtype(cpu)
     measured = measure_cpu_speed(dtype)
     return Budget(
         kind="cpu",
-        device_name="CPU",
+        device_name="cpu",
         budget_bytes=budget_bytes,
         host_budget_bytes=budget_bytes,
         compute_dtype=dtype,
-        memory=memory,
+        memory=cpu_memory(),
         speed=Speed(
             flops=measured.flops,
             bytes=measured.bytes,
@@ -101,8 +97,14 @@ def cpu_budget(
     )
 
 
-def machine_budget(budget_bytes: int | None, host_bytes: int | None, *, interpreter_bytes: int | None) -> Budget:
+def machine_budget(
+    budget_bytes: int | None, host_bytes: int | None, compute_dtype: ComputeDtype | None = None
+) -> Budget:
     """The device that training takes on this machine, with what is free on it as the upper bound.
+
+    Args:
+        budget_bytes, host_bytes: what was asked for; None is what is free.
+        compute_dtype: None for the one that the device multiplies faster.
 
     Raises:
         ConfigError: more is asked for than the device has.
@@ -119,7 +121,7 @@ def machine_budget(budget_bytes: int | None, host_bytes: int | None, *, interpre
         )
     if device.type == "cpu":
         limits = [limit for limit in (budget_bytes, host_bytes) if limit is not None]
-        return cpu_budget(min(limits, default=None), interpreter_bytes=interpreter_bytes)
+        return cpu_budget(min(limits, default=None), compute_dtype=compute_dtype)
     free = available_memory_bytes(device)
     if free < 2**26:
         raise DoesNotFitError(
@@ -137,7 +139,7 @@ def machine_budget(budget_bytes: int | None, host_bytes: int | None, *, interpre
         device_name=name,
         budget_bytes=budget.budget_bytes,
         host_budget_bytes=host_bytes or available_memory_bytes(torch.device("cpu")),
-        compute_dtype=choose_compute_dtype(device),
+        compute_dtype=compute_dtype or choose_compute_dtype(device),
         memory=cuda_memory(capability),
         speed=budget.speed,
     )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.sizes import format_size
 from qlora_trainer.planning.plan import WouldFit
 from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
 
 _MIN_SEQ_LEN = 64
-_MIB = 2**20
+_GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +64,8 @@ def would_fit(
         _rank(layout, optimizer, bound),
         WouldFit(
             knob="memory.budget",
-            before=format_size(budget_bytes),
-            after=format_size(-(-needed_bytes // _MIB) * _MIB),
+            before=f"{budget_bytes / _GIB:.2f}GiB",
+            after=f"{math.ceil(100 * needed_bytes / _GIB) / 100:.2f}GiB",
             allocated_peak_bytes=least.usage.peak_bytes,
         ),
     ]

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES
+from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.adapters import LoraSettings, select_targets
 from qlora_trainer.planning.budget import Budget
@@ -63,6 +64,7 @@ def make_plan(
     *,
     model_config: PreTrainedConfig,
     documents: Documents | None = None,
+    interpreter_bytes: Callable[[], int] | None = None,
     with_frontier: bool = False,
 ) -> Plan:
     """Decide everything that `config` leaves to `auto`, within `budget`.
@@ -72,6 +74,8 @@ def make_plan(
         budget: the device and its memory.
         model_config: the architecture of `config.model.base`.
         documents: lengths of the data; None plans for global batches of documents of full length.
+        interpreter_bytes: asked once the traces are made: what the process takes without a model. None for what a
+            process of this kind usually takes.
         with_frontier: also work out rank x seq_len.
 
     Returns:
@@ -87,6 +91,8 @@ def make_plan(
     documents = documents or Documents(seq_len, float(seq_len), seq_len * size)
     with without_collector():
         planner = _Planner.of(config, budget, model_config, documents)
+        if interpreter_bytes is not None and budget.kind == "cpu":
+            planner.budget = replace(budget, memory=cpu_memory(interpreter_bytes()))
         plan = planner.plan(config.lora.rank)
         if with_frontier:
             plan = replace(plan, frontier=planner.frontier(plan))
@@ -150,7 +156,7 @@ class _Planner:
             if self.is_within(chosen.usage, chosen.optimizer):
                 return self._plan(chosen, [chosen, *found[1:]], space)
             slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
-        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate)), space)
+        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate, self.needed_bytes)), space)
 
     def space(self, rank: int, seq_len: int) -> Space:
         """What may vary: everything that the config leaves open."""
@@ -173,7 +179,7 @@ class _Planner:
             rows_of=(lambda _: 1) if self.config.data.packing else (lambda number: max(1, number // seq_len)),
             tokens=tokens,
             loss_chunks=chunk_steps(tokens[-1]) if chunk == "auto" else (chunk,),
-            recompute=(num_layers if policy is True else 0, 0 if policy is False else num_layers),
+            recompute=(0, num_layers) if policy == "auto" else (_pinned(policy, num_layers),) * 2,
             optimizers=optimizers,
         )
 
@@ -240,6 +246,11 @@ class _Planner:
         host = self.budget.memory.host_peak_bytes(process)
         return process <= self.budget.budget_bytes and host <= self.budget.host_budget_bytes
 
+    def needed_bytes(self, candidate: Candidate) -> int:
+        """What the device is expected to show."""
+        paged = self.paged_bytes(candidate.layout, candidate.optimizer)
+        return self.budget.memory.process_bytes(candidate.usage.peak_bytes, paged)
+
     def _paged_of(self, used: Usage, optimizer: str) -> int:
         # The gradient is fp32 and flat, so it tells how many elements the optimizer has.
         state = self.state_of(used.resident["gradient"] // 4, _bits(optimizer))
@@ -276,7 +287,7 @@ class _Planner:
     def prediction(self, candidate: Candidate) -> Prediction:
         used, memory = candidate.usage, self.budget.memory
         paged = self.paged_bytes(candidate.layout, candidate.optimizer)
-        process = memory.process_bytes(used.peak_bytes, paged)
+        process = self.needed_bytes(candidate)
         return Prediction(
             allocated_peak_bytes=used.peak_bytes,
             process_peak_bytes=process,
@@ -307,12 +318,9 @@ class _Planner:
         )
 
     def _does_not_fit(self, least: Candidate, space: Space) -> Plan:
-        memory = self.budget.memory
-        paged = self.paged_bytes(least.layout, least.optimizer)
-        process = memory.process_bytes(least.usage.peak_bytes, paged)
-        missing = max(
-            process - self.budget.budget_bytes, memory.host_peak_bytes(process) - self.budget.host_budget_bytes, 1
-        )
+        process = self.needed_bytes(least)
+        host = self.budget.memory.host_peak_bytes(process)
+        missing = max(process - self.budget.budget_bytes, host - self.budget.host_budget_bytes, 1)
         bound = Bound(self.space, self.price, self.is_within, self.config, self.dry.num_layers)
         return replace(
             self._plan(least, [], space),
@@ -343,6 +351,13 @@ def _require_positions(seq_len: int, model_config: PreTrainedConfig, name: str) 
             expected=f"at most {most}, the positions of {name}",
             fix="Lower data.seq_len, or choose a base with a longer context.",
         )
+
+
+def _pinned(policy: bool | int, num_layers: int) -> int:
+    """How many layers `memory.activation_checkpointing` wants recomputed."""
+    if isinstance(policy, bool):
+        return num_layers if policy else 0
+    return min(policy, num_layers)
 
 
 def _bits(optimizer: str) -> Literal[8, 32]:

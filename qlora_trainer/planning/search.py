@@ -69,13 +69,13 @@ def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage
     return []
 
 
-def smallest(space: Space, price: Pricer, estimate: Estimator) -> Candidate:
+def smallest(space: Space, price: Pricer, estimate: Estimator, needed_bytes: Callable[[Candidate], int]) -> Candidate:
     """The knobs that need least: everything given up that may be."""
     layout = layout_of(space, space.tokens[0], space.loss_chunks[0], space.recompute[1])
     candidates = [
         Candidate(layout, optimizer, price(layout, optimizer), estimate(layout)) for optimizer in space.optimizers
     ]
-    return min(candidates, key=lambda one: one.usage.peak_bytes)
+    return min(candidates, key=needed_bytes)
 
 
 def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int) -> Layout:

@@ -15,17 +15,17 @@ from rich.text import Text
 from qlora_trainer.report.formats import format_bytes, format_clock, format_loss
 from qlora_trainer.report.tables import (
     answers_table,
-    eval_line,
+    event_line,
     finished_table,
     prepared_table,
-    resumed_lines,
-    saved_line,
     step_line,
 )
 from qlora_trainer.run.records import (
     Answered,
     Evaluated,
     Finished,
+    Planned,
+    PlanRevised,
     Prepared,
     Preparing,
     Record,
@@ -131,16 +131,12 @@ class _View:
                     self._live_line.wait("before the first step")
             case StepDone():
                 self._show_step(record)
-            case Evaluated():
-                self._print(eval_line(record))
-            case Saved():
-                self._print(saved_line(record))
-            case Resumed():
-                self._print(resumed_lines(record))
             case Answered():
                 self._answers.append(record)
             case Finished():
                 self.finished = record
+            case Evaluated() | Saved() | Planned() | PlanRevised() | Resumed():
+                self._print(event_line(record))
 
     def show_end(self) -> None:
         """The answers and the final table, below all else and with no live line left."""

@@ -16,10 +16,21 @@ from rich.text import Text
 
 from qlora_trainer.report.formats import counted, format_bytes, format_change, format_clock, format_loss, format_seconds
 from qlora_trainer.report.screen import printable
-from qlora_trainer.run.records import Answered, Evaluated, Finished, Prepared, Resumed, Saved, StepDone
+from qlora_trainer.run.records import (
+    Answered,
+    Evaluated,
+    Finished,
+    Planned,
+    PlanRevised,
+    Prepared,
+    Resumed,
+    Saved,
+    StepDone,
+)
 
 _MAX_QUESTION_CHARACTERS = 200
 _MAX_ANSWER_CHARACTERS = 400
+PLAN_TOLERANCE = 0.02  # by which a run may exceed its plan without a word
 
 
 def prepared_table(record: Prepared) -> RenderableType:
@@ -56,6 +67,37 @@ def step_line(record: StepDone, *, seconds_left: float | None) -> Text:
         "" if seconds_left is None else f"{format_clock(seconds_left)} left",
     )
     return Text("  ".join(part for part in parts if part))
+
+
+def event_line(record: Evaluated | Saved | Planned | PlanRevised | Resumed) -> Text:
+    """What happened, as a line or a few."""
+    match record:
+        case Evaluated():
+            return eval_line(record)
+        case Saved():
+            return saved_line(record)
+        case Planned():
+            return planned_line(record)
+        case PlanRevised():
+            return revised_line(record)
+        case Resumed():
+            return resumed_lines(record)
+
+
+def planned_line(record: Planned) -> Text:
+    """What the plan decided, as a line."""
+    knobs, predicted = record.plan.knobs, record.plan.predicted
+    line = Text(f"plan: {format_bytes(predicted.process_peak_bytes)} of {format_bytes(record.plan.budget_bytes)}, ")
+    line.append(f"{knobs.micro_batch_tokens:,} tokens at once, {counted(knobs.activation_keep_layers, 'layer')} kept, ")
+    line.append(f"{knobs.activation_recompute_layers} recomputed, loss in chunks of {knobs.loss_chunk}, ")
+    return line.append(f"{knobs.optimizer}; about {predicted.tokens_per_second:,.0f} tokens/s")
+
+
+def revised_line(record: PlanRevised) -> Text:
+    """That memory ran out, and how it goes on."""
+    where = "in the rehearsal" if record.step == 0 else f"at step {record.step}"
+    cut = f"{record.micro_batch_tokens_before:,} to {record.micro_batch_tokens:,} tokens"
+    return Text(f"out of memory {where}: the same documents again, micro-batches cut from {cut}", style="yellow")
 
 
 def eval_line(record: Evaluated) -> Text:
@@ -127,7 +169,8 @@ def finished_table(record: Finished, *, question: str | None) -> RenderableType:
     ]
     if record.adapter_path is not None:
         facts.append(("adapter", str(record.adapter_path)))
-    return Group(Text(headline, style=style), _facts(*facts), *_next_command(record, question))
+    warning = _excess(summary.measured_peak_bytes, summary.predicted_peak_bytes)
+    return Group(Text(headline, style=style), _facts(*facts), *warning, *_next_command(record, question))
 
 
 def _next_command(record: Finished, question: str | None) -> tuple[RenderableType, ...]:
@@ -155,6 +198,15 @@ def _loss_fact(before: float | None, after: float | None) -> str:
 def _peak_fact(measured_bytes: int, predicted_bytes: int | None) -> str:
     predicted = "" if predicted_bytes is None else f", {format_bytes(predicted_bytes)} predicted"
     return f"{format_bytes(measured_bytes)}{predicted}"
+
+
+def _excess(measured_bytes: int, predicted_bytes: int | None) -> tuple[RenderableType, ...]:
+    """Said loudly: a plan that a run exceeds is a wrong number."""
+    if predicted_bytes is None or measured_bytes <= predicted_bytes * (1 + PLAN_TOLERANCE):
+        return ()
+    percent = 100 * (measured_bytes / predicted_bytes - 1)
+    text = f"  This run took {percent:.1f} % more memory than its plan said. Please report it, with plan.json."
+    return (Text(text, style="bold red"),)
 
 
 def _facts(*rows: tuple[str, str]) -> Table:

@@ -38,7 +38,7 @@ def finish(session: Session, progress: Progress, *, status: Status) -> Finished:
         tokens_per_second=progress.tokens / progress.train_seconds if progress.train_seconds else 0.0,
         eval_loss_before=progress.eval_loss_before,
         eval_loss_after=None if adapter_path is None else progress.best_eval_loss,
-        predicted_peak_bytes=None,
+        predicted_peak_bytes=session.knobs.predicted_peak_bytes,
         measured_peak_bytes=read_memory(session.device).peak_bytes,
         device=torch.cuda.get_device_name(session.device) if is_cuda else "cpu",
         versions=package_versions(),
@@ -53,20 +53,26 @@ def resolved_config(session: Session) -> RunConfig:
     changes: dict[str, dict[str, Any]] = {
         "quantization": {"compute_dtype": knobs.machine.compute_dtype},
         "lora": {"alpha": config.lora.lora_alpha},
-        "data": {"seq_len": knobs.seq_len},
+        "data": {"seq_len": knobs.plan.seq_len},
         "training": {
-            "optimizer": knobs.machine.optimizer,
+            "optimizer": knobs.plan.optimizer,
             "save_every": knobs.save_every,
             "eval_every": knobs.eval_every,
         },
         "memory": {
-            "micro_batch_tokens": knobs.micro_batch_tokens,
-            "loss_chunk_tokens": knobs.loss_chunk_tokens,
-            "activation_checkpointing": knobs.recompute_layers > 0,
+            "micro_batch_tokens": knobs.plan.micro_batch_tokens,
+            "loss_chunk_tokens": knobs.plan.loss_chunk,
+            "activation_checkpointing": knobs.plan.activation_recompute_layers,
         },
     }
     sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
     return config.model_copy(update=sections)
+
+
+def plan_json(session: Session) -> dict[str, Any]:
+    """What `plan.json` holds: the plan where it was made, and the knobs in force."""
+    made = {} if session.plan is None else session.plan.as_json()
+    return made | {"in_force": session.knobs.as_json(), "double_quant": session.config.quantization.double_quant}
 
 
 def _final_weights(session: Session, progress: Progress) -> Mapping[str, Tensor]:

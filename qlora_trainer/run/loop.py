@@ -16,15 +16,26 @@ from pathlib import Path
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.show import to_yaml
 from qlora_trainer.data.micro_batches import cut, cut_padded
-from qlora_trainer.errors import DivergedError, DoesNotFitError, InterruptedAndSaved
-from qlora_trainer.hardware.memory import process_peak_bytes, read_memory
+from qlora_trainer.errors import DivergedError, InterruptedAndSaved
+from qlora_trainer.hardware.memory import is_out_of_memory, read_memory
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.answer import answer_all
 from qlora_trainer.run.checkpoint.save import save_checkpoint
-from qlora_trainer.run.finish import finish, resolved_config
+from qlora_trainer.run.finish import finish, plan_json, resolved_config
 from qlora_trainer.run.folder import append_eval, append_step, open_run_folder, sync_logs, write_config, write_plan
+from qlora_trainer.run.planned import halved_or_refused
 from qlora_trainer.run.prepare import prepare
-from qlora_trainer.run.records import Answered, Evaluated, Prepared, Preparing, Record, Resumed, Saved, StepDone
+from qlora_trainer.run.records import (
+    Answered,
+    Evaluated,
+    PlanRevised,
+    Prepared,
+    Preparing,
+    Record,
+    Resumed,
+    Saved,
+    StepDone,
+)
 from qlora_trainer.run.resume import saved_progress
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.run.signals import Interruption, watch_signals
@@ -55,7 +66,8 @@ def train(config: RunConfig, *, resume: str | None) -> Iterator[Record]:
     with watch_signals() as interruption, open_run_folder(run_path, resume=resume is not None) as folder:
         session = yield from prepare(config, folder, resume=resume)
         write_config(folder, to_yaml(resolved_config(session)))
-        write_plan(folder, session.knobs.as_json() | {"double_quant": config.quantization.double_quant})
+        if session.plan is not None:
+            write_plan(folder, plan_json(session))
         yield _prepared(session)
         trackers = open_trackers(config.output.trackers, run_dir=run_path, config=config.model_dump(mode="json"))
         with closing(trackers):
@@ -95,10 +107,17 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
             raise _interrupted(session, interruption.signal_name or "a signal", progress.step)
         if is_last:
             break
-        progress, done = _step(session, progress)
+        while True:
+            try:
+                progress, done = _step(session, progress)
+                break
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+            session, revised = _revise(session, progress)
+            yield revised
         append_step(session.folder, done)
         yield done
-        _require_budget(session, done)
     yield from _answer(session, "after")
     yield finish(session, progress, status="done" if progress.step == session.knobs.num_steps else "stopped_early")
 
@@ -118,7 +137,7 @@ def _step(session: Session, progress: Progress) -> tuple[Progress, StepDone]:
         session.model,
         _micro_batches(session, documents, step=step),
         num_supervised_tokens=supervised_tokens,
-        loss_chunk_tokens=knobs.loss_chunk_tokens,
+        loss_chunk_tokens=knobs.plan.loss_chunk,
     )
     grad_norm = session.optimizer.clip_gradients(config.max_grad_norm)
     loss_value, grad_norm_value = float(loss), float(grad_norm)
@@ -173,7 +192,7 @@ def _evaluate(session: Session, progress: Progress) -> tuple[Progress, Evaluated
     loss_sum = evaluate(
         session.model,
         _micro_batches(session, documents, step=0),
-        loss_chunk_tokens=session.knobs.loss_chunk_tokens,
+        loss_chunk_tokens=session.knobs.plan.loss_chunk,
     )
     eval_tokens = session.eval_data.num_supervised_tokens
     eval_loss = float(loss_sum) / eval_tokens
@@ -238,7 +257,7 @@ def _answer(session: Session, when: str) -> Iterator[Answered | Preparing]:
 def _micro_batches(session: Session, documents: Sequence[Document], *, step: int) -> Generator[MicroBatch]:
     lengths = [document.num_tokens for document in documents]
     packing = session.config.data.packing
-    for positions in (cut if packing else cut_padded)(lengths, session.knobs.micro_batch_tokens):
+    for positions in (cut if packing else cut_padded)(lengths, session.knobs.plan.micro_batch_tokens):
         chosen = [documents[position] for position in positions]
         yield make_micro_batch(chosen, seed=session.config.training.seed, step=step, packing=packing)
 
@@ -254,19 +273,20 @@ def _is_last(session: Session, progress: Progress) -> bool:
     return has_no_patience_left or progress.step == session.knobs.num_steps
 
 
-def _require_budget(session: Session, done: StepDone) -> None:
-    memory = session.config.memory
-    for key, budget, peak_bytes in (
-        ("memory.budget", memory.budget, done.peak_bytes),
-        ("memory.host_budget", memory.host_budget, process_peak_bytes()),
-    ):
-        if budget != "auto" and peak_bytes > budget:
-            raise DoesNotFitError(
-                where=f"{key} at step {done.step}",
-                found=f"a peak of {peak_bytes / 2**20:.0f} MiB",
-                expected=f"at most {budget / 2**20:.0f} MiB",
-                fix=f"Lower memory.micro_batch_tokens or memory.loss_chunk_tokens, or raise {key}.",
-            )
+def _revise(session: Session, progress: Progress) -> tuple[Session, PlanRevised]:
+    """Memory ran out: the same step again, the same documents and draws, in micro-batches of half the size.
+
+    Raises:
+        DoesNotFitError: they are of one document already.
+    """
+    documents = [session.train_data.documents[position] for position in session.order.batch(progress.step)]
+    longest = max(document.num_tokens for document in documents)
+    before = session.knobs.plan.micro_batch_tokens
+    knobs = halved_or_refused(session.knobs, longest_tokens=longest, where=f"step {progress.step + 1}")
+    session = replace(session, knobs=knobs)
+    write_plan(session.folder, plan_json(session))
+    after = knobs.plan.micro_batch_tokens
+    return session, PlanRevised(step=progress.step + 1, micro_batch_tokens_before=before, micro_batch_tokens=after)
 
 
 def _interrupted(session: Session, signal_name: str, step: int) -> InterruptedAndSaved:
@@ -295,8 +315,8 @@ def _prepared(session: Session) -> Prepared:
         num_dropped_documents=session.train_data.num_rows - len(session.train_data.documents),
         num_tokens=session.train_data.num_tokens,
         num_supervised_tokens=session.train_data.num_supervised_tokens,
-        seq_len=session.knobs.seq_len,
+        seq_len=session.knobs.plan.seq_len,
         num_steps=session.knobs.num_steps,
         global_batch_size=session.config.training.global_batch_size,
-        micro_batch_tokens=session.knobs.micro_batch_tokens,
+        micro_batch_tokens=session.knobs.plan.micro_batch_tokens,
     )

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora_trainer.planning.plan import Plan
+
 Status = Literal["done", "stopped_early", "interrupted"]
 
 
@@ -18,6 +20,22 @@ class Preparing:
     """Something that takes a while before the first step begins, told as a line such as "quantizing the base"."""
 
     what: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """What the run will do with the memory it was given."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRevised:
+    """Memory ran out at `step` (0: in the rehearsal); the same documents go on in smaller micro-batches."""
+
+    step: int
+    micro_batch_tokens_before: int
+    micro_batch_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,4 +202,4 @@ class Finished:
     adapter_path: Path | None
 
 
-Record = Preparing | Prepared | Answered | StepDone | Evaluated | Saved | Resumed | Finished
+Record = Preparing | Planned | PlanRevised | Prepared | Answered | StepDone | Evaluated | Saved | Resumed | Finished

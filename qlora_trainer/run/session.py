@@ -16,6 +16,7 @@ from qlora_trainer.data.rows import Message
 from qlora_trainer.model.adapters import LoraSettings
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.checkpoint.load import Loaded
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.knobs import Knobs
@@ -66,6 +67,7 @@ class Session:
         run_id: names this run in its checkpoints.
         asked: the config as the user gave it, as JSON; a resumed run must be asked the same.
         fingerprints: hashes of base, tokenizer and data.
+        plan: what the knobs were decided by; None where a resumed run keeps the knobs it began with.
         resumed: the checkpoint the run goes on from, or None.
     """
 
@@ -80,6 +82,7 @@ class Session:
     lora: LoraSettings
     optimizer: AdapterOptimizer
     knobs: Knobs
+    plan: Plan | None
     train_data: TokenizedData
     eval_data: TokenizedData
     order: Order

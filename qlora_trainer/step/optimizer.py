@@ -115,6 +115,16 @@ class AdapterOptimizer:
         return norm
 
     @torch.no_grad()
+    def reset(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin anew: parameters and master become `weights` (rounded to the parameters' dtype), all else zero."""
+        for buffer in (self.gradient, *self._moments.values(), *self._scales.values()):
+            buffer.zero_()
+        for name, parameter in self._parameters.items():
+            parameter.data.copy_(weights[name])
+            self._places[name].view(self._master).copy_(parameter.data)
+        self._set_step_count(0)
+
+    @torch.no_grad()
     def update(self, learning_rate: float) -> None:
         """One AdamW step on the master; then the model's weights are rounded from it."""
         self._adamw.param_groups[0]["lr"] = learning_rate
@@ -155,9 +165,7 @@ class AdapterOptimizer:
             raise ValueError(f"{len(wrong)} tensors differ from this optimizer's, the first is {wrong[0]}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        self.step_count = int(state["step_count"])
-        for piece_state in self._adamw.state.values():
-            piece_state["step"] = self.step_count
+        self._set_step_count(int(state["step_count"]))
         self._refresh_parameters()
 
     @property
@@ -168,6 +176,11 @@ class AdapterOptimizer:
         if self.settings.residency == "device":
             return torch.zeros(num_elements, dtype=dtype, device=self._device)
         return zeros_paged(num_elements, dtype=dtype, device=self._device, folder=self.settings.paging_folder)
+
+    def _set_step_count(self, step_count: int) -> None:
+        self.step_count = step_count
+        for piece_state in self._adamw.state.values():
+            piece_state["step"] = step_count
 
     def _refresh_parameters(self) -> None:
         rounded = [name for name, parameter in self._parameters.items() if parameter.dtype != torch.float32]

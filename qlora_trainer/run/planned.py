@@ -1,0 +1,101 @@
+"""The plan of a run: made for this machine and this data, kept at a resume, revised when memory ran out."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import DoesNotFitError
+from qlora_trainer.hardware.memory import release_free_memory, resident_bytes
+from qlora_trainer.model.base import Base
+from qlora_trainer.planning.budget import machine_budget
+from qlora_trainer.planning.make_plan import Documents, make_plan
+from qlora_trainer.planning.plan import Plan, PlanKnobs
+from qlora_trainer.run.knobs import Knobs, MachineKnobs
+
+
+def plan_run(config: RunConfig, base: Base, machine: MachineKnobs, *, lengths: Sequence[int], seq_len: int) -> Plan:
+    """Plan for what is free here, for documents of these lengths.
+
+    Args:
+        config: what was asked for.
+        base: its config; no weights are needed.
+        machine: its compute dtype is kept.
+        lengths: tokens of every document that is trained on.
+        seq_len: of the longest of them.
+    """
+    size = config.training.global_batch_size
+    return make_plan(
+        config,
+        machine_budget(_asked(config.memory.budget), _asked(config.memory.host_budget), machine.compute_dtype),
+        model_config=base.config,
+        documents=Documents.of(lengths, seq_len=seq_len, global_batch_size=size),
+        interpreter_bytes=_process_bytes,
+    )
+
+
+def require_fit(plan: Plan) -> Plan:
+    """The plan itself, if it fits.
+
+    Raises:
+        DoesNotFitError: names what is missing, and the single changes that would make it fit.
+    """
+    if plan.fits:
+        return plan
+    changes = [f"{change.knob} {change.before} -> {change.after}" for change in plan.would_fit]
+    raise DoesNotFitError(
+        where="memory.budget",
+        found=f"{_gib(plan.budget_bytes)} on {plan.device}, {_gib(plan.missing_bytes)} too little",
+        expected=f"{_gib(plan.predicted.process_peak_bytes)} for the smallest plan",
+        fix=f"Any one of these would fit: {'; '.join(changes)}." if changes else "Choose a smaller base.",
+    )
+
+
+def halved(knobs: PlanKnobs, longest_tokens: int) -> PlanKnobs | None:
+    """The same with half of the micro-batch, for a device that ran out of memory; None at one document.
+
+    What is learned stays the same: the documents of a step and their random draws do not depend on the cut.
+    """
+    tokens = max(longest_tokens, knobs.micro_batch_tokens // 2)
+    if tokens >= knobs.micro_batch_tokens:
+        return None
+    return replace(
+        knobs,
+        micro_batch_tokens=tokens,
+        loss_chunk=min(knobs.loss_chunk, tokens),
+        micro_batches_per_step=2 * knobs.micro_batches_per_step,
+    )
+
+
+def halved_or_refused(knobs: Knobs, *, longest_tokens: int, where: str) -> Knobs:
+    """Knobs with half of the micro-batch.
+
+    Raises:
+        DoesNotFitError: a micro-batch is one document already; names what the plan had said.
+    """
+    revised = halved(knobs.plan, longest_tokens)
+    if revised is None:
+        raise DoesNotFitError(
+            where=where,
+            found=f"no memory left for a micro-batch of {knobs.plan.micro_batch_tokens:,} tokens, one document",
+            expected=f"the {_gib(knobs.predicted_peak_bytes)} that the plan counts on to be free",
+            fix="End what else uses the memory, or lower data.seq_len, lora.rank or memory.budget.",
+        )
+    return replace(knobs, plan=revised)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _asked(size: int | str) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _process_bytes() -> int:
+    """What this process takes now, before a model is loaded, without what it no longer uses."""
+    gc.collect()
+    release_free_memory()
+    return resident_bytes()
