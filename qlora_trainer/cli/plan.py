@@ -52,7 +52,8 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.as_json(), indent=2))
     else:
-        from qlora_trainer.report.plan_tables import frontier_table, plan_report
+        from qlora_trainer.report.frontier_table import frontier_table
+        from qlora_trainer.report.plan_tables import plan_report
         from qlora_trainer.report.screen import stdout_console
 
         console = stdout_console()

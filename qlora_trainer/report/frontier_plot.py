@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.planning.plan import FrontierCell, Plan
 from qlora_trainer.report.formats import format_bytes
+from qlora_trainer.report.frontier_table import length_label, size_label, speed_label
 from qlora_trainer.report.screen import printable
 from qlora_trainer.run.checkpoint.storage import write_atomically
 
@@ -68,31 +69,6 @@ def write_frontier_plot(plan: Plan, path: Path) -> None:
         raise StorageError(
             where=str(path), found=error.found, expected=error.expected, fix="Choose another place for the plot."
         ) from error
-
-
-def length_label(seq_len: int) -> str:
-    """ "512", "1k", "128k"; what is not a multiple of 1024 in full."""
-    return f"{seq_len // 1024}k" if seq_len >= 1024 and seq_len % 1024 == 0 else str(seq_len)
-
-
-def size_label(cell: FrontierCell) -> str:
-    """The largest micro-batch in documents of `seq_len`: "4", "2.5"; "-" for none, "256 tok" below one."""
-    if cell.micro_batch_tokens == 0:
-        return "-"
-    size = cell.micro_batch_tokens / cell.seq_len
-    if size < 1:
-        return f"{cell.micro_batch_tokens} tok"
-    return f"{size:.0f}" if size == int(size) else f"{int(size * 10) / 10:.1f}"  # cut: half a document more may not fit
-
-
-def speed_label(tokens_per_second: float) -> str:
-    """Three digits: "7.31", "86.4", "913", "1.23k", "12.4k"."""
-    for unit in ("", "k", "M"):
-        if tokens_per_second < 999.5 or unit == "M":
-            break
-        tokens_per_second /= 1000
-    decimals = 2 if tokens_per_second < 9.995 else 1 if tokens_per_second < 99.95 else 0
-    return f"{tokens_per_second:.{decimals}f}{unit}"
 
 
 def _check(plan: Plan, path: Path) -> None:

@@ -6,41 +6,26 @@ well as in colour, so that a log file says what a terminal does. The fills are i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.console import Group, RenderableType
 from rich.constrain import Constrain
-from rich.measure import Measurement
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from qlora_trainer.planning.plan import FrontierCell, Plan, PlanKnobs
+from qlora_trainer.planning.plan import Plan, PlanKnobs
+from qlora_trainer.report.bars import MARK, MAX_WIDTH, Bar, Fill
 from qlora_trainer.report.formats import counted, format_bytes
-from qlora_trainer.report.frontier_plot import length_label, size_label, speed_label
 from qlora_trainer.report.screen import printable
 
-_MAX_WIDTH = 100  # columns; longer bars say no more
 _NO_LIMIT_BYTES = 2**60  # a host budget of this size means that nothing is known of the host
-_RANK_WIDTH = 6
-_CHOSEN = "►"
 
-
-class _Fill(NamedTuple):
-    """What a group of categories is drawn with."""
-
-    character: str
-    style: str
-
-
-_FROZEN = _Fill("█", "blue")
-_TRAINED = _Fill("▓", "magenta")
-_ACTIVATIONS = _Fill("▒", "green")
-_WORKING = _Fill("░", "yellow")
-_PROCESS = _Fill("▄", "cyan")
-_FREE = _Fill("·", "bright_black")
-_MISSING = _Fill("!", "red")
+_FROZEN = Fill("█", "blue")
+_TRAINED = Fill("▓", "magenta")
+_ACTIVATIONS = Fill("▒", "green")
+_WORKING = Fill("░", "yellow")
+_PROCESS = Fill("▄", "cyan")
+_FREE = Fill("·", "bright_black")
+_MISSING = Fill("!", "red")
 _CATEGORIES = {
     "base": ("base weights in NF4", _FROZEN),
     "quant_state": ("scales of the NF4", _FROZEN),
@@ -62,7 +47,7 @@ def plan_report(plan: Plan) -> RenderableType:
     phase = _words(predicted.peak_phase)
     blocks: list[tuple[str, RenderableType]] = [
         (f"memory at the peak ({phase}), in shares of {format_bytes(plan.budget_bytes)}", _memory(plan)),
-        (f"allocated peak of each phase, {_CHOSEN} the highest", _phases(plan)),
+        (f"allocated peak of each phase, {MARK} the highest", _phases(plan)),
     ]
     if plan.gave_up:
         blocks.append((f"given up{' to fit' if plan.fits else ''}, the least first", _items(*plan.gave_up)))
@@ -71,90 +56,7 @@ def plan_report(plan: Plan) -> RenderableType:
     titled: list[RenderableType] = [Group(Text(), Text(title, style="bold"), block) for title, block in blocks]
     if not plan.fits and not plan.would_fit:
         titled.append(Text("\nno single change would make it fit", style="bold"))
-    return Constrain(Group(_headline(plan), _knobs(plan), *titled), _MAX_WIDTH)
-
-
-def frontier_table(plan: Plan) -> RenderableType:
-    """Rank by seq_len: the largest micro-batch that fits and its speed; the lengths go on below where they are many."""
-    if not plan.frontier:
-        return Text("no other ranks and lengths were looked at")
-    title = Text("largest micro-batch by rank and seq_len", style="bold")
-    key = f"  in documents of seq_len; below it tokens/s, estimated\n  {_CHOSEN} this plan, - does not fit"
-    return Constrain(Group(title, Text(key, style="dim"), _Frontier(plan)), _MAX_WIDTH)
-
-
-@dataclass(frozen=True, slots=True)
-class _Bar:
-    """Parts of a total, side by side, over the whole width.
-
-    Attributes:
-        parts: bytes, and what they are drawn with.
-        total_bytes: what the width stands for.
-        limit_bytes: the budget; what lies beyond it is red.
-        label: written below, pointing at the limit; nothing if empty.
-    """
-
-    parts: tuple[tuple[int, _Fill], ...]
-    total_bytes: int
-    limit_bytes: int
-    label: str = ""
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        width = options.max_width
-        bar = Text(no_wrap=True)
-        end_bytes = 0
-        for num_bytes, fill in self.parts:
-            end_bytes += max(0, num_bytes)
-            # Ends are rounded, not lengths: the errors of many parts do not add up.
-            bar.append(fill.character * (self._cells(end_bytes, width) - len(bar)), style=fill.style)
-        limit = self._cells(self.limit_bytes, width)
-        bar.stylize("red", limit)
-        yield bar
-        if self.label:
-            before, after = f"{self.label} ▲", f"▲ {self.label}"
-            below = before.rjust(limit) if len(before) <= limit else " " * max(0, limit - 1) + after
-            yield Text(below, style="dim", no_wrap=True)
-
-    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(min(8, options.max_width), options.max_width)
-
-    def _cells(self, num_bytes: int, width: int) -> int:
-        return round(width * num_bytes / self.total_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class _Frontier:
-    """The grid of a frontier, in as many tables as the width asks for."""
-
-    plan: Plan
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        texts = {(cell.rank, cell.seq_len): self._text(cell) for cell in self.plan.frontier}
-        ranks = sorted({rank for rank, _ in texts})
-        lengths = sorted({seq_len for _, seq_len in texts})
-        column_width = max(7, *(line.cell_len for text in texts.values() for line in text.split())) + 2
-        most_columns = max(1, (options.max_width - _RANK_WIDTH) // column_width)
-        num_tables = -(-len(lengths) // most_columns)
-        num_columns = -(-len(lengths) // num_tables)  # 3 and 3 rather than 5 and 1
-        for first in range(0, len(lengths), num_columns):
-            table = Table.grid(padding=(0, 0, 0, 0))
-            table.add_column(justify="right", style="dim", width=_RANK_WIDTH)
-            some = lengths[first : first + num_columns]
-            for _ in some:
-                table.add_column(justify="right", no_wrap=True, width=column_width)
-            table.add_row("rank", *(Text(length_label(seq_len), style="dim") for seq_len in some))
-            for rank in ranks:
-                table.add_row(str(rank), *(texts.get((rank, seq_len), Text("-")) for seq_len in some))
-            yield Padding(table, (1, 0, 0, 0))
-
-    def _text(self, cell: FrontierCell) -> Text:
-        is_chosen = (cell.rank, cell.seq_len) == (self.plan.knobs.rank, self.plan.knobs.seq_len)
-        text = Text(f"{_CHOSEN} " if is_chosen else "", style="bold green" if is_chosen else "").append(
-            size_label(cell)
-        )
-        if cell.micro_batch_tokens:
-            text.append(f"\n{speed_label(cell.tokens_per_second)}", style="" if is_chosen else "dim")
-        return text
+    return Constrain(Group(_headline(plan), _knobs(plan), *titled), MAX_WIDTH)
 
 
 def _headline(plan: Plan) -> Text:
@@ -245,7 +147,7 @@ def _memory(plan: Plan) -> RenderableType:
     # What is judged is the expected peak: under pressure an allocator gives back what it holds in plenty.
     worst = predicted.worst_peak_bytes
     table.add_row("", Text("worst case"), Text(format_bytes(worst)), _percent(worst, budget_bytes), "", style="dim")
-    whole = _Bar(
+    whole = Bar(
         parts=tuple((num_bytes, fill) for _, fill, num_bytes in (*named, process, ("free", _FREE, left_bytes))),
         total_bytes=max(budget_bytes, predicted.process_peak_bytes),
         limit_bytes=budget_bytes,
@@ -258,8 +160,8 @@ def _phases(plan: Plan) -> Table:
     table = _share_table()
     for name, num_bytes in plan.predicted.phases.items():
         is_peak = name == plan.predicted.peak_phase
-        fill = _Fill("█", "bold" if is_peak else "dim")
-        _add_part(table, _words(name), fill, num_bytes, plan.budget_bytes, key=_CHOSEN if is_peak else "")
+        fill = Fill("█", "bold" if is_peak else "dim")
+        _add_part(table, _words(name), fill, num_bytes, plan.budget_bytes, key=MARK if is_peak else "")
     return table
 
 
@@ -274,9 +176,9 @@ def _share_table() -> Table:
 
 
 def _add_part(
-    table: Table, label: str, fill: _Fill, num_bytes: int, budget_bytes: int, *, key: str | None = None
+    table: Table, label: str, fill: Fill, num_bytes: int, budget_bytes: int, *, key: str | None = None
 ) -> None:
-    bar = _Bar(parts=((min(num_bytes, budget_bytes), fill),), total_bytes=budget_bytes, limit_bytes=budget_bytes)
+    bar = Bar(parts=((min(num_bytes, budget_bytes), fill),), total_bytes=budget_bytes, limit_bytes=budget_bytes)
     key_text = Text(fill.character if key is None else key, style=fill.style)
     table.add_row(key_text, Text(label), Text(format_bytes(num_bytes)), _percent(num_bytes, budget_bytes), bar)
 

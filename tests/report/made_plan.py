@@ -72,7 +72,7 @@ def frontier(budget_bytes: int, tokens_per_second: float) -> tuple[FrontierCell,
 
 
 def fitting_plan() -> Plan:
-    """A small model on a CPU; 360 MiB to spare."""
+    """A small model on a CPU; 546 MiB to spare."""
     alternative = Alternative(knobs=replace(KNOBS, rank=32), predicted=PREDICTED)
     return Plan(
         fits=True,
@@ -118,7 +118,7 @@ def gpu_plan() -> Plan:
 
 
 def failing_plan() -> Plan:
-    """The plan of `fitting_plan` in 1 GiB: 664 MiB are missing."""
+    """The plan of `fitting_plan` in 1 GiB: 478 MiB are missing."""
     return replace(
         fitting_plan(),
         fits=False,
@@ -126,7 +126,7 @@ def failing_plan() -> Plan:
         host_budget_bytes=1 * GIB,
         alternatives=(),
         frontier=frontier(1 * GIB, 1500.0),
-        missing_bytes=664 * MIB,
+        missing_bytes=478 * MIB,
         would_fit=(
             WouldFit(knob="seq_len", before=1024, after=512, allocated_peak_bytes=420 * MIB),
             WouldFit(knob="memory.budget", before="1 GiB", after="1.65 GiB", allocated_peak_bytes=1098 * MIB),

@@ -12,7 +12,8 @@ import pytest
 
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.planning.plan import FrontierCell, Plan
-from qlora_trainer.report.frontier_plot import length_label, size_label, speed_label, write_frontier_plot
+from qlora_trainer.report.frontier_plot import write_frontier_plot
+from qlora_trainer.report.frontier_table import length_label, size_label, speed_label
 from tests.report.made_plan import MIB, failing_plan, fitting_plan, frontier, gpu_plan
 
 ORANGE = (0xE8, 0x59, 0x0C)
@@ -123,6 +124,7 @@ def test_matplotlib_is_imported_for_a_plot_only_and_pyplot_never(tmp_path: Path)
     program = f"""
 import sys
 from pathlib import Path
+import qlora_trainer.report.frontier_table
 import qlora_trainer.report.plan_tables
 from qlora_trainer.report.frontier_plot import write_frontier_plot
 from tests.report.made_plan import fitting_plan
