@@ -21,7 +21,7 @@ class Bound:
 
     space: Callable[[int, int], Space]
     price: Callable[[Layout, str], Usage]
-    is_within: Callable[[Usage, str], bool]
+    is_within: Callable[[Usage], bool]
     config: RunConfig
     num_layers: int
 
@@ -76,7 +76,7 @@ def _tried(
     layout: Layout, optimizer: str, bound: Bound, knob: str, before: int | str, after: int | str
 ) -> WouldFit | None:
     used = bound.price(layout, optimizer)
-    if not bound.is_within(used, optimizer):
+    if not bound.is_within(used):
         return None
     return WouldFit(knob=knob, before=before, after=after, allocated_peak_bytes=used.peak_bytes)
 

@@ -16,7 +16,7 @@ def frontier_cells(
     space_of: Callable[[int, int], Space],
     price: Pricer,
     estimate: Estimator,
-    is_within: Callable[[Usage, str], bool],
+    is_within: Callable[[Usage], bool],
     chosen: PlanKnobs,
 ) -> tuple[FrontierCell, ...]:
     """One cell for each of `RANKS` x `SEQ_LENS` and the plan's own; everything else that the plan chose stays.
@@ -32,7 +32,7 @@ def frontier_cells(
 
 
 def _cell(
-    space: Space, price: Pricer, estimate: Estimator, is_within: Callable[[Usage, str], bool], chosen: PlanKnobs
+    space: Space, price: Pricer, estimate: Estimator, is_within: Callable[[Usage], bool], chosen: PlanKnobs
 ) -> FrontierCell:
     fewest, most = space.recompute
     multiples = [space.seq_len * count for count in range(1, max(2, -(-space.tokens[-1] // space.seq_len) + 1))]
@@ -40,7 +40,7 @@ def _cell(
 
     def is_fine(tokens: int, num_recomputed: int = most) -> bool:
         layout = layout_of(space, -(-tokens // 64) * 64, chunk, num_recomputed)
-        return is_within(price(layout, chosen.optimizer), chosen.optimizer)
+        return is_within(price(layout, chosen.optimizer))
 
     tokens = largest_that(is_fine, multiples)
     if tokens is None:

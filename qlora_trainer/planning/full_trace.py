@@ -43,6 +43,7 @@ class StateTrace:
 def trace_state(
     num_flat_elements: int,
     *,
+    largest_elements: int,
     bits: Literal[8, 32],
     adapter_dtype: torch.dtype,
     device: torch.device,
@@ -50,14 +51,21 @@ def trace_state(
 ) -> StateTrace:
     """Update, hand out and take back the state of an optimizer over that many elements.
 
-    All adapters together are one parameter here: the optimizer's buffers are flat in any case.
+    All adapters together are two parameters here, the largest one and the rest: the optimizer's buffers are flat in any
+    case, but what is handed out is looked at parameter by parameter.
     """
     tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
     settings = OptimizerSettings(bits=bits, residency="device", weight_decay=0.0, paging_folder=Path())
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=adapter_dtype, device=device))
-        parameter.grad_dtype = torch.float32
-        optimizer = AdapterOptimizer({"all": parameter}, settings)
+        sizes = {"largest": largest_elements, "rest": num_flat_elements - largest_elements}
+        parameters = {
+            name: nn.Parameter(torch.empty(size, dtype=adapter_dtype, device=device))
+            for name, size in sizes.items()
+            if size
+        }
+        for parameter in parameters.values():
+            parameter.grad_dtype = torch.float32
+        optimizer = AdapterOptimizer(parameters, settings)
         saved = {name: torch.empty_like(value, device="cpu") for name, value in optimizer.state_dict().items()}
         with tracker:
             tracker.mark("optimizer")
@@ -65,7 +73,9 @@ def trace_state(
             optimizer.clip_gradients(1.0)
             optimizer.update(1e-4)
             tracker.mark("save")
-            first_non_finite(optimizer.state_dict())
+            state = optimizer.state_dict()
+            first_non_finite({name: value for name, value in state.items() if name.startswith("largest")})
+            del state
             tracker.mark("resume")
             optimizer.load_state_dict(saved)
         flats = optimizer.state_tensors()

@@ -110,7 +110,7 @@ class _Planner:
     settings: LoraSettings
     prices: Prices
     base: Mapping[str, int]
-    state_of: Callable[[int, Literal[8, 32]], StateTrace]
+    state_of: Callable[[int, int, Literal[8, 32]], StateTrace]
 
     @classmethod
     def of(cls, config: RunConfig, budget: Budget, model_config: PreTrainedConfig, documents: Documents) -> _Planner:
@@ -132,9 +132,10 @@ class _Planner:
         )
         parts = trace_step(dry, settings, adapter_dtype=DTYPES[config.lora.dtype])
 
-        def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
+        def state_of(num_elements: int, largest_elements: int, bits: Literal[8, 32]) -> StateTrace:
             return trace_state(
                 num_elements,
+                largest_elements=largest_elements,
                 bits=bits,
                 adapter_dtype=DTYPES[config.lora.dtype],
                 device=device,
@@ -153,7 +154,7 @@ class _Planner:
             if not found:
                 break
             chosen = self.confirmed(found[0])
-            if self.is_within(chosen.usage, chosen.optimizer):
+            if self.is_within(chosen.usage):
                 return self._plan(chosen, [chosen, *found[1:]], space)
             slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
         return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate, self.needed_bytes)), space)
@@ -210,11 +211,13 @@ class _Planner:
         return replace(candidate, usage=self._usage(layout, candidate.optimizer, levels))
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
-        state = self.state_of(self.num_elements(layout.rank), _bits(optimizer))
+        shapes = self.shapes(layout.rank)
+        largest = max(num_flat_elements([shape]) for shape in shapes)
+        state = self.state_of(num_flat_elements(shapes), largest, _bits(optimizer))
         alignment = self.budget.memory.alignment_bytes
         item_bytes = 4 if self.config.lora.dtype == "float32" else 2
         resident = dict(self.base)
-        adapters = sum(_rounded(rows * columns * item_bytes, alignment) for rows, columns in self.shapes(layout.rank))
+        adapters = sum(_rounded(rows * columns * item_bytes, alignment) for rows, columns in shapes)
         # An fp32 adapter is its own master: its weights lie in the optimizer's buffer.
         resident["adapter"] = 0 if self.config.lora.dtype == "float32" else adapters
         resident["gradient"] = sum(_rounded(size, alignment) for size in state.gradient)
@@ -223,7 +226,8 @@ class _Planner:
             resident["optimizer"] -= state.pageable_bytes
         resident["other"] = resident.get("other", 0) + self.budget.memory.workspace_bytes
         evaluation = {"eval": evaluation_level(self.prices, layout)}
-        return usage(resident, self.dry.load_peak_bytes, {**levels, **evaluation}, state)
+        used = usage(resident, self.dry.load_peak_bytes, {**levels, **evaluation}, state)
+        return replace(used, paged_bytes=state.pageable_bytes if self.is_paged(optimizer) else 0)
 
     def estimate(self, layout: Layout) -> float:
         demand = Demand(
@@ -235,26 +239,15 @@ class _Planner:
     def is_paged(self, optimizer: str) -> bool:
         return optimizer.startswith("paged")
 
-    def paged_bytes(self, layout: Layout, optimizer: str) -> int:
-        """Optimizer state that torch's allocator does not see; counted as if all of it were resident."""
-        state = self.state_of(self.num_elements(layout.rank), _bits(optimizer))
-        return state.pageable_bytes if self.is_paged(optimizer) else 0
-
-    def is_within(self, used: Usage, optimizer: str, slack_bytes: int = 0) -> bool:
-        paged = self._paged_of(used, optimizer)
-        process = self.budget.memory.process_bytes(used.peak_bytes + slack_bytes, paged)
+    def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:
+        process = self.budget.memory.process_bytes(used.peak_bytes + slack_bytes, used.paged_bytes)
         host = self.budget.memory.host_peak_bytes(process)
         return process <= self.budget.budget_bytes and host <= self.budget.host_budget_bytes
 
     def needed_bytes(self, candidate: Candidate) -> int:
         """What the device is expected to show."""
-        paged = self.paged_bytes(candidate.layout, candidate.optimizer)
-        return self.budget.memory.process_bytes(candidate.usage.peak_bytes, paged)
-
-    def _paged_of(self, used: Usage, optimizer: str) -> int:
-        # The gradient is fp32 and flat, so it tells how many elements the optimizer has.
-        state = self.state_of(used.resident["gradient"] // 4, _bits(optimizer))
-        return state.pageable_bytes if self.is_paged(optimizer) else 0
+        used = candidate.usage
+        return self.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
 
     def shapes(self, rank: int) -> list[tuple[int, int]]:
         found = []
@@ -262,9 +255,6 @@ class _Planner:
             linear = self.dry.model.linears[name]
             found += [(rank, linear.in_features), (linear.out_features, rank)]
         return found
-
-    def num_elements(self, rank: int) -> int:
-        return num_flat_elements(self.shapes(rank))
 
     def knobs(self, candidate: Candidate) -> PlanKnobs:
         layout, pinned = candidate.layout, self.config.memory.micro_batch_tokens
@@ -286,12 +276,11 @@ class _Planner:
 
     def prediction(self, candidate: Candidate) -> Prediction:
         used, memory = candidate.usage, self.budget.memory
-        paged = self.paged_bytes(candidate.layout, candidate.optimizer)
         process = self.needed_bytes(candidate)
         return Prediction(
             allocated_peak_bytes=used.peak_bytes,
             process_peak_bytes=process,
-            worst_peak_bytes=memory.worst_bytes(used.peak_bytes, paged),
+            worst_peak_bytes=memory.worst_bytes(used.peak_bytes, used.paged_bytes),
             host_peak_bytes=memory.host_peak_bytes(process),
             peak_phase=used.peak_phase,
             breakdown=used.breakdown,

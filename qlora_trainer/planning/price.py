@@ -52,12 +52,14 @@ class Usage:
         peak_phase: where the largest is.
         breakdown: category -> bytes at that moment.
         resident: category -> bytes between two steps.
+        paged_bytes: optimizer state beyond all that, which torch's allocator does not see; counted as resident.
     """
 
     phases: Mapping[str, int]
     peak_phase: str
     breakdown: Mapping[str, int]
     resident: Mapping[str, int]
+    paged_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:

@@ -60,7 +60,7 @@ Pricer = Callable[[Layout, str], Usage]
 Estimator = Callable[[Layout], float]
 
 
-def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage, str], bool]) -> list[Candidate]:
+def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]) -> list[Candidate]:
     """What fits, fastest first, with the first optimizer that lets anything fit; empty if nothing does."""
     for optimizer in space.optimizers:
         found = list(_fitting(space, optimizer, price, estimate, fits))
@@ -120,7 +120,7 @@ def largest_that(is_fine: Callable[[int], bool], values: Sequence[int]) -> int |
 
 
 def _fitting(
-    space: Space, optimizer: str, price: Pricer, estimate: Estimator, fits: Callable[[Usage, str], bool]
+    space: Space, optimizer: str, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]
 ) -> Iterator[Candidate]:
     fewest, most = space.recompute
     kept = range(most - fewest + 1)  # layers kept beyond those that must be
@@ -130,7 +130,7 @@ def _fitting(
                 continue
 
             def is_fine(num_kept: int, tokens: int = tokens, loss_chunk: int = loss_chunk) -> bool:
-                return fits(price(layout_of(space, tokens, loss_chunk, most - num_kept), optimizer), optimizer)
+                return fits(price(layout_of(space, tokens, loss_chunk, most - num_kept), optimizer))
 
             num_kept = largest_that(is_fine, kept)
             if num_kept is None:

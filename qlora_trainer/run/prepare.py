@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Generator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,7 +13,13 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.order import Order
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
-from qlora_trainer.hardware.memory import cap_device_memory, forget_peak, is_out_of_memory, release_free_memory
+from qlora_trainer.hardware.memory import (
+    cap_device_memory,
+    forget_peak,
+    is_out_of_memory,
+    release_free_memory,
+    return_large_blocks,
+)
 from qlora_trainer.hardware.paging import require_on_disk
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, select_targets, trainable_parameters
@@ -56,6 +63,8 @@ def prepare(
         QloraTrainerError: see the rooms that are called.
     """
     device = choose_device()
+    if device.type == "cpu":
+        return_large_blocks()
     asked = config.model_dump(mode="json")
     loaded = None if resume is None else find_checkpoint(folder, resume)
     if loaded is not None:
@@ -102,6 +111,7 @@ def prepare(
     knobs = yield from _rehearse(config, model, optimizer, lora, knobs)
     if loaded is not None:
         restore(loaded, optimizer)
+        loaded = replace(loaded, adapter={}, optimizer={})  # or the mapped files would stay in memory with the run
     if resume is not None:
         rewind(folder, loaded)
     return Session(
