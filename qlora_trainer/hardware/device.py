@@ -24,7 +24,7 @@ def num_cpu_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def measure_gemm_gflops(dtype: torch.dtype, *, size: int = 1024, repeats: int = 5) -> float:
+def measure_gemm_gflops(dtype: torch.dtype, *, size: int = 512, repeats: int = 5) -> float:
     """Median speed of a square matrix product on the CPU, in GFLOP/s (2 x size^3 operations a product)."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     torch.mm(left, right)  # the first product pays for oneDNN's kernel generation

@@ -32,6 +32,7 @@ from qlora_trainer.step.optimizer import num_flat_elements
 DEFAULT_SEQ_LEN = 2048
 MAX_ALTERNATIVES = 4
 MAX_CONFIRMATIONS = 3
+PRICE_MARGIN = 0.02  # by which a trace at full depth may exceed a price
 # `lora.rank: max` takes the largest of these that costs less than this share of the speed at the smallest.
 MAX_RANKS, MAX_RANK_COST = (8, 16, 32, 64, 128, 256), 0.05
 
@@ -249,6 +250,9 @@ class _Planner:
         used = candidate.usage
         return self.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
 
+    def _is_well_within(self, used: Usage) -> bool:
+        return self.is_within(used, slack_bytes=round(used.peak_bytes * PRICE_MARGIN))
+
     def shapes(self, rank: int) -> list[tuple[int, int]]:
         found = []
         for name in self.settings.targets:
@@ -310,7 +314,8 @@ class _Planner:
         process = self.needed_bytes(least)
         host = self.budget.memory.host_peak_bytes(process)
         missing = max(process - self.budget.budget_bytes, host - self.budget.host_budget_bytes, 1)
-        bound = Bound(self.space, self.price, self.is_within, self.config, self.dry.num_layers)
+        # Prices are not confirmed here, so what is promised has room for what a confirmation may add.
+        bound = Bound(self.space, self.price, self._is_well_within, self.config, self.dry.num_layers)
         return replace(
             self._plan(least, [], space),
             fits=False,

@@ -16,7 +16,7 @@ from pathlib import Path
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.show import to_yaml
 from qlora_trainer.data.micro_batches import cut, cut_padded
-from qlora_trainer.errors import DivergedError, InterruptedAndSaved
+from qlora_trainer.errors import DivergedError, DoesNotFitError, InterruptedAndSaved
 from qlora_trainer.hardware.memory import is_out_of_memory, read_memory
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.answer import answer_all
@@ -156,7 +156,7 @@ def _step(session: Session, progress: Progress) -> tuple[Progress, StepDone]:
         schedule=config.schedule,
         warmup_ratio=config.warmup_ratio,
     )
-    session.optimizer.update(rate)
+    _update(session, rate, step)
     seconds = time.perf_counter() - start
     tokens = sum(document.num_tokens for document in documents)
     memory = read_memory(session.device)
@@ -183,6 +183,25 @@ def _step(session: Session, progress: Progress) -> tuple[Progress, StepDone]:
         epoch=session.order.epoch(progress.step),
     )
     return progress, done
+
+
+def _update(session: Session, rate: float, step: int) -> None:
+    """The optimizer's step; unlike a backward pass it cannot be tried again once a part of it is done.
+
+    Raises:
+        DoesNotFitError: memory ran out in it.
+    """
+    try:
+        session.optimizer.update(rate)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(
+            where=f"the optimizer's update of step {step + 1}",
+            found="no memory left, and weights that may be half updated",
+            expected="the memory that the plan counts on to be free",
+            fix="End what else uses the memory and go on from the last checkpoint: --resume auto.",
+        ) from error
 
 
 def _evaluate(session: Session, progress: Progress) -> tuple[Progress, Evaluated]:

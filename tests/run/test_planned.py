@@ -19,6 +19,7 @@ from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.records import Planned, PlanRevised, Record, StepDone
 from qlora_trainer.run.rehearsal import rehearse
+from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import accumulate_gradients
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base
 
@@ -139,6 +140,15 @@ def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
 
     monkeypatch.setattr(loop, "accumulate_gradients", failing)
     with pytest.raises(DoesNotFitError, match="step 1: found no memory left for a micro-batch"):
+        run_to_end(tiny_config(tmp_path, base))
+
+
+def test_out_of_memory_in_the_update_is_not_retried(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rehearsals = 1
+    monkeypatch.setattr(AdapterOptimizer, "update", out_of_memory_once(AdapterOptimizer.update, at_call=rehearsals + 2))
+    with pytest.raises(DoesNotFitError, match=r"the optimizer's update of step 2: .* half updated"):
         run_to_end(tiny_config(tmp_path, base))
 
 

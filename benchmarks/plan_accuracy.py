@@ -1,0 +1,251 @@
+"""What the plan says against what real runs take on a CPU: allocated bytes by phase, and the resident set.
+
+    python -m benchmarks.plan_accuracy [--only TEXT] [--quick] [--json FILE] [--folder DIR]
+
+For each configuration: a run of two steps that is cut off after its checkpoint, and its resume to the third step, with
+an evaluation before and after; once under torch.profiler, which counts what is allocated, and once in a fresh process
+each with nobody watching, for VmHWM. The plan is the one that the run itself made. Exit code 1 if a promise is broken:
+allocated peak within 2 %, never low by more than 1 %, in every phase, the resume included; for run and resume alike,
+resident set within 3 % + 64 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan_accuracy_inputs import ARCHITECTURES, CASES, QUICK, Case, write_base, write_documents
+
+REPOSITORY = Path(__file__).parents[1]
+MIB = 2**20
+MAX_OFF, MAX_LOW = 0.02, 0.01
+RSS_SHARE, RSS_BYTES = 0.03, 64 * MIB
+PLANNED = ("load", "rehearsal", "eval", "step", "save", "finish", "children")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """Bytes, predicted and measured.
+
+    Attributes:
+        name: of the configuration.
+        phases: phase -> (predicted, measured) allocated peak; the worse of run and resume.
+        allocated: the same of everything.
+        resident: the same of the process, for run and resume.
+        kernel: "run" and "resume" -> part -> the kernel's figures.
+    """
+
+    name: str
+    phases: Mapping[str, tuple[int, int]]
+    allocated: tuple[int, int]
+    resident: tuple[tuple[int, int], ...]
+    kernel: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def worst_phase(self) -> str:
+        return max(self.phases, key=lambda phase: abs(off(self.phases[phase])))
+
+    @property
+    def is_allocated_right(self) -> bool:
+        return all(-MAX_LOW <= off(pair) <= MAX_OFF for pair in (*self.phases.values(), self.allocated))
+
+    @property
+    def is_resident_right(self) -> bool:
+        return all(abs(predicted - taken) <= RSS_SHARE * taken + RSS_BYTES for predicted, taken in self.resident)
+
+
+def off(pair: tuple[int, int]) -> float:
+    """By how much the prediction is too high (or, negative, too low), as a share of what was measured."""
+    predicted, measured = pair
+    return predicted / measured - 1
+
+
+class Bench:
+    """Bases and caches in one temporary folder, and the children over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._environment = os.environ | {
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "OMP_WAIT_POLICY": "PASSIVE",  # on a shared machine, threads that spin take ten times as long
+        }
+
+    def measure(self, case: Case) -> Outcome:
+        """Runs `case` four times and plans it."""
+        from qlora_trainer.config.load import load_config
+        from qlora_trainer.hardware.device import DTYPES
+        from qlora_trainer.model.base import read_tokenizer, resolve_base
+
+        work = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
+        base = resolve_base(self._base(case.architecture))
+        tokenizer = read_tokenizer(base.folder)
+        train, held_out = work / "train.jsonl", work / "eval.jsonl"
+        lengths = write_documents(train, tokenizer, num_tokens=case.seq_len, count=3 * case.documents)
+        write_documents(held_out, tokenizer, num_tokens=case.seq_len, count=case.documents)
+        overrides = _overrides(case, self._base(case.architecture), train, held_out, seq_len=max(lengths))
+        unread = unread_bytes(self._cache(base, load_config(None, overrides)), DTYPES[case.dtype].itemsize)
+        run, resume, watched = (self._child(work, overrides, part) for part in ("run", "resume", "profile"))
+        predicted = run["predicted"]
+        counted = [{phase: count - unread for phase, count in one.items()} for one in watched["measured"].values()]
+        totals = [(predicted["allocated_peak_bytes"], max(phases.values())) for phases in counted]
+        kernel = run["measured"] | resume["measured"]
+        # What a plan promises begins when the base is loaded: before that, it is not made yet.
+        peaks = [max(parts[name]["peak"] for name in PLANNED if name in parts) for parts in kernel.values()]
+        return Outcome(
+            name=case.name,
+            phases=_compared(predicted, counted),
+            allocated=max(totals, key=lambda pair: abs(off(pair))),
+            resident=tuple((predicted["process_peak_bytes"], peak) for peak in peaks),
+            kernel=kernel,
+        )
+
+    def _cache(self, base: Any, config: Any) -> Path:
+        """The base's NF4 form, made here where it is missing: the runs find it."""
+        from qlora_trainer.model.nf4_cache import prepare_nf4_cache
+
+        os.environ["XDG_CACHE_HOME"] = self._environment["XDG_CACHE_HOME"]
+        return prepare_nf4_cache(base, double_quant=config.quantization.double_quant).folder
+
+    def _base(self, architecture: str) -> str:
+        if architecture not in ARCHITECTURES:
+            return architecture
+        folder = self.folder / architecture
+        if not folder.exists():
+            write_base(folder, architecture)
+        return str(folder)
+
+    def _child(self, folder: Path, overrides: Sequence[str], part: str) -> dict[str, Any]:
+        """Figures of a run in a fresh process."""
+        spec, result = folder / "spec.json", folder / "result.json"
+        output = folder / ("profiled" if part == "profile" else "run")
+        spec.write_text(json.dumps({"overrides": [*overrides, f"output.dir={output}"], "stop_after_step": 2}))
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.plan_accuracy_run", str(spec), str(result), "--part", part],
+            cwd=REPOSITORY,
+            env=self._environment,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        figures: dict[str, Any] = json.loads(result.read_text())
+        return figures
+
+
+def _compared(predicted: Mapping[str, Any], counted: Sequence[Mapping[str, int]]) -> dict[str, tuple[int, int]]:
+    """Phase -> (predicted, counted), of run and resume the one that is further off."""
+    expected: dict[str, int] = dict(predicted["phases"])
+    # Where the profile's first part ends, adapters and optimizer are there too.
+    expected["load"] = max(expected["load"], sum(predicted["resident"].values()))
+    # The logits' rows are gathered between forward and loss; the profile sees no border there.
+    expected["loss"] = max(expected.pop("forward"), expected["loss"])
+    expected["rehearsal"] = max(expected.values())
+    found: dict[str, tuple[int, int]] = {}
+    for name, num_bytes in expected.items():
+        pairs = [(num_bytes, phases[name]) for phases in counted if name in phases]
+        if pairs:
+            found[name] = max(pairs, key=lambda pair: abs(off(pair)))
+    return found
+
+
+def unread_bytes(cache: Path, item_bytes: int) -> int:
+    """Bytes of the mapped weight files that are no part of the model, from their headers alone.
+
+    Mapping a file counts as allocating all of it: the header, the levels and settings that bitsandbytes stores with
+    each weight, and, where it computes in more than 16 bits, norms and biases, which are converted when they are read.
+    """
+    num_bytes = 0
+    for path in cache.glob("*.safetensors"):
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        header.pop("__metadata__", None)
+        num_bytes += path.stat().st_size
+        for name, entry in header.items():
+            is_setting = name.endswith(("quant_map", "quant_state.bitsandbytes__nf4"))
+            is_converted = entry["dtype"] == "BF16" and len(entry["shape"]) == 1 and item_bytes > 2
+            if not (is_setting or is_converted):
+                num_bytes -= entry["data_offsets"][1] - entry["data_offsets"][0]
+    return num_bytes
+
+
+def _overrides(case: Case, base: str, train: Path, held_out: Path, *, seq_len: int) -> list[str]:
+    return [
+        f"model.base={base}",
+        f"data.train={train}",
+        f"data.eval={held_out}",
+        f"data.seq_len={seq_len}",
+        f"quantization.compute_dtype={case.dtype}",
+        f"lora.rank={case.rank}",
+        f"training.global_batch_size={case.documents}",
+        "training.max_steps=3",
+        "training.save_every=2",
+        "training.eval_every=3",
+        f"training.optimizer=adamw_{case.bits}bit",
+        f"memory.micro_batch_tokens={case.documents * seq_len}",
+        f"memory.activation_checkpointing={str(case.recompute).lower()}",
+        f"memory.loss_chunk_tokens={case.loss_chunk}",
+        "output.sample_questions=0",
+        *case.options,
+    ]
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    """A Markdown table, a row a configuration."""
+    header = (
+        "allocated peak: plan / run (MiB) | off | worst phase | off | resident peak: plan / run / resume (MiB) | off"
+    )
+    print(f"| configuration | {header} |")
+    print("|---|---:|---:|---|---:|---:|---:|")
+    for outcome in outcomes:
+        print(_row(outcome))
+
+
+def _row(outcome: Outcome) -> str:
+    worst = outcome.worst_phase
+    measured = [taken for _, taken in outcome.resident]
+    cells = (
+        outcome.name,
+        _pair(outcome.allocated),
+        f"{off(outcome.allocated):+.2%}{'' if outcome.is_allocated_right else ' **!**'}",
+        worst,
+        f"{off(outcome.phases[worst]):+.2%}",
+        " / ".join(f"{num_bytes / MIB:,.0f}" for num_bytes in (outcome.resident[0][0], *measured)),
+        ", ".join(f"{off(pair):+.1%}" for pair in outcome.resident) + ("" if outcome.is_resident_right else " **!**"),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _pair(pair: tuple[int, int]) -> str:
+    return " / ".join(f"{num_bytes / MIB:,.1f}" for num_bytes in pair)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_accuracy", description="Plans against real runs.")
+    parser.add_argument("--only", help="configurations whose name contains this")
+    parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} configurations instead of {len(CASES)}")
+    parser.add_argument("--json", type=Path, help="write every figure here, after each configuration")
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    chosen = parser.parse_args(arguments)
+    cases = [case for case in (QUICK if chosen.quick else CASES) if chosen.only is None or chosen.only in case.name]
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="plan-accuracy-", dir=chosen.folder) as temporary:
+        bench = Bench(Path(temporary))
+        for case in cases:
+            outcomes.append(bench.measure(case))
+            print(_row(outcomes[-1]), file=sys.stderr, flush=True)
+            if chosen.json is not None:
+                chosen.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    print_table(outcomes)
+    return 0 if all(outcome.is_allocated_right and outcome.is_resident_right for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

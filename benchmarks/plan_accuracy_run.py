@@ -1,0 +1,186 @@
+"""One process of `benchmarks.plan_accuracy`: a real run, or its resume, counted by torch's profiler or by the kernel.
+
+    python -m benchmarks.plan_accuracy_run SPEC.json RESULT.json --part run|resume|profile
+
+`profile` is both, one after the other: every allocation from the loading of the base on is read off torch.profiler's
+memory events; the plan is made by then, and no dispatch mode is active. In the others nobody watches, and VmHWM is read
+at each record; the kernel's mark is set back there (`/proc/self/clear_refs`), so that each part has a mark of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+# What `Preparing.what` begins with, and the name of the part that is over then.
+ENDS = {"planning": "data", "quantizing": "plan", "loading": "cache", "rehearsing": "load"}
+LOSS_OP = "qlora_trainer::chunked_cross_entropy"
+BACKWARD_OP = "autograd::engine::evaluate_function"
+MARK = "plan_accuracy:"
+
+
+def status_bytes() -> dict[str, int]:
+    """The kernel's figures of this process: peak, resident, and of that what is anonymous or of files."""
+    names = {"VmHWM": "peak", "VmRSS": "resident", "RssAnon": "anonymous", "RssFile": "file"}
+    found = {}
+    for line in Path("/proc/self/status").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key in names:
+            found[names[key]] = int(value.split()[0]) * 1024
+    return found
+
+
+def forget_peak() -> None:
+    """Set VmHWM back to what is resident now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def parts_of_run(records: Iterator[Any], predicted: dict[str, Any], until_saved: int | None) -> Iterator[str]:
+    """Runs it, and yields the name of each part of the run when it is over.
+
+    Args:
+        records: the run.
+        predicted: what its plan says is put here.
+        until_saved: stop, as a crash would, when the checkpoint of this step is there.
+    """
+    from qlora_trainer.run.records import Evaluated, Finished, Planned, Prepared, Preparing, Saved, StepDone
+
+    for record in records:
+        match record:
+            case Preparing():
+                yield next((part for start, part in ENDS.items() if record.what.startswith(start)), "")
+            case Planned():
+                predicted |= record.plan.predicted.as_json()
+            case Prepared():
+                yield "rehearsal"
+            case Evaluated():
+                yield "eval"
+            case StepDone():
+                yield "step"
+            case Finished():
+                yield "finish"
+            case Saved():
+                yield "save"
+                if record.step == until_saved:
+                    return
+
+
+def run_and_profile(
+    records: Iterator[Any], predicted: dict[str, Any], until_saved: int | None, *, is_resume: bool
+) -> dict[str, int]:
+    """Phase -> its allocated peak, as the profiler counts; steps are split further."""
+    from torch.profiler import ProfilerActivity, profile, record_function
+
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    is_counting = is_resume  # then no plan is made, and the checkpoint is opened first
+    if is_counting:
+        profiler.start()
+    for part in parts_of_run(records, predicted, until_saved):
+        if is_counting:
+            with record_function(MARK + part):
+                pass
+        elif part == "cache":
+            is_counting = True
+            profiler.start()
+    profiler.stop()
+    peaks = phase_peaks(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    return {phase: peak for phase, peak in peaks.items() if is_resume or phase != "resume"}
+
+
+def phase_peaks(roots: Sequence[Any]) -> dict[str, int]:
+    """Phase -> most bytes alive in it, from the profiler's event tree; allocations before the profile are not in it."""
+    from torch._C._profiler import _EventType
+
+    events = []  # (nanoseconds, what, bytes)
+    waiting = list(roots)
+    while waiting:
+        event = waiting.pop()
+        waiting.extend(event.children)
+        if event.tag == _EventType.Allocation:
+            if event.extra_fields.device.type == "cpu":
+                events.append((event.start_time_ns, "", event.extra_fields.alloc_size))
+        elif event.name.startswith(MARK):
+            events.append((event.start_time_ns, event.name.removeprefix(MARK), 0))
+        elif event.name == LOSS_OP:
+            events.append((event.end_time_ns, "loss", 0))
+        elif event.name.startswith(BACKWARD_OP):
+            events.append((event.end_time_ns, "backward", 0))
+    events.sort(key=lambda event: event[0])
+    return _read_phases(events)
+
+
+def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
+    """What stands between two marks belongs to the phase that the second one ends."""
+    peaks: dict[str, int] = {}
+    live = peak = 0
+    pending: dict[str, int] = {}  # parts of what turns out to be a step, or an evaluation
+
+    def close(phase: str, into: dict[str, int]) -> None:
+        nonlocal peak
+        into[phase] = max(into.get(phase, 0), peak)
+        peak = live
+
+    for _, mark, num_bytes in events:
+        live += num_bytes
+        peak = max(peak, live)
+        if mark in ("loss", "backward"):
+            close(mark, pending)
+        elif mark == "step":
+            close("optimizer", pending)
+            peaks |= {phase: max(peaks.get(phase, 0), value) for phase, value in pending.items()}
+            pending = {}
+        elif mark:
+            if mark == "rehearsal":
+                peaks["resume"] = peak  # what comes after its evaluation: the state is set back, and then read
+            peak = max(peak, *pending.values(), 0)
+            pending = {}
+            close(mark, peaks)
+    return peaks
+
+
+def run_and_read_kernel(records: Iterator[Any], predicted: dict[str, Any], until_saved: int | None) -> dict[str, Any]:
+    """Part -> the kernel's figures at its end, `peak` being the part's own."""
+    figures: dict[str, Any] = {"imported": status_bytes()}
+    forget_peak()
+    for part in parts_of_run(records, predicted, until_saved):
+        now = status_bytes()
+        before = figures.get(part, {"peak": 0})
+        figures[part] = now if now["peak"] >= before["peak"] else before
+        forget_peak()
+    figures["children"] = {"peak": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024}
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what SPEC says; the figures go to RESULT."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_accuracy_run")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--part", choices=("run", "resume", "profile"), required=True)
+    chosen = parser.parse_args(arguments)
+    spec = json.loads(chosen.spec.read_text())
+
+    from qlora_trainer.config.load import load_config
+    from qlora_trainer.run.loop import train
+
+    config = load_config(None, spec["overrides"])
+    predicted: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+    for part in ("run", "resume") if chosen.part == "profile" else (chosen.part,):
+        is_resume = part == "resume"
+        records = train(config, resume="auto" if is_resume else None)
+        until_saved = None if is_resume else spec["stop_after_step"]
+        if chosen.part == "profile":
+            measured[part] = run_and_profile(records, predicted, until_saved, is_resume=is_resume)
+        else:
+            measured[part] = run_and_read_kernel(records, predicted, until_saved)
+        records.close()  # type: ignore[attr-defined]  # it is a generator, and holds the run folder's lock
+    chosen.result.write_text(json.dumps({"predicted": predicted, "measured": measured}))
+
+
+if __name__ == "__main__":
+    main()

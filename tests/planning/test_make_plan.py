@@ -1,0 +1,321 @@
+"""What a plan decides within a budget, and what it says when nothing fits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, PreTrainedConfig
+
+from qlora_trainer.config.load import load_config
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.sizes import parse_size_bytes
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.device_memory import cpu_memory
+from qlora_trainer.planning.budget import Budget, gpu_budget
+from qlora_trainer.planning.full_trace import without_collector
+from qlora_trainer.planning.known_models import known_config
+from qlora_trainer.planning.make_plan import DEFAULT_SEQ_LEN, Documents, _Planner, make_plan
+from qlora_trainer.planning.plan import Plan
+from qlora_trainer.planning.price import PHASES
+from qlora_trainer.planning.tracker import CATEGORIES
+from tests.model.tiny_bases import small_config
+
+MIB, GIB = 2**20, 2**30
+SEQ_LEN = 256
+# Nothing but tensors, so that budgets can be compared with them.
+GPU = gpu_budget(None, 8 * GIB)
+BARE_GPU = replace(GPU, memory=replace(GPU.memory, fixed_bytes=0, workspace_bytes=0))
+CPU = replace(GPU, kind="cpu", device_name="cpu", compute_dtype="float32", memory=cpu_memory(0))
+
+
+def run_config(*overrides: str) -> RunConfig:
+    return load_config(None, ["model.base=tiny", "data.train=x.jsonl", f"data.seq_len={SEQ_LEN}", *overrides])
+
+
+def architecture(num_layers: int = 2) -> PreTrainedConfig:
+    return small_config("llama", num_hidden_layers=num_layers, hidden_size=256, intermediate_size=512, vocab_size=2048)
+
+
+def within(budget: Budget, budget_bytes: int) -> Budget:
+    host_bytes = budget_bytes if budget.kind == "cpu" else budget.host_budget_bytes
+    return replace(budget, budget_bytes=budget_bytes, host_budget_bytes=host_bytes)
+
+
+def planned(budget: Budget, *overrides: str, num_layers: int = 2, **options: Any) -> Plan:
+    return make_plan(run_config(*overrides), budget, model_config=architecture(num_layers), **options)
+
+
+def needed_bytes(plan: Plan) -> int:
+    return plan.budget_bytes + plan.missing_bytes
+
+
+class Traced:
+    """A planner that is traced once, and asked for many budgets."""
+
+    def __init__(self, budget: Budget, *overrides: str, num_layers: int = 4) -> None:
+        documents = Documents(SEQ_LEN, float(SEQ_LEN), 16 * SEQ_LEN)
+        with without_collector():
+            self._planner = _Planner.of(run_config(*overrides), budget, architecture(num_layers), documents)
+        self._budget = budget
+
+    def plan(self, budget_bytes: int) -> Plan:
+        self._planner.budget = within(self._budget, budget_bytes)
+        with without_collector():
+            return self._planner.plan(self._planner.config.lora.rank)
+
+    def least_bytes(self) -> int:
+        return needed_bytes(self.plan(1))
+
+    def most_bytes(self) -> int:
+        return self.plan(2**40).predicted.process_peak_bytes
+
+    def grid(self, num_budgets: int) -> list[int]:
+        """From a little less than anything fits in, to more than everything needs."""
+        least, most = 0.99 * self.least_bytes(), 1.05 * self.most_bytes()
+        ratio = (most / least) ** (1 / (num_budgets - 1))
+        return [round(least * ratio**number) for number in range(num_budgets)]
+
+
+def require_consistent(plan: Plan) -> None:
+    knobs, predicted = plan.knobs, plan.predicted
+    is_within = predicted.process_peak_bytes <= plan.budget_bytes
+    assert plan.fits == (is_within and predicted.host_peak_bytes <= plan.host_budget_bytes)
+    assert predicted.allocated_peak_bytes == max(predicted.phases.values()) == sum(predicted.breakdown.values())
+    assert predicted.worst_peak_bytes >= predicted.process_peak_bytes >= predicted.allocated_peak_bytes
+    assert knobs.micro_batch_tokens >= knobs.seq_len
+    assert knobs.loss_chunk <= knobs.micro_batch_tokens
+    assert predicted.tokens_per_second > 0
+    speeds = [predicted.tokens_per_second, *(one.predicted.tokens_per_second for one in plan.alternatives)]
+    assert speeds == sorted(speeds, reverse=True)
+    assert bool(plan.missing_bytes) == bool(plan.would_fit) == (not plan.fits)
+
+
+@pytest.mark.parametrize("budget", [BARE_GPU, CPU], ids=["gpu", "cpu"])
+def test_more_memory_is_never_slower_and_is_used(budget: Budget) -> None:
+    traced = Traced(budget, "training.optimizer=adamw_32bit")
+    plans = [traced.plan(budget_bytes) for budget_bytes in traced.grid(9)]
+    for plan in plans:
+        require_consistent(plan)
+    assert [plan.fits for plan in plans] == [False] + [True] * 8
+    fitting = plans[1:]
+    assert fitting[0].gave_up
+    assert not fitting[-1].gave_up
+    for less, more in pairwise(fitting):
+        assert more.predicted.tokens_per_second >= less.predicted.tokens_per_second
+    fastest = fitting[-1].predicted.tokens_per_second
+    for plan in fitting:
+        if plan.gave_up and plan.predicted.tokens_per_second < 0.99 * fastest:  # a faster plan would need it
+            assert plan.predicted.process_peak_bytes >= 0.85 * plan.budget_bytes
+
+
+def test_what_fits_just_so_fits() -> None:
+    traced = Traced(CPU, "training.optimizer=adamw_32bit")
+    least = traced.least_bytes()
+    assert traced.plan(least).fits
+    assert not traced.plan(least - 1).fits
+
+
+PINS = [
+    "lora.rank=5",
+    "lora.alpha=7",
+    "memory.micro_batch_tokens=300",
+    "memory.loss_chunk_tokens=48",
+    "training.optimizer=paged_adamw_8bit",
+    "training.global_batch_size=3",
+]
+
+
+@pytest.mark.parametrize("policy, num_recomputed", [("true", 2), ("false", 0), ("1", 1), ("7", 2)])
+def test_pins_are_kept(policy: str, num_recomputed: int) -> None:
+    for budget_bytes in (GIB, 1000):
+        plan = planned(within(GPU, budget_bytes), *PINS, f"memory.activation_checkpointing={policy}")
+        knobs = plan.knobs
+        assert plan.fits == (budget_bytes == GIB)
+        assert (knobs.rank, knobs.alpha, knobs.seq_len) == (5, 7.0, SEQ_LEN)
+        assert (knobs.micro_batch_tokens, knobs.loss_chunk) == (300, 48)
+        assert knobs.micro_batches_per_step == 3
+        assert (knobs.optimizer, knobs.optimizer_residency) == ("paged_adamw_8bit", "paged")
+        assert knobs.activation_recompute_layers == num_recomputed
+        assert knobs.activation_keep_layers == 2 - num_recomputed
+        assert plan.gave_up == ()
+
+
+def applied(overrides: Sequence[str], knob: str, after: int | str) -> list[str]:
+    """The overrides with one changed."""
+    return [*(override for override in overrides if not override.startswith(f"{knob}=")), f"{knob}={after}"]
+
+
+GENEROUS = [
+    "lora.rank=64",
+    "memory.activation_checkpointing=false",
+    "memory.loss_chunk_tokens=1024",
+    "training.optimizer=adamw_32bit",
+]
+
+
+@pytest.mark.parametrize("share", [0.97, 0.6])
+@pytest.mark.parametrize(
+    "overrides",
+    [[], GENEROUS, [*GENEROUS, "memory.micro_batch_tokens=1024"]],
+    ids=["auto", "generous", "generous-batch"],
+)
+def test_each_change_that_would_fit_fits(overrides: list[str], share: float) -> None:
+    budget = within(CPU, round(share * needed_bytes(planned(within(CPU, 1000), *overrides))))
+    plan = planned(budget, *overrides)
+    require_consistent(plan)
+    assert not plan.fits
+    assert plan.would_fit
+    assert len({change.knob for change in plan.would_fit}) == len(plan.would_fit)
+    for change in plan.would_fit:
+        if change.knob == "memory.budget":
+            changed = planned(within(CPU, parse_size_bytes(str(change.after))), *overrides)
+        else:
+            changed = planned(budget, *applied(overrides, change.knob, change.after))
+        assert changed.fits, change
+
+
+def test_a_host_without_room_is_told() -> None:
+    plan = planned(replace(GPU, host_budget_bytes=100 * MIB))
+    assert not plan.fits
+    assert plan.missing_bytes == plan.predicted.host_peak_bytes - 100 * MIB
+
+
+@pytest.mark.parametrize("seq_len, found", [("513", "513 tokens"), ("auto", f"{DEFAULT_SEQ_LEN} tokens")])
+def test_documents_longer_than_the_positions_are_refused(seq_len: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.seq_len") as raised:
+        planned(GPU, f"data.seq_len={seq_len}")
+    assert found in str(raised.value)
+    assert "512, the positions of tiny" in str(raised.value)
+
+
+def test_documents_decide_what_is_auto() -> None:
+    documents = Documents.of([40, 60, 100], seq_len=100, global_batch_size=4)
+    plan = planned(within(GPU, GIB), "data.seq_len=auto", documents=documents)
+    assert plan.knobs.seq_len == 100
+    assert plan.knobs.micro_batch_tokens == 320  # 300 tokens can meet in a batch: the longest stands for a fourth one
+    assert plan.fits
+
+
+@given(st.lists(st.integers(8, 500), min_size=1, max_size=30), st.integers(1, 40))
+def test_the_largest_batch_of_documents(lengths: list[int], size: int) -> None:
+    found = Documents.of(lengths, seq_len=500, global_batch_size=size)
+    assert found.mean_tokens == pytest.approx(sum(lengths) / len(lengths))
+    assert found.largest_batch_tokens >= sum(sorted(lengths)[-size:])
+    assert found.largest_batch_tokens <= size * max(lengths)
+    assert size > len(lengths) or found.largest_batch_tokens == sum(sorted(lengths)[-size:])
+
+
+def test_the_interpreter_is_asked_for_after_the_traces_and_counted() -> None:
+    small = planned(CPU, "memory.micro_batch_tokens=256")
+    large = planned(CPU, "memory.micro_batch_tokens=256", interpreter_bytes=lambda: GIB)
+    assert large.predicted.process_peak_bytes - small.predicted.process_peak_bytes == GIB
+    assert large.predicted.allocated_peak_bytes == small.predicted.allocated_peak_bytes
+
+
+KNOBS = {
+    "rank",
+    "alpha",
+    "seq_len",
+    "micro_batch_size",
+    "micro_batch_tokens",
+    "micro_batches_per_step",
+    "activation_keep_layers",
+    "activation_recompute_layers",
+    "activation_offload_layers",
+    "loss_chunk",
+    "optimizer",
+    "optimizer_residency",
+    "embedding_residency",
+}
+PREDICTED = {
+    "allocated_peak_bytes",
+    "process_peak_bytes",
+    "worst_peak_bytes",
+    "host_peak_bytes",
+    "peak_phase",
+    "breakdown",
+    "resident",
+    "phases",
+    "tokens_per_second",
+}
+PLAN = {
+    "fits",
+    "model",
+    "device",
+    "budget_bytes",
+    "host_budget_bytes",
+    "knobs",
+    "predicted",
+    "trainable_parameters",
+    "gave_up",
+    "alternatives",
+    "frontier",
+}
+
+
+def test_the_json_form_of_a_plan_that_fits() -> None:
+    plan = planned(within(GPU, round(0.5 * GIB)), with_frontier=True)
+    values = json.loads(json.dumps(plan.as_json(), allow_nan=False))
+    assert values.keys() == PLAN
+    assert values["fits"] is True
+    assert values["alternatives"]
+    for one in (values, *values["alternatives"]):
+        assert one["knobs"].keys() == KNOBS
+        assert one["predicted"].keys() == PREDICTED
+        assert tuple(one["predicted"]["phases"]) == PHASES
+        assert tuple(one["predicted"]["breakdown"]) == tuple(one["predicted"]["resident"]) == CATEGORIES
+    for cell in values["frontier"]:
+        assert cell.keys() == {"rank", "seq_len", "micro_batch_tokens", "tokens_per_second"}
+    assert {(8, 512), (128, 8192), (16, SEQ_LEN)} <= {(cell["rank"], cell["seq_len"]) for cell in values["frontier"]}
+
+
+def test_the_json_form_of_a_plan_that_does_not_fit() -> None:
+    plan = planned(within(GPU, 400 * MIB))
+    values = json.loads(json.dumps(plan.as_json(), allow_nan=False))
+    assert values.keys() == PLAN | {"missing_bytes", "would_fit"}
+    assert values["missing_bytes"] == plan.predicted.process_peak_bytes - 400 * MIB
+    for change in values["would_fit"]:
+        assert change.keys() == {"knob", "from", "to", "allocated_peak_bytes"}
+    assert values["would_fit"][-1]["knob"] == "memory.budget"
+
+
+def test_a_frontier_falls_with_rank_and_agrees_with_the_plan() -> None:
+    plan = planned(within(GPU, round(0.5 * GIB)), with_frontier=True)
+    tokens = {(cell.rank, cell.seq_len): cell.micro_batch_tokens for cell in plan.frontier}
+    speeds = {(cell.rank, cell.seq_len): cell.tokens_per_second for cell in plan.frontier}
+    assert any(tokens.values())
+    for (rank, seq_len), number in tokens.items():
+        assert number % seq_len == 0
+        assert (number > 0) == (speeds[rank, seq_len] > 0)
+        assert all(number >= tokens[larger, seq_len] for larger, _ in tokens if larger > rank)
+    own = tokens[plan.knobs.rank, plan.knobs.seq_len]
+    assert own >= plan.knobs.micro_batch_tokens // SEQ_LEN * SEQ_LEN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, overrides, expected",
+    [
+        ("llama-2-7b", ["lora.rank=8"], 19_988_480),
+        ("llama-3.1-8b", ["lora.rank=16", "lora.target_modules=[q_proj, v_proj]"], 6_815_744),
+    ],
+)
+def test_trainable_parameters_of_known_models(name: str, overrides: list[str], expected: int) -> None:
+    """As PEFT's print_trainable_parameters gives them."""
+    config = known_config(name)
+    assert config is not None
+    plan = make_plan(
+        load_config(None, [f"model.base={name}", "data.train=x.jsonl", "data.seq_len=1024", *overrides]),
+        gpu_budget(None, 24 * GIB),
+        model_config=AutoConfig.for_model(**config),
+    )
+    assert plan.fits
+    assert plan.trainable_parameters == expected
+    require_consistent(plan)

@@ -1,0 +1,230 @@
+"""Predicted bytes against what torch's profiler counts in a real step on a CPU, where no tracker is looking."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_trainer.hardware.device_memory import cpu_memory
+from qlora_trainer.model.activation_policy import recompute_layers
+from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, trainable_parameters
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.planning.dry_model import DryModel, build_dry_model
+from qlora_trainer.planning.full_trace import trace_state, trace_training
+from qlora_trainer.planning.price import Layout, Prices, evaluation_level
+from qlora_trainer.planning.shallow_trace import trace_step
+from qlora_trainer.step.batch import MicroBatch, make_micro_batch
+from qlora_trainer.step.document import Document
+from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings, num_flat_elements
+from qlora_trainer.step.state import first_non_finite
+from qlora_trainer.step.train_step import accumulate_gradients, evaluate
+from tests.hardware.profiled_memory import allocated_by
+from tests.model.tiny_bases import small_config
+from tests.model.tiny_models import load_for_training, prepare
+
+CPU = torch.device("cpu")
+VOCABULARY, NUM_LAYERS, NUM_TOKENS, CHUNK = 4096, 4, 512, 128
+MODELS = ("llama", "gemma2", "qwen3", "phi3")
+MAX_OFF, MAX_LOW = 0.02, 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One step; the micro-batch has `NUM_TOKENS` tokens in documents of `seq_len`, all in one row or one a row."""
+
+    name: str
+    num_recomputed: int
+    dropout: float
+    dtype: torch.dtype
+    seq_len: int
+    packing: bool = True
+
+    def __str__(self) -> str:
+        rows = "row" if self.packing else "rows"
+        dtype = str(self.dtype).rpartition(".")[2]
+        return f"{self.name}-recompute{self.num_recomputed}-dropout{self.dropout}-{dtype}-{self.seq_len}-{rows}"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(
+            rank=8,
+            tokens=NUM_TOKENS,
+            seq_len=self.seq_len,
+            rows=1 if self.packing else NUM_TOKENS // self.seq_len,
+            num_recomputed=self.num_recomputed,
+            loss_chunk=CHUNK,
+        )
+
+    @property
+    def document_lengths(self) -> list[int]:
+        return [self.seq_len] * (NUM_TOKENS // self.seq_len)
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+# Every pair of values of two columns, but for 16 bits, which a CPU without products for them takes five times as long.
+FAST = [
+    Case("llama", 0, 0.0, FP32, 128),
+    Case("llama", 4, 0.1, BF16, 512),
+    Case("gemma2", 4, 0.0, FP32, 512),
+    Case("gemma2", 0, 0.1, FP32, 128),
+    Case("qwen3", 4, 0.1, FP32, 128),
+    Case("qwen3", 2, 0.0, FP32, 512, packing=False),
+    Case("phi3", 0, 0.0, BF16, 512),
+    Case("phi3", 4, 0.1, FP32, 128, packing=False),
+]
+EVERY = [
+    Case(name, num_recomputed, dropout, dtype, seq_len)
+    for name, num_recomputed, dropout, dtype, seq_len in itertools.product(
+        MODELS, (0, NUM_LAYERS), (0.0, 0.1), (FP32, BF16), (128, 512)
+    )
+]
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    changes: dict[str, Any] = {
+        "num_hidden_layers": NUM_LAYERS,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2 * NUM_TOKENS,
+    }
+    kinds = getattr(small_config(name), "layer_types", None)
+    if kinds:
+        changes["layer_types"] = kinds * (NUM_LAYERS // 2)
+    return small_config(name, **changes)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Base, NF4Cache]]:
+    """A base of each architecture, made once."""
+
+    @cache
+    def make(name: str) -> tuple[Base, NF4Cache]:
+        folder = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+            return prepare(folder / "base", config_of(name), max_shard_size="1GB")
+
+    return make
+
+
+def micro_batch(case: Case) -> MicroBatch:
+    """Every token but the first of a document is trained on."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for index, length in enumerate(case.document_lengths):
+        input_ids_T = rng.integers(3, VOCABULARY, length, dtype=np.int32)
+        documents.append(Document(index, input_ids_T, input_ids_T.copy()))
+    return make_micro_batch(documents, seed=0, step=0, packing=case.packing)
+
+
+def dry_model(case: Case, base: Base) -> DryModel:
+    return build_dry_model(base.config, double_quant=True, compute_dtype=case.dtype, device=CPU, alignment_bytes=1)
+
+
+def require_close(predicted_bytes: int, counted_bytes: int) -> None:
+    assert predicted_bytes >= (1 - MAX_LOW) * counted_bytes
+    assert predicted_bytes <= (1 + MAX_OFF) * counted_bytes
+
+
+def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
+    model = load_for_training(base, cache, case.dtype)
+    settings = LoraSettings(rank=8, alpha=16.0, dropout=case.dropout, targets=tuple(model.linears))
+    attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
+    optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())
+    optimizer = AdapterOptimizer(trainable_parameters(model), optimizer_settings)
+    recompute_layers(model, case.num_recomputed)
+    batch = micro_batch(case)
+    counted = allocated_by(
+        lambda: accumulate_gradients(
+            model, [batch], num_supervised_tokens=batch.targets_N.numel(), loss_chunk_tokens=CHUNK
+        )
+    )
+    assert counted.net_bytes == 4  # the loss
+    assert float(optimizer.clip_gradients(None)) > 0.0
+    levels = trace_training(
+        dry_model(case, base),
+        settings,
+        adapter_dtype=torch.bfloat16,
+        document_lengths=case.document_lengths,
+        rows=case.layout.rows,
+        num_recomputed=case.num_recomputed,
+        loss_chunk_tokens=CHUNK,
+        alignment_bytes=1,
+    )
+    require_close(max(level.peak_bytes for level in levels), counted.peak_bytes)
+
+
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_a_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
+    check_training(case, *prepared(case.name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", EVERY, ids=str)
+def test_any_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
+    check_training(case, *prepared(case.name))
+
+
+@pytest.mark.parametrize("case", [Case("llama", 0, 0.1, FP32, 512), Case("gemma2", 0, 0.0, FP32, 128)], ids=str)
+def test_an_evaluation(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
+    base, cache_ = prepared(case.name)
+    model = load_for_training(base, cache_, case.dtype)
+    settings = LoraSettings(rank=8, alpha=16.0, dropout=case.dropout, targets=tuple(model.linears))
+    attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
+    batch = micro_batch(case)
+    counted = allocated_by(lambda: evaluate(model, [batch], loss_chunk_tokens=CHUNK))
+    parts = trace_step(dry_model(case, base), settings, adapter_dtype=torch.bfloat16)
+    require_close(evaluation_level(Prices(parts, cpu_memory()), case.layout).peak_bytes, counted.peak_bytes)
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("shapes", [[(32, 50_001)], [(32, 20_000), (32, 30_000), (5, 33)]], ids=["one", "several"])
+def test_an_update_a_save_and_a_resume(bits: Literal[8, 32], dtype: torch.dtype, shapes: list[tuple[int, int]]) -> None:
+    """Over more elements than the optimizer updates at once; a plan takes all parameters together for one."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = {}
+    for number, shape in enumerate(shapes):
+        parameter = torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype))
+        parameter.grad_dtype = torch.float32
+        parameters[str(number)] = parameter
+    settings = OptimizerSettings(bits=bits, residency="device", weight_decay=0.0, paging_folder=Path())
+    optimizer = AdapterOptimizer(parameters, settings)
+    optimizer.gradient.normal_(generator=generator)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+
+    def update() -> None:
+        optimizer.clip_gradients(1.0)
+        optimizer.update(1e-4)
+
+    trace = trace_state(
+        num_flat_elements(shapes),
+        largest_elements=max(num_flat_elements([shape]) for shape in shapes),
+        bits=bits,
+        adapter_dtype=dtype,
+        device=CPU,
+        alignment_bytes=1,
+    )
+    predicted = {phase: level.peak_bytes for phase, level in trace.levels.items()}
+    counted = {
+        "optimizer": allocated_by(update).peak_bytes,
+        "save": allocated_by(lambda: first_non_finite(optimizer.state_dict())).peak_bytes,
+        "resume": allocated_by(lambda: optimizer.load_state_dict(saved)).peak_bytes,
+    }
+    assert {"gradient": sum(trace.gradient), "optimizer": sum(trace.optimizer)} == optimizer.num_bytes
+    require_close(predicted["optimizer"], counted["optimizer"])
+    assert predicted["resume"] == counted["resume"] == 8  # the step count
+    if len(shapes) == 1:
+        require_close(predicted["save"], counted["save"])
+    assert predicted["save"] >= 0.999 * counted["save"]
