@@ -30,7 +30,7 @@ def _backend_module() -> object:
     """What torch asks a backend's module for, beyond what its own stand-in answers."""
     module: Any = backend_registration._DummyBackendModule()
     module.get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]
-    # Whatever keeps random states aside (`torch.random.fork_rng`) asks the current accelerator for its own: it has none.
+    # Whatever keeps random states aside (`torch.random.fork_rng`) asks the accelerator for its own: it has none.
     module.get_rng_state = lambda *_: torch.empty(0, dtype=torch.uint8)
     module.set_rng_state = lambda *_: None
     return module
