@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -28,8 +29,9 @@ class CpuSpeed:
     launch_seconds: float
 
 
+@functools.cache
 def measure_cpu_speed(compute_dtype: ComputeDtype) -> CpuSpeed:
-    """Measure it now; where cores are shared, the figures swing by a factor of two."""
+    """Measured once in a process; where cores are shared, the figures swing by a factor of two."""
     dtype = DTYPES[compute_dtype]
     values, out = torch.ones(_ELEMENTS, dtype=dtype), torch.empty(_ELEMENTS, dtype=dtype)
     packed, state = functional.quantize_4bit(torch.ones(512, 2048), blocksize=64, quant_type="nf4")
