@@ -115,8 +115,7 @@ def _seq_len(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
     seq_len = 1 << ((layout.seq_len - 1).bit_length() - 1)
     while seq_len >= _MIN_SEQ_LEN:
         space = bound.space(layout.rank, seq_len)
-        tokens = token_steps(seq_len, seq_len)[0]
-        shorter = layout_of(replace(space, seq_len=seq_len), tokens, layout.loss_chunk, layout.num_recomputed)
+        shorter = layout_of(space, space.tokens[0], layout.loss_chunk, layout.num_recomputed)
         change = _tried(shorter, optimizer, bound, "data.seq_len", layout.seq_len, seq_len)
         if change is not None:
             return change

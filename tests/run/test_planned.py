@@ -146,8 +146,8 @@ def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
 def test_out_of_memory_in_the_update_is_not_retried(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rehearsals = 1
-    monkeypatch.setattr(AdapterOptimizer, "update", out_of_memory_once(AdapterOptimizer.update, at_call=rehearsals + 2))
+    before = 2  # the plan's dry run and the rehearsal
+    monkeypatch.setattr(AdapterOptimizer, "update", out_of_memory_once(AdapterOptimizer.update, at_call=before + 2))
     with pytest.raises(DoesNotFitError, match=r"the optimizer's update of step 2: .* half updated"):
         run_to_end(tiny_config(tmp_path, base))
 
