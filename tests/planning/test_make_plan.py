@@ -111,7 +111,7 @@ def test_more_memory_is_never_slower_and_is_used(budget: Budget) -> None:
         assert more.predicted.tokens_per_second >= less.predicted.tokens_per_second
     fastest = fitting[-1].predicted.tokens_per_second
     for plan in fitting:
-        # A faster plan would need it. Not yet true of the bare GPU, whose launches decide the speed of so small a model.
+        # A faster plan would need it. Not yet true of the bare GPU, whose launches decide so small a model's speed.
         if budget.kind == "cpu" and plan.gave_up and plan.predicted.tokens_per_second < 0.99 * fastest:
             assert plan.predicted.process_peak_bytes >= 0.85 * plan.budget_bytes
 
