@@ -190,7 +190,7 @@ def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) 
         assert other == pytest.approx(found[0], rel=1e-5)
 
     part = tmp_path / "part"
-    run_until_step(tiny_config(tmp_path, base, *options, f"memory.budget={2 * least}B", f"output.dir={part}"), 2)
+    run_until_step(tiny_config(tmp_path, base, *options, f"memory.budget={2 * least}B", f"output.dir={part}"), 3)
     resumed = tiny_config(tmp_path, base, *options, f"memory.budget={4 * least}B", f"output.dir={part}")
     assert losses(run_to_end(resumed, resume="auto")) == pytest.approx(found[0][2:], rel=1e-5)
 
