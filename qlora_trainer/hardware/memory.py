@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
+import mmap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +11,6 @@ import torch
 
 # c10's CPU allocator raises a plain RuntimeError; this is the fixed part of its message (c10/core/impl/alloc_cpu.cpp).
 _CPU_ALLOCATOR_MESSAGE = "DefaultCPUAllocator: can't allocate memory"
-
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
-LARGE_BLOCK_BYTES = 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +34,7 @@ def process_peak_bytes() -> int:
 
 def resident_bytes() -> int:
     """Resident memory of this process now, mapped file pages included."""
-    return int(psutil.Process().memory_info().rss)
-
-
-def release_free_memory() -> None:
-    """Ask glibc to give back what is free at the end and in the middle of its heaps; elsewhere nothing happens."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-
-
-def return_large_blocks() -> None:
-    """Have glibc give the memory of every large tensor back as soon as it is freed; elsewhere nothing happens.
-
-    Left alone, glibc keeps freed blocks of up to 32 MiB for itself, and (until 2.38) an aligned request, as torch makes
-    them, does not find a freed block of its own size again: a step of SmolLM2 took 1.7 GB where 0.55 were alive. It
-    costs a tenth of the speed (docs/log.md). Whoever sets MALLOC_MMAP_THRESHOLD_ has chosen otherwise.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 def read_memory(device: torch.device) -> MemoryReading:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.hardware.heap import ResidentLimit
+
 
 class FrozenEmbedding(nn.Module):
     """Looks rows up in a bf16 table and returns them in the compute dtype, so the table is never upcast whole.
@@ -37,18 +39,22 @@ class FrozenHead(nn.Module):
     Args:
         weight_VH: the projection, which is the embedding table itself where a model ties them.
         bias_V: bias or None.
+        resident_limit: asked for room before the projection.
     """
 
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None) -> None:
+    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, resident_limit: ResidentLimit | None = None) -> None:
         super().__init__()
+        self.resident_limit = resident_limit or ResidentLimit()
         self.register_buffer("weight", weight_VH, persistent=False)
         self.register_buffer("bias", bias_V, persistent=False)
         self.out_features, self.in_features = weight_VH.shape
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> logits [..., V] in hidden's dtype."""
+        num_rows = hidden.numel() // self.in_features
+        self.resident_limit.make_room(hidden.itemsize * (self.weight.numel() + num_rows * self.out_features))
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)

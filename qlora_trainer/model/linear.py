@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model import nf4
 from qlora_trainer.model.random_draws import dropout_factors
 
@@ -78,6 +79,7 @@ class NF4Linear(nn.Module):
     Args:
         weight: the packed weight, [O, I].
         bias_O: frozen bias or None.
+        resident_limit: asked for room before each product; one for all linears of a model.
     """
 
     packed: Tensor
@@ -87,10 +89,13 @@ class NF4Linear(nn.Module):
     code: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight: nf4.NF4Weight, bias_O: Tensor | None) -> None:
+    def __init__(
+        self, weight: nf4.NF4Weight, bias_O: Tensor | None, resident_limit: ResidentLimit | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.adapter: LoraAdapter | None = None
+        self.resident_limit = resident_limit or ResidentLimit()
         self.register_buffer("bias", bias_O, persistent=False)
         for name in ("packed", "absmax", "nested_absmax", "offset", "code"):
             self.register_buffer(name, getattr(weight, name), persistent=False)
@@ -99,6 +104,12 @@ class NF4Linear(nn.Module):
     def weight(self) -> nf4.NF4Weight:
         shape = (self.out_features, self.in_features)
         return nf4.NF4Weight(self.packed, self.absmax, self.nested_absmax, self.offset, self.code, shape)
+
+    def make_room(self, num_tokens: int, itemsize: int) -> None:
+        """Before a product and what the model does with it until the next one."""
+        activation_elements = num_tokens * max(self.in_features, self.out_features)
+        weight_elements = self.in_features * self.out_features
+        self.resident_limit.make_room(itemsize * (weight_elements + 3 * activation_elements))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -117,6 +128,7 @@ class _NF4LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, layer: NF4Linear) -> Tensor:
+        layer.make_room(x_TI.shape[0], x_TI.itemsize)
         weight_OI = nf4.dequantize(layer.weight, x_TI.dtype)
         # On a CPU `linear` takes a transposed bf16 weight up to 1.8 times faster than `mm` (torch 2.13, AMX).
         bias_O = None if layer.bias is None else layer.bias.to(x_TI.dtype)
@@ -134,6 +146,7 @@ class _NF4LoraFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_TO = grad_outputs[0]
+        ctx.layer.make_room(grad_TO.shape[0], grad_TO.itemsize)
         grad_x_TI = None
         if ctx.needs_input_grad[0]:
             grad_x_TI = torch.mm(grad_TO, nf4.dequantize(ctx.layer.weight, grad_TO.dtype))

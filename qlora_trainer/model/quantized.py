@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.linear import DropoutKeys, NF4Linear
 from qlora_trainer.model.nf4 import NF4Weight
@@ -66,6 +67,7 @@ class QuantizedModel:
         compute_dtype: dtype of activations and matrix products.
         device: where the weights are.
         dropout_keys: shared by all adapters.
+        resident_limit: shared by all linears; nothing is done about it until it is given a number.
     """
 
     module: PreTrainedModel
@@ -75,6 +77,7 @@ class QuantizedModel:
     compute_dtype: torch.dtype
     device: torch.device
     dropout_keys: DropoutKeys
+    resident_limit: ResidentLimit
 
 
 def assemble(
@@ -98,12 +101,12 @@ def assemble(
     dense = {
         name: _as_stored_or_computed(weights.dense(name).to(device), compute_dtype) for name in parts.dense_parameters
     }
-    linears = {}
+    linears, resident_limit = {}, ResidentLimit()
     for name in parts.linears:
         packed = weights.nf4(f"{name}.weight")
-        linears[name] = NF4Linear(packed, dense.pop(f"{name}.bias", None)).to(device)
+        linears[name] = NF4Linear(packed, dense.pop(f"{name}.bias", None), resident_limit).to(device)
         module.set_submodule(name, linears[name])
-    head = _replace_tables(module, parts, dense, compute_dtype)
+    head = _replace_tables(module, parts, dense, compute_dtype, resident_limit)
     for name, tensor in dense.items():
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
@@ -112,7 +115,9 @@ def assemble(
             part.register_buffer(name, buffer.to(device), persistent=name not in part._non_persistent_buffers_set)
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # the base is frozen: only the adapter's own dropout draws
-    return QuantizedModel(module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys())
+    return QuantizedModel(
+        module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys(), resident_limit
+    )
 
 
 def hidden_states(
@@ -140,7 +145,11 @@ def _as_stored_or_computed(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor
 
 
 def _replace_tables(
-    module: PreTrainedModel, parts: Parts, dense: dict[str, Tensor], compute_dtype: torch.dtype
+    module: PreTrainedModel,
+    parts: Parts,
+    dense: dict[str, Tensor],
+    compute_dtype: torch.dtype,
+    resident_limit: ResidentLimit,
 ) -> FrozenHead:
     tables = {}
     for name in parts.embeddings:
@@ -148,9 +157,10 @@ def _replace_tables(
         tables[name] = FrozenEmbedding(dense.pop(f"{name}.weight"), compute_dtype, scale)
     if parts.is_tied:
         input_name = next(name for name in tables if module.get_submodule(name) is module.get_input_embeddings())
-        head = FrozenHead(tables[input_name].weight, None)
+        head = FrozenHead(tables[input_name].weight, None, resident_limit)
     else:
-        head = FrozenHead(dense.pop(f"{parts.head}.weight"), dense.pop(f"{parts.head}.bias", None))
+        weight_VH, bias_V = dense.pop(f"{parts.head}.weight"), dense.pop(f"{parts.head}.bias", None)
+        head = FrozenHead(weight_VH, bias_V, resident_limit)
     for name, table in tables.items():
         module.set_submodule(name, table)
     module.set_submodule(parts.head, head)

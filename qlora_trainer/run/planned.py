@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
-from qlora_trainer.hardware.memory import release_free_memory, resident_bytes
+from qlora_trainer.hardware.heap import release_free_memory
+from qlora_trainer.hardware.memory import resident_bytes
 from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan

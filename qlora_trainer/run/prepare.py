@@ -13,13 +13,8 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.order import Order
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
-from qlora_trainer.hardware.memory import (
-    cap_device_memory,
-    forget_peak,
-    is_out_of_memory,
-    release_free_memory,
-    return_large_blocks,
-)
+from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
+from qlora_trainer.hardware.memory import cap_device_memory, forget_peak, is_out_of_memory
 from qlora_trainer.hardware.paging import require_on_disk
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, select_targets, trainable_parameters
@@ -63,8 +58,7 @@ def prepare(
         QloraTrainerError: see the rooms that are called.
     """
     device = choose_device()
-    if device.type == "cpu":
-        return_large_blocks()
+    return_freed_blocks()
     asked = config.model_dump(mode="json")
     loaded = None if resume is None else find_checkpoint(folder, resume)
     if loaded is not None:
@@ -107,6 +101,9 @@ def prepare(
     optimizer = AdapterOptimizer(trainable_parameters(model), _optimizer_settings(config, knobs, paging_folder))
     release_free_memory()
     forget_peak(device)
+    if device.type == "cpu":
+        keep_freed_blocks()
+        model.resident_limit.limit_bytes = knobs.predicted_peak_bytes - UNASKED_BYTES
     yield Preparing(what="rehearsing the largest step")
     knobs = yield from _rehearse(config, model, optimizer, lora, knobs)
     if loaded is not None:

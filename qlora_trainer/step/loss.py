@@ -47,6 +47,18 @@ def chunked_cross_entropy(
     return loss
 
 
+def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, *, chunk_tokens: int) -> int:
+    """What `chunked_cross_entropy` takes of memory at most: a chunk's logits in all their forms, and the head's own."""
+    itemsize = hidden_NH.itemsize
+    chunk_elements = min(hidden_NH.shape[0], chunk_tokens) * head.out_features
+    num_bytes = 4 * chunk_elements * (1 if logit_shape.softcap == 0.0 else 2)
+    if hidden_NH.dtype != torch.float32:
+        num_bytes += itemsize * chunk_elements
+    if head.weight.dtype != hidden_NH.dtype:
+        num_bytes += itemsize * head.weight.numel()
+    return num_bytes + hidden_NH.nbytes
+
+
 @torch.library.custom_op("qlora_trainer::chunked_cross_entropy", mutates_args=())
 def loss_and_gradient(
     hidden_NH: Tensor,

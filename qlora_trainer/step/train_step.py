@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlora_trainer.model.quantized import QuantizedModel, hidden_states
 from qlora_trainer.step.batch import MicroBatch
-from qlora_trainer.step.loss import chunked_cross_entropy
+from qlora_trainer.step.loss import chunked_cross_entropy, largest_bytes
 
 
 def accumulate_gradients(
@@ -61,6 +61,9 @@ def summed_loss(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_to
         model, micro_batch.input_ids_BT, micro_batch.position_ids_BT, micro_batch.document_lengths
     )
     hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, micro_batch.source_positions_N)
+    model.resident_limit.make_room(
+        largest_bytes(hidden_NH, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens)
+    )
     return chunked_cross_entropy(
         hidden_NH, micro_batch.targets_N, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens
     )

@@ -22,14 +22,21 @@ _LIBC.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
 def page_out(mapped: Tensor) -> None:
     """Write a file mapping's pages to its file and take them from memory, as the kernel does under pressure.
 
-    Asked several times if need be: the kernel passes over a page that it is itself busy with.
+    Asked on every processor in turn, and several times if need be: the kernel passes over a page that waits in
+    another processor's batch of new pages (madvise empties that of its own only), or that it is itself busy with.
     """
-    for _ in range(20):
-        _require_success(_LIBC.msync(mapped.data_ptr(), mapped.nbytes, MS_SYNC), "msync")
-        _require_success(_LIBC.madvise(mapped.data_ptr(), mapped.nbytes, MADV_PAGEOUT), "madvise")
-        if share_in_memory(mapped) == 0.0:
-            return
-        time.sleep(0.02)
+    processors = os.sched_getaffinity(0)
+    try:
+        for _ in range(20):
+            for processor in processors:
+                os.sched_setaffinity(0, {processor})
+                _require_success(_LIBC.msync(mapped.data_ptr(), mapped.nbytes, MS_SYNC), "msync")
+                _require_success(_LIBC.madvise(mapped.data_ptr(), mapped.nbytes, MADV_PAGEOUT), "madvise")
+                if share_in_memory(mapped) == 0.0:
+                    return
+            time.sleep(0.02)
+    finally:
+        os.sched_setaffinity(0, processors)
 
 
 def share_in_memory(mapped: Tensor) -> float:

@@ -27,9 +27,14 @@ class Allocated:
 
 def allocated_by(call: Callable[[], object]) -> Allocated:
     """Run `call` under the profiler and add up its allocations and releases; its result is dropped afterwards."""
-    gc.collect()  # what is dropped meanwhile, and was not made meanwhile, would hide a peak
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = call()
+    was_collecting = gc.isenabled()
+    gc.disable()  # garbage of before, dropped meanwhile, would hide a peak
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+    finally:
+        if was_collecting:
+            gc.enable()
     results: Any = profiler.profiler
     changes = sorted(_memory_events(results.kineto_results.experimental_event_tree()), key=lambda event: event[0])
     del result

@@ -28,16 +28,16 @@ NUM_LAYERS, SEQ_LEN, RANK = 6, 256, 16
 GPU = gpu_budget(None, 2**33)
 CPU = replace(GPU, kind="cpu", compute_dtype="float32", memory=cpu_memory(), host_budget_bytes=2**33)
 BUDGETS = {"accelerator": GPU, "cpu": CPU}
-# Every kind of layer once, on either device; the others take a minute.
-FAST = {("llama", "cpu"), ("gemma2", "accelerator"), ("olmo3", "cpu"), ("phi3", "accelerator")}
-CASES = pytest.mark.parametrize(
-    "name, device",
-    [
-        pytest.param(name, device, marks=() if (name, device) in FAST else pytest.mark.slow)
-        for name in CONFIGS
-        for device in BUDGETS
-    ],
-)
+
+
+def cases(*fast: tuple[str, str]) -> pytest.MarkDecorator:
+    """Every architecture on either device: these, and the others when there is time."""
+    every = [(name, device) for name in CONFIGS for device in BUDGETS]
+    return pytest.mark.parametrize(
+        "name, device", [pytest.param(*case, marks=() if case in fast else pytest.mark.slow) for case in every]
+    )
+
+
 # Between recomputed and kept layers a tensor of the hidden states is counted in neither. Norms behind the products
 # (olmo3, gemma3) keep something of a layer that only the next one's recomputation shows.
 MAX_MIXED, MAX_RECOMPUTED = 0.015, {"olmo3": 0.007, "gemma3": 0.005}
@@ -80,7 +80,7 @@ def require_equal_bytes(priced: Usage, traced: Usage) -> None:
     assert priced.resident == traced.resident
 
 
-@CASES
+@cases(("llama", "cpu"), ("gemma2", "accelerator"))
 def test_every_layer_recomputed(name: str, device: str, planners: Callable[[str, str], _Planner]) -> None:
     priced, traced = priced_and_traced(planners(name, device), 256, NUM_LAYERS, 64)
     if name in MAX_RECOMPUTED:
@@ -89,13 +89,13 @@ def test_every_layer_recomputed(name: str, device: str, planners: Callable[[str,
         require_equal_bytes(priced, traced)
 
 
-@CASES
+@cases(("llama", "cpu"), ("gemma2", "accelerator"))
 def test_every_layer_kept(name: str, device: str, planners: Callable[[str, str], _Planner]) -> None:
     priced, traced = priced_and_traced(planners(name, device), 1024, 0, 64)
     require_equal_bytes(priced, traced)
 
 
-@CASES
+@cases(("llama", "cpu"))
 @pytest.mark.parametrize("tokens, num_recomputed, loss_chunk", [(512, 3, 256), (1024, 1, 1024)])
 def test_some_layers_recomputed(
     name: str,

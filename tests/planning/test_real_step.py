@@ -71,16 +71,14 @@ class Case:
 
 
 FP32, BF16 = torch.float32, torch.bfloat16
-# Every pair of values of two columns, but for 16 bits, which a CPU without products for them takes five times as long.
+# Nearly every pair of values of two columns; a CPU without products in 16 bits takes five times as long for them.
 FAST = [
     Case("llama", 0, 0.0, FP32, 128),
     Case("llama", 4, 0.1, BF16, 512),
     Case("gemma2", 4, 0.0, FP32, 512),
     Case("gemma2", 0, 0.1, FP32, 128),
-    Case("qwen3", 4, 0.1, FP32, 128),
-    Case("qwen3", 2, 0.0, FP32, 512, packing=False),
-    Case("phi3", 0, 0.0, BF16, 512),
-    Case("phi3", 4, 0.1, FP32, 128, packing=False),
+    Case("qwen3", 2, 0.1, FP32, 128, packing=False),
+    Case("phi3", 0, 0.1, FP32, 512),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -188,9 +186,14 @@ def test_an_evaluation(case: Case, prepared: Callable[[str], tuple[Base, NF4Cach
     require_close(evaluation_level(Prices(parts, cpu_memory()), case.layout).peak_bytes, counted.peak_bytes)
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("dtype", [FP32, BF16])
-@pytest.mark.parametrize("shapes", [[(32, 50_001)], [(32, 20_000), (32, 30_000), (5, 33)]], ids=["one", "several"])
+ONE, SEVERAL = [(32, 50_001)], [(32, 20_000), (32, 30_000), (5, 33)]
+
+
+@pytest.mark.parametrize(
+    "bits, dtype, shapes",
+    [(32, FP32, ONE), (32, BF16, SEVERAL), (8, BF16, ONE), (8, FP32, SEVERAL)],
+    ids=["32-one", "32-several", "8-one", "8-several"],
+)
 def test_an_update_a_save_and_a_resume(bits: Literal[8, 32], dtype: torch.dtype, shapes: list[tuple[int, int]]) -> None:
     """Over more elements than the optimizer updates at once; a plan takes all parameters together for one."""
     generator = torch.Generator().manual_seed(0)
