@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model import nf4
 from qlora_trainer.model.linear import DropoutKeys, LoraAdapter, NF4Linear
 from qlora_trainer.model.random_draws import dropout_factors, token_keys
@@ -165,3 +166,19 @@ def test_dropout_drops_its_share_and_keeps_the_mean() -> None:
     assert factors_TI.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
     assert float((factors_TI == 0).float().mean()) == pytest.approx(0.1, abs=0.003)
     assert float(factors_TI.mean()) == pytest.approx(1.0, abs=0.003)
+
+
+def test_it_asks_for_room_before_each_product() -> None:
+    asked: list[int] = []
+
+    class Asked(ResidentLimit):
+        def make_room(self, num_bytes: int) -> None:
+            asked.append(num_bytes)
+
+    layer = _layer(bias=False)
+    layer.resident_limit = Asked()
+    out_TO = layer(_x(NUM_TOKENS, NUM_IN))
+    assert len(asked) == 1
+    out_TO.sum().backward()
+    assert len(asked) == 2
+    assert all(num_bytes > 4 * (NUM_IN * NUM_OUT + NUM_TOKENS * NUM_IN) for num_bytes in asked)

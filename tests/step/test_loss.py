@@ -11,7 +11,8 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig,
 
 from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.quantized import LogitShape
-from qlora_trainer.step.loss import chunked_cross_entropy
+from qlora_trainer.step.loss import chunked_cross_entropy, largest_bytes
+from tests.hardware.profiled_memory import allocated_by
 
 NUM_HIDDEN, NUM_VOCABULARY = 24, 50
 
@@ -115,3 +116,20 @@ def test_logit_shapes_of_architectures(config: PreTrainedConfig, expected: Logit
     if expected.softcap:
         capped = expected.softcap * torch.tanh(capped / expected.softcap)
     torch.testing.assert_close(expected.apply(logits_NV), capped)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_positions", [100, 600])
+def test_the_room_it_asks_for_is_what_it_takes(num_positions: int, dtype: torch.dtype, softcap: float) -> None:
+    head = FrozenHead(torch.randn(3000, 64).bfloat16(), None)
+    hidden_NH = torch.randn(num_positions, 64).to(dtype).requires_grad_()
+    targets_N = torch.randint(0, 3000, (num_positions,))
+    shape = LogitShape(1.0, softcap)
+
+    def run() -> Tensor:
+        return chunked_cross_entropy(hidden_NH, targets_N, head, shape, chunk_tokens=256)
+
+    taken = allocated_by(run).peak_bytes
+    asked = largest_bytes(hidden_NH, head, shape, chunk_tokens=256)
+    assert 0.98 * taken <= asked <= 1.3 * taken

@@ -1,0 +1,73 @@
+"""Freed memory is kept while there is room, and given back when there would not be."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from qlora_trainer.hardware import heap
+from qlora_trainer.hardware.heap import ResidentLimit, keep_freed_blocks, return_freed_blocks
+from qlora_trainer.hardware.memory import resident_bytes
+
+MIB = 2**20
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(ctypes.CDLL(None), "mallopt") or "MALLOC_MMAP_THRESHOLD_" in os.environ,
+    reason="no glibc, or its threshold is the user's",
+)
+
+
+@pytest.fixture
+def kept_bytes() -> Iterator[int]:
+    """Resident bytes before 64 freed tensors of 4 MiB were kept, behind a small one that is alive."""
+    keep_freed_blocks()
+    heap.release_free_memory()
+    before = resident_bytes()
+    tensors = [torch.ones(MIB) for _ in range(64)]
+    alive = torch.ones(1000)
+    del tensors
+    yield before
+    del alive
+    return_freed_blocks()
+    heap.release_free_memory()
+
+
+def test_freed_blocks_are_kept_while_there_is_room(kept_bytes: int) -> None:
+    ResidentLimit().make_room(2**60)
+    ResidentLimit(kept_bytes + 400 * MIB).make_room(100 * MIB)
+
+    assert resident_bytes() > kept_bytes + 200 * MIB
+
+
+def test_they_go_when_there_would_not_be(kept_bytes: int) -> None:
+    ResidentLimit(kept_bytes + 300 * MIB).make_room(100 * MIB)
+
+    assert resident_bytes() < kept_bytes + 40 * MIB
+
+
+def test_what_happens_once_leaves_nothing() -> None:
+    return_freed_blocks()
+    heap.release_free_memory()
+    before = resident_bytes()
+    tensors = [torch.ones(MIB) for _ in range(64)]
+    alive = torch.ones(1000)
+    del tensors
+
+    assert resident_bytes() < before + 40 * MIB
+    del alive
+
+
+def test_a_threshold_of_the_users_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+
+    class Libc:
+        def mallopt(self, _name: int, _value: int) -> None:
+            raise AssertionError("the user's threshold was changed")
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: Libc())
+    keep_freed_blocks()
+    return_freed_blocks()
