@@ -121,7 +121,7 @@ def _train_with_trl(parts: Parts, folder: Path) -> None:
         processing_class=parts.tokenizer,
         peft_config=LoraConfig(
             r=lora.rank,
-            lora_alpha=lora.lora_alpha,
+            lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules="all-linear",
             task_type="CAUSAL_LM",

@@ -94,7 +94,7 @@ def make_plan(
         planner = _Planner.of(config, budget, model_config, documents)
         if interpreter_bytes is not None and budget.kind == "cpu":
             planner.budget = replace(budget, memory=cpu_memory(interpreter_bytes()))
-        plan = planner.plan(config.lora.rank)
+        plan = planner.plan(planner.rank())
         if with_frontier:
             plan = replace(plan, frontier=planner.frontier(plan))
     return plan
@@ -125,9 +125,10 @@ class _Planner:
             device=device,
             alignment_bytes=alignment,
         )
+        rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
         settings = LoraSettings(
-            rank=config.lora.rank,
-            alpha=config.lora.lora_alpha,
+            rank=rank,
+            alpha=config.lora.alpha_for(rank),
             dropout=config.lora.dropout,
             targets=select_targets(list(dry.model.linears), config.lora.target_modules),
         )
@@ -159,6 +160,17 @@ class _Planner:
                 return self._plan(chosen, [chosen, *found[1:]], space)
             slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
         return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate, self.needed_bytes)), space)
+
+    def rank(self) -> int:
+        """What was asked for; `max` is the largest that costs little speed, the smallest if not even that fits."""
+        if self.config.lora.rank != "max":
+            return self.config.lora.rank
+        speeds = {}
+        for rank in MAX_RANKS:
+            found = find(self.space(rank, self.documents.seq_len), self.price, self.estimate, self.is_within)
+            speeds[rank] = found[0].tokens_per_second if found else 0.0
+        least = (1 - MAX_RANK_COST) * speeds[MAX_RANKS[0]]
+        return max(rank for rank, speed in speeds.items() if speed >= least > 0 or rank == MAX_RANKS[0])
 
     def space(self, rank: int, seq_len: int) -> Space:
         """What may vary: everything that the config leaves open."""
@@ -263,10 +275,9 @@ class _Planner:
     def knobs(self, candidate: Candidate) -> PlanKnobs:
         layout, pinned = candidate.layout, self.config.memory.micro_batch_tokens
         batch_tokens = self.config.training.global_batch_size * layout.seq_len
-        alpha = self.config.lora.alpha
         return PlanKnobs(
             rank=layout.rank,
-            alpha=2.0 * layout.rank if alpha == "auto" else alpha,
+            alpha=self.config.lora.alpha_for(layout.rank),
             seq_len=layout.seq_len,
             micro_batch_tokens=layout.tokens if pinned == "auto" else pinned,
             micro_batches_per_step=-(

@@ -64,8 +64,9 @@ class Prediction:
 
     Attributes:
         allocated_peak_bytes: most bytes of live tensors on the device at once, as its allocator counts them.
-        process_peak_bytes: what the driver (CUDA) or the kernel (CPU: resident set) will show for the process.
-        worst_peak_bytes: the same with all the margins added up; what is compared with the budget.
+        process_peak_bytes: what the driver (CUDA) or the kernel (CPU: resident set) will show for the process;
+            what is compared with the budget.
+        worst_peak_bytes: the same with all the margins added up.
         host_peak_bytes: resident host memory of the process; on a CPU the same as `process_peak_bytes`.
         peak_phase: the phase of `phases` in which the allocated peak occurs.
         breakdown: category -> bytes at that moment; sums to `allocated_peak_bytes`.

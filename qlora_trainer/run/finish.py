@@ -52,7 +52,7 @@ def resolved_config(session: Session) -> RunConfig:
     knobs, config = session.knobs, session.config
     changes: dict[str, dict[str, Any]] = {
         "quantization": {"compute_dtype": knobs.machine.compute_dtype},
-        "lora": {"alpha": config.lora.lora_alpha},
+        "lora": {"rank": knobs.plan.rank, "alpha": knobs.plan.alpha},
         "data": {"seq_len": knobs.plan.seq_len},
         "training": {
             "optimizer": knobs.plan.optimizer,

@@ -94,7 +94,7 @@ def prepare(
 
     yield Preparing(what="loading the NF4 base")
     model = load_quantized(base, cache, compute_dtype=DTYPES[machine.compute_dtype], device=device)
-    lora = _lora_settings(config, model)
+    lora = _lora_settings(config, model, knobs)
     attach_new_adapters(model, lora, dtype=DTYPES[config.lora.dtype], seed=config.training.seed)
     recompute_layers(model, knobs.plan.activation_recompute_layers)
     model.module.train()
@@ -149,10 +149,10 @@ def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None
         )
 
 
-def _lora_settings(config: RunConfig, model: QuantizedModel) -> LoraSettings:
+def _lora_settings(config: RunConfig, model: QuantizedModel, knobs: Knobs) -> LoraSettings:
     return LoraSettings(
-        rank=config.lora.rank,
-        alpha=config.lora.lora_alpha,
+        rank=knobs.plan.rank,
+        alpha=knobs.plan.alpha,
         dropout=config.lora.dropout,
         targets=select_targets(list(model.linears), config.lora.target_modules),
     )

@@ -156,8 +156,8 @@ def test_frozen(dotted: str) -> None:
 
 
 def test_auto_alpha_is_twice_the_rank() -> None:
-    assert LoraSection(rank=8).lora_alpha == 16.0
-    assert LoraSection(rank=8, alpha=5).lora_alpha == 5.0
+    assert LoraSection().alpha_for(8) == 16.0
+    assert LoraSection(alpha=5).alpha_for(8) == 5.0
 
 
 def test_a_micro_batch_holds_the_longest_document() -> None:

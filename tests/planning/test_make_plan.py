@@ -69,7 +69,7 @@ class Traced:
     def plan(self, budget_bytes: int) -> Plan:
         self._planner.budget = within(self._budget, budget_bytes)
         with without_collector():
-            return self._planner.plan(self._planner.config.lora.rank)
+            return self._planner.plan(self._planner.rank())
 
     def least_bytes(self) -> int:
         return needed_bytes(self.plan(1))
@@ -162,6 +162,22 @@ def test_pins_are_kept(policy: str, num_recomputed: int, budget_bytes: int) -> N
     assert knobs.activation_recompute_layers == num_recomputed
     assert knobs.activation_keep_layers == 2 - num_recomputed
     assert plan.gave_up == ()
+
+
+def test_a_rank_of_max_takes_what_costs_little_speed() -> None:
+    every = "lora.rank=max"
+    roomy = planned(within(CPU, 64 * GIB), every)
+    assert roomy.knobs.alpha == 2.0 * roomy.knobs.rank
+    speeds = {
+        rank: planned(within(CPU, 64 * GIB), f"lora.rank={rank}").predicted.tokens_per_second
+        for rank in (8, roomy.knobs.rank, 2 * roomy.knobs.rank)
+    }
+    assert speeds[roomy.knobs.rank] >= 0.95 * speeds[8]
+    assert roomy.knobs.rank == 256 or speeds[2 * roomy.knobs.rank] < 0.95 * speeds[8]
+
+    nothing_fits = planned(within(CPU, 1000), every)
+    assert (nothing_fits.fits, nothing_fits.knobs.rank) == (False, 8)
+    assert roomy.knobs.rank > 8
 
 
 def applied(overrides: Sequence[str], knob: str, after: int | str) -> list[str]:
