@@ -157,7 +157,9 @@ def test_a_missing_embedding_scale_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_missing_bias_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     original = linear.NF4Linear.__init__
-    monkeypatch.setattr(linear.NF4Linear, "__init__", lambda layer, weight, _bias_O: original(layer, weight, None))
+    monkeypatch.setattr(
+        linear.NF4Linear, "__init__", lambda layer, weight, _bias_O, limit: original(layer, weight, None, limit)
+    )
     with pytest.raises(ConfigError, match="losses differ"):
         require_accepted(transformers.Qwen2Config())
 
