@@ -43,20 +43,26 @@ class Documents:
 
     Attributes:
         seq_len: tokens of the longest document that is kept.
-        mean_tokens: of a document.
+        mean_tokens, shortest_tokens: of a document.
         largest_batch_tokens: of the longest documents that can meet in one global batch.
     """
 
     seq_len: int
     mean_tokens: float
+    shortest_tokens: int
     largest_batch_tokens: int
+
+    @classmethod
+    def of_full_length(cls, seq_len: int, *, global_batch_size: int) -> Documents:
+        """Of documents that are not there yet."""
+        return cls(seq_len, float(seq_len), seq_len, seq_len * global_batch_size)
 
     @classmethod
     def of(cls, lengths: Sequence[int], *, seq_len: int, global_batch_size: int) -> Documents:
         """Of the documents that are trained on."""
         longest = sorted(lengths, reverse=True)[:global_batch_size]
         repeated = longest + longest[:1] * (global_batch_size - len(longest))  # an epoch may end within a batch
-        return cls(seq_len, sum(lengths) / len(lengths), sum(repeated))
+        return cls(seq_len, sum(lengths) / len(lengths), min(lengths), sum(repeated))
 
 
 def make_plan(
@@ -89,7 +95,7 @@ def make_plan(
     seq_len = documents.seq_len if documents is not None else DEFAULT_SEQ_LEN if asked_len == "auto" else asked_len
     _require_positions(seq_len, model_config, config.model.base)
     size = config.training.global_batch_size
-    documents = documents or Documents(seq_len, float(seq_len), seq_len * size)
+    documents = documents or Documents.of_full_length(seq_len, global_batch_size=size)
     with without_collector():
         planner = _Planner.of(config, budget, model_config, documents)
         if interpreter_bytes is not None and budget.kind == "cpu":
@@ -178,7 +184,8 @@ class _Planner:
         num_layers = self.dry.num_layers
         tokens: tuple[int, ...]
         if memory.micro_batch_tokens == "auto":
-            tokens = token_steps(seq_len, max(seq_len, documents.largest_batch_tokens * seq_len // documents.seq_len))
+            most = max(seq_len, documents.largest_batch_tokens * seq_len // documents.seq_len)
+            tokens = token_steps(seq_len, most, multiples_of=seq_len)
         else:
             tokens = token_steps(memory.micro_batch_tokens, memory.micro_batch_tokens)
         chunk = memory.loss_chunk_tokens
@@ -243,9 +250,11 @@ class _Planner:
         return replace(used, paged_bytes=state.pageable_bytes if self.is_paged(optimizer) else 0)
 
     def estimate(self, layout: Layout) -> float:
+        stretch = layout.seq_len / self.documents.seq_len
         demand = Demand(
             self.config.training.global_batch_size,
-            self.documents.mean_tokens * layout.seq_len / self.documents.seq_len,
+            self.documents.mean_tokens * stretch,
+            self.documents.shortest_tokens * stretch,
         )
         return tokens_per_second(self.prices, layout, demand, self.budget.speed)
 

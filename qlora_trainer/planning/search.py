@@ -15,6 +15,7 @@ from qlora_trainer.step.batch import ROW_MULTIPLE
 MAX_LOSS_CHUNK, MIN_LOSS_CHUNK = 4096, 64
 # Micro-batches are tried in steps of about this ratio: a finer one changes throughput by less than it is known to.
 TOKEN_STEP = 1.12
+MAX_MULTIPLES = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,14 +91,20 @@ def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int) -
     )
 
 
-def token_steps(smallest_tokens: int, largest_tokens: int) -> tuple[int, ...]:
-    """Micro-batches to try: whole rows between the two, about `TOKEN_STEP` apart."""
+def token_steps(smallest_tokens: int, largest_tokens: int, *, multiples_of: int = 0) -> tuple[int, ...]:
+    """Micro-batches to try: whole rows between the two, about `TOKEN_STEP` apart, and a few documents of one length.
+
+    Args:
+        smallest_tokens, largest_tokens: both are tried.
+        multiples_of: a document's tokens, of which the first `MAX_MULTIPLES` multiples are tried too.
+    """
     steps = [_whole_rows(smallest_tokens)]
     while steps[-1] * TOKEN_STEP < largest_tokens:
         steps.append(_whole_rows(max(steps[-1] + 1, int(steps[-1] * TOKEN_STEP))))
     if steps[-1] < largest_tokens:
         steps.append(_whole_rows(largest_tokens))
-    return tuple(steps)
+    multiples = (_whole_rows(number * multiples_of) for number in range(1, MAX_MULTIPLES + 1))
+    return tuple(sorted({*steps, *(tokens for tokens in multiples if steps[0] <= tokens <= steps[-1])}))
 
 
 def chunk_steps(tokens: int) -> tuple[int, ...]:

@@ -43,11 +43,17 @@ class Demand:
 
     Attributes:
         global_batch_size: documents an optimizer step.
-        mean_tokens: of a document.
+        mean_tokens, shortest_tokens: of a document.
     """
 
     global_batch_size: int
     mean_tokens: float
+    shortest_tokens: float
+
+    def filled_tokens(self, micro_batch_tokens: int) -> float:
+        """Of a micro-batch, what whole documents fill: equal ones leave a remainder, a short one fits any gap."""
+        of_equal = self.mean_tokens * (micro_batch_tokens // self.mean_tokens)
+        return max(of_equal, micro_batch_tokens - self.shortest_tokens)
 
 
 def gpu_speed(gpu: Gpu) -> Speed:
@@ -68,7 +74,7 @@ def tokens_per_second(prices: Prices, layout: Layout, demand: Demand, speed: Spe
     does, so a global batch costs the first once for each of its micro-batches.
     """
     tokens = demand.global_batch_size * demand.mean_tokens
-    num_micro_batches = max(1, -(-tokens // layout.tokens))
+    num_micro_batches = max(1, -(-tokens // demand.filled_tokens(layout.tokens)))
     fixed, full = (_seconds(prices, layout, number, demand, speed) for number in (0, layout.tokens))
     return float(tokens / (num_micro_batches * fixed + tokens * (full - fixed) / layout.tokens))
 

@@ -61,7 +61,7 @@ class Traced:
     """A planner that is traced once, and asked for many budgets."""
 
     def __init__(self, budget: Budget, *overrides: str, num_layers: int = 4) -> None:
-        documents = Documents(SEQ_LEN, float(SEQ_LEN), 16 * SEQ_LEN)
+        documents = Documents.of_full_length(SEQ_LEN, global_batch_size=16)
         with without_collector():
             self._planner = _Planner.of(run_config(*overrides), budget, architecture(num_layers), documents)
         self._budget = budget

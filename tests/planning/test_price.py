@@ -57,7 +57,7 @@ def config_of(name: str) -> PreTrainedConfig:
 def make_planner(name: str, budget: Budget) -> _Planner:
     config = load_config(None, ["model.base=x", "data.train=x.jsonl", f"data.seq_len={SEQ_LEN}"])
     with without_collector():
-        return _Planner.of(config, budget, config_of(name), Documents(SEQ_LEN, float(SEQ_LEN), 16 * SEQ_LEN))
+        return _Planner.of(config, budget, config_of(name), Documents.of_full_length(SEQ_LEN, global_batch_size=16))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,194 @@
+"""Runs in a control group whose memory limit is the budget: no kill, and the budget is used.
+
+    python -m benchmarks.hard_limit [--base smollm2-135m] [--seq-len 256] [--budgets 10] [--folder DIR] [--json FILE]
+
+The smallest budget is what the smallest plan needs, as `train` itself says; the largest is a little above what the
+fastest plan needs; the others lie between, in equal ratios. Each run, in a process of its own, has an evaluation before
+and after, two steps and a checkpoint. Must be run by a user who may make control groups (root, as a rule).
+
+Exit code 1 if a run does not end well, if the kernel ended a process of the group, or if a plan leaves more than 15 %
+of its budget although a faster plan would need more than it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plan_accuracy_inputs import ARCHITECTURES, SMOLLM2, write_base, write_documents
+from tests.hardware.memory_group import memory_group
+
+REPOSITORY = Path(__file__).parents[1]
+MIB = 2**20
+LEAST_USED_SHARE = 0.85
+# The plan asks what its own process takes, which differs by some pages from one process to the next.
+SPARE_BYTES = 4 * MIB
+_PLAN = """
+import json, sys
+from qlora_trainer.config.load import load_config
+from qlora_trainer.run.dry_run import dry_run
+*_, plan = dry_run(load_config(None, json.loads(sys.argv[1])))
+print(json.dumps(plan.as_json()))
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """One run under a limit.
+
+    Attributes:
+        budget_bytes: the limit of the group, and `memory.budget`.
+        exit_code: of the process; negative, the signal that ended it.
+        planned_bytes, measured_bytes: resident peak by plan and by kernel; 0 for a run that did not end well.
+        micro_batch_tokens, kept_layers, loss_chunk: the plan's choice.
+        tokens_per_second: as planned.
+        losses: of the steps.
+    """
+
+    budget_bytes: int
+    exit_code: int
+    planned_bytes: int = 0
+    measured_bytes: int = 0
+    micro_batch_tokens: int = 0
+    kept_layers: int = 0
+    loss_chunk: int = 0
+    tokens_per_second: float = 0.0
+    losses: tuple[float, ...] = ()
+
+    def is_right(self, fastest: float) -> bool:
+        """It ended well, and used its budget if anything faster exists."""
+        is_used = self.planned_bytes >= LEAST_USED_SHARE * self.budget_bytes
+        return self.exit_code == 0 and (is_used or self.tokens_per_second >= 0.999 * fastest)
+
+
+def smallest_and_fastest(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The plans, as JSON, of a budget that nothing fits and of one that everything does."""
+    smallest = _planned((*overrides, "memory.budget=64MiB"))
+    return smallest, _planned((*overrides, "memory.budget=16GiB"))
+
+
+def _planned(overrides: Sequence[str]) -> dict[str, Any]:
+    printed = subprocess.run(
+        [sys.executable, "-c", _PLAN, json.dumps(overrides)], cwd=REPOSITORY, check=True, stdout=subprocess.PIPE
+    ).stdout
+    plan: dict[str, Any] = json.loads(printed)
+    return plan
+
+
+def run_limited(overrides: Sequence[str], budget_bytes: int, folder: Path) -> Outcome:
+    """`train` with these overrides, in a group of `budget_bytes`."""
+    options = [*overrides, f"memory.budget={budget_bytes}B", f"output.dir={folder}"]
+    command = [sys.executable, "-m", "qlora_trainer.cli", "train"]
+    command += [part for text in options for part in ("--set", text)]
+    with memory_group(budget_bytes) as group:
+        # The shell waits until it is in the group, then becomes the run.
+        child = subprocess.Popen(
+            ["sh", "-c", 'read -r go && exec "$@"', "sh", *command],
+            cwd=REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE"},
+        )
+        group.add(child.pid)
+        child.communicate(b"go\n")
+    if child.returncode != 0:
+        return Outcome(budget_bytes=budget_bytes, exit_code=child.returncode)
+    summary = json.loads((folder / "summary.json").read_text())
+    plan = json.loads((folder / "plan.json").read_text())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return Outcome(
+        budget_bytes=budget_bytes,
+        exit_code=0,
+        planned_bytes=plan["predicted"]["process_peak_bytes"],
+        measured_bytes=summary["measured_peak_bytes"],
+        micro_batch_tokens=plan["knobs"]["micro_batch_tokens"],
+        kept_layers=plan["knobs"]["activation_keep_layers"],
+        loss_chunk=plan["knobs"]["loss_chunk"],
+        tokens_per_second=plan["predicted"]["tokens_per_second"],
+        losses=tuple(line["loss"] for line in lines if "loss" in line),
+    )
+
+
+def between(smallest: int, largest: int, count: int) -> list[int]:
+    """`count` numbers from one to the other, in equal ratios."""
+    return [round(smallest * (largest / smallest) ** (index / max(1, count - 1))) for index in range(count)]
+
+
+def _row(outcome: Outcome) -> str:
+    ending = "ended well" if outcome.exit_code == 0 else f"exit code {outcome.exit_code}"
+    if outcome.exit_code == -signal.SIGKILL:
+        ending = "KILLED"
+    cells = (
+        f"{outcome.budget_bytes / MIB:,.0f}",
+        f"{outcome.planned_bytes / MIB:,.0f} ({outcome.planned_bytes / outcome.budget_bytes:.0%})",
+        f"{outcome.measured_bytes / MIB:,.0f} ({outcome.measured_bytes / outcome.budget_bytes:.0%})",
+        f"{outcome.micro_batch_tokens:,}",
+        str(outcome.kept_layers),
+        f"{outcome.loss_chunk:,}",
+        f"{outcome.tokens_per_second:,.0f}",
+        " ".join(f"{loss:.5f}" for loss in outcome.losses),
+        ending,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hard_limit", description="Budgets as hard limits.")
+    parser.add_argument("--base", default=SMOLLM2, help=f"an alias, a folder, or one of {', '.join(ARCHITECTURES)}")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=8, help="documents in a global batch")
+    parser.add_argument("--budgets", type=int, default=10)
+    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args(arguments)
+    outcomes = []
+    with tempfile.TemporaryDirectory(prefix="hard-limit-", dir=chosen.folder) as temporary:
+        folder = Path(temporary)
+        overrides = small_run(folder, chosen.base, seq_len=chosen.seq_len, batch=chosen.batch)
+        run_limited(overrides, 16 * 2**30, folder / "warm")  # the NF4 cache is made
+        smallest, fastest = smallest_and_fastest(overrides)
+        least, most = (plan["predicted"]["process_peak_bytes"] + SPARE_BYTES for plan in (smallest, fastest))
+        print("| budget, MiB | plan | measured | micro-batch tokens | kept layers | chunk | tokens/s | losses | |")
+        print("|---:|---:|---:|---:|---:|---:|---:|---|---|")
+        for number, budget in enumerate(between(least, round(1.05 * most), chosen.budgets)):
+            outcomes.append(run_limited(overrides, budget, folder / f"run-{number}"))
+            print(_row(outcomes[-1]), flush=True)
+    if chosen.json:
+        chosen.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes]))
+    top = fastest["predicted"]["tokens_per_second"]
+    return 0 if all(outcome.is_right(top) for outcome in outcomes) else 1
+
+
+def small_run(folder: Path, base: str, *, seq_len: int, batch: int) -> list[str]:
+    """Overrides of a run of two steps, of `batch` documents of `seq_len` tokens each; its data are written."""
+    from qlora_trainer.model.base import read_tokenizer, resolve_base
+
+    if base in ARCHITECTURES:
+        base = str(write_base(folder / base, base))
+    tokenizer = read_tokenizer(resolve_base(base).folder)
+    train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
+    lengths = write_documents(train, tokenizer, num_tokens=seq_len, count=2 * batch)
+    write_documents(held_out, tokenizer, num_tokens=seq_len, count=batch)
+    return [
+        f"model.base={base}",
+        f"data.train={train}",
+        f"data.eval={held_out}",
+        f"data.seq_len={max(lengths)}",
+        f"training.global_batch_size={batch}",
+        "training.max_steps=2",
+        "output.sample_questions=1",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

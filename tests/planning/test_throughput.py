@@ -1,0 +1,45 @@
+"""How many micro-batches a global batch takes, and which sizes are tried."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_trainer.data.micro_batches import cut
+from qlora_trainer.planning.search import MAX_MULTIPLES, TOKEN_STEP, token_steps
+from qlora_trainer.planning.throughput import Demand
+from qlora_trainer.step.batch import ROW_MULTIPLE
+
+
+@given(st.integers(8, 500), st.integers(1, 40), st.integers(0, 499))
+def test_equal_documents_fill_what_the_cut_fills(length: int, number: int, rest: int) -> None:
+    tokens = number * length + rest % length
+    demand = Demand(4 * number, float(length), length)
+
+    assert demand.filled_tokens(tokens) == number * length
+    assert len(cut([length] * 4 * number, tokens)) == 4
+
+
+def test_short_documents_fill_the_gaps() -> None:
+    lengths = [190, 10, 100, 100, 150, 40, 10] * 8
+    demand = Demand(len(lengths), sum(lengths) / len(lengths), min(lengths))
+
+    micro_batches = -(-sum(lengths) // demand.filled_tokens(200))
+
+    assert len(cut(lengths, 200)) == pytest.approx(micro_batches, rel=0.1)
+
+
+@given(st.integers(8, 5000), st.integers(1, 64))
+def test_both_ends_the_steps_between_and_whole_documents_are_tried(seq_len: int, number: int) -> None:
+    steps = token_steps(seq_len, number * seq_len, multiples_of=seq_len)
+
+    assert list(steps) == sorted(set(steps))
+    assert 0 <= steps[0] - seq_len < ROW_MULTIPLE
+    assert 0 <= steps[-1] - number * seq_len < ROW_MULTIPLE
+    assert all(step % ROW_MULTIPLE == 0 for step in steps)
+    assert all(after <= before * TOKEN_STEP + ROW_MULTIPLE for before, after in itertools.pairwise(steps))
+    for count in range(1, min(number, MAX_MULTIPLES) + 1):
+        assert any(0 <= step - count * seq_len < ROW_MULTIPLE for step in steps)
