@@ -11,7 +11,9 @@ import typer
 from qlora_trainer.cli.options import ConfigFile, Overrides
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.sizes import parse_size_bytes
-from qlora_trainer.errors import ConfigError, DoesNotFitError
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.gpu_catalogue import choose_gpu
+from qlora_trainer.planning.known_models import check_name
 
 _NO_DATA = "data.train=train.jsonl"  # a plan without data takes documents of full length
 
@@ -44,9 +46,13 @@ def plan(
     named = [] if model is None else [f"model.base={json.dumps(model)}"]
     data = [_NO_DATA] if config_file is None else []
     config = load_config(config_file, (*data, *(overrides or ()), *named))
+    check_name(config.model.base)
     vram_bytes, ram_bytes = (_size(text, option=option) for text, option in ((vram, "--vram"), (ram, "--ram")))
+    if gpu is not None or vram_bytes is not None:
+        choose_gpu(gpu, vram_bytes)
 
     from qlora_trainer.run.plan_command import plan_on
+    from qlora_trainer.run.planned import require_fit
 
     made = plan_on(config, gpu=gpu, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
     if as_json:
@@ -64,8 +70,7 @@ def plan(
         from qlora_trainer.report.frontier_plot import write_frontier_plot
 
         write_frontier_plot(made, plot)
-    if not made.fits:
-        raise typer.Exit(DoesNotFitError.exit_code)
+    require_fit(made, config)
 
 
 def _size(text: str | None, *, option: str) -> int | None:

@@ -12,7 +12,7 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import check_inputs
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rows import read_rows
-from qlora_trainer.errors import ConfigError, DoesNotFitError
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.run.trackers import check_trackers
 
 
@@ -57,6 +57,7 @@ def _dry_run(config: RunConfig) -> None:
     from qlora_trainer.report.plan_tables import plan_report
     from qlora_trainer.report.screen import stdout_console
     from qlora_trainer.run.dry_run import dry_run
+    from qlora_trainer.run.planned import require_fit
     from qlora_trainer.run.records import Preparing
 
     console = stdout_console()
@@ -65,5 +66,4 @@ def _dry_run(config: RunConfig) -> None:
             console.print(told.what)
             continue
         console.print(plan_report(told))
-        if not told.fits:
-            raise typer.Exit(DoesNotFitError.exit_code)
+        require_fit(told, config)

@@ -21,6 +21,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from qlora_trainer.config.sizes import format_size
 from qlora_trainer.errors import ConfigError
 
 # One direction, GB/s: lanes x GT/s x 128/130 / 8.
@@ -190,6 +191,42 @@ def find_gpu(name: str) -> Gpu:
         expected="a card of the catalogue such as rtx-4060, rtx-4090 or a100-80gb",
         fix=f"Did you mean {' or '.join(close)}?" if close else f"Known are {', '.join(keys)}.",
     )
+
+
+def choose_gpu(name: str | None, vram_bytes: int | None) -> Gpu:
+    """The card that is meant, or the smallest one with that much memory.
+
+    Args:
+        name: see `find_gpu`; None leaves the choice.
+        vram_bytes: what of it may be used; None is all of it.
+
+    Raises:
+        ConfigError: no such card, less memory than that, or neither is given.
+    """
+    if name is not None:
+        gpu = find_gpu(name)
+        if vram_bytes is not None and vram_bytes > gpu.nominal_gib * 2**30:
+            raise ConfigError(
+                where="--vram",
+                found=format_size(vram_bytes),
+                expected=f"at most the {gpu.nominal_gib} GiB of the {gpu.name}",
+                fix="Lower --vram or choose another --gpu.",
+            )
+        return gpu
+    if vram_bytes is None:
+        raise ConfigError(
+            where="plan", found="neither --gpu nor --vram", expected="one of them", fix="Give --vram 8GiB, say."
+        )
+    fitting = [gpu for gpu in CATALOGUE if gpu.nominal_gib * 2**30 >= vram_bytes]
+    if not fitting:
+        most = max(CATALOGUE, key=lambda gpu: gpu.nominal_gib)
+        raise ConfigError(
+            where="--vram",
+            found=format_size(vram_bytes),
+            expected=f"at most {most.nominal_gib} GiB, what the largest card has ({most.name})",
+            fix="Lower --vram: a run uses one card.",
+        )
+    return min(fitting, key=lambda gpu: (gpu.nominal_gib, gpu.tensor_tflops))
 
 
 def nearest_by_name(torch_device_name: str, *, total_bytes: int | None = None) -> Gpu | None:

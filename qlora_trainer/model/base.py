@@ -24,6 +24,7 @@ from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_ba
 from qlora_trainer.model.sealed_folder import sha256_of
 from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _INDEX = "model.safetensors.index.json"
 # Everything a base needs; weights as safetensors only, so that no pickle is ever fetched.
 _NO_WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -76,7 +77,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The transformers config of a folder; remote code is never run.
 
     Raises:
-        ConfigError: it is missing, broken, or of a type that transformers does not have.
+        ConfigError: it is missing, broken, without the model's sizes, or of a type that transformers does not have.
     """
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -87,7 +88,27 @@ def read_config(folder: Path) -> PreTrainedConfig:
             expected="the config.json of a model type that transformers has",
             fix="Point model.base at a transformers folder; remote code is never run.",
         ) from error
+    _require_sizes(folder / "config.json", config)
     return config
+
+
+def _require_sizes(path: Path, config: PreTrainedConfig) -> None:
+    """transformers fills what is missing with the sizes of some model, which would then be planned for.
+
+    A config of text and images, on the other hand, may leave out what its text part has by default.
+    """
+    given = json.loads(path.read_text())
+    if "text_config" in given:
+        return
+    names = [name for name in _SIZES if getattr(config, name, None) is not None]
+    missing = [name for name in names if name not in given and config.attribute_map.get(name) not in given]
+    if missing:
+        raise ConfigError(
+            where=str(path),
+            found=f"no {', '.join(missing)}",
+            expected=f"the sizes of the model: {', '.join(names)}",
+            fix="Copy the config.json of the base whole.",
+        )
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

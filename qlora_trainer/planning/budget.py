@@ -12,7 +12,7 @@ from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
 from qlora_trainer.hardware.device import BF16_COMPUTE_CAPABILITY, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
-from qlora_trainer.hardware.gpu_catalogue import CATALOGUE, Gpu, find_gpu, nearest_by_name
+from qlora_trainer.hardware.gpu_catalogue import choose_gpu, nearest_by_name
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
 from qlora_trainer.planning.throughput import Speed, gpu_speed
 
@@ -51,14 +51,7 @@ def gpu_budget(gpu_name: str | None, vram_bytes: int | None, host_bytes: int | N
     Raises:
         ConfigError: no such card, or more memory than it has.
     """
-    gpu = _smallest_with(vram_bytes) if gpu_name is None else find_gpu(gpu_name)
-    if gpu_name is not None and vram_bytes is not None and vram_bytes > gpu.nominal_gib * 2**30:
-        raise ConfigError(
-            where="--vram",
-            found=format_size(vram_bytes),
-            expected=f"at most the {gpu.nominal_gib} GiB of the {gpu.name}",
-            fix="Lower --vram or choose another --gpu.",
-        )
+    gpu = choose_gpu(gpu_name, vram_bytes)
     return Budget(
         kind="cuda",
         device_name=gpu.name if gpu_name is not None else f"GPU with {format_size(vram_bytes or gpu.memory_bytes)}",
@@ -76,8 +69,12 @@ def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = No
     Args:
         ram_bytes: resident memory of the whole process; None is what is free now, and what this process has already.
         compute_dtype: None for the one that this machine multiplies faster.
+
+    Raises:
+        ConfigError: more memory than this machine has.
     """
     cpu = torch.device("cpu")
+    _require_had(ram_bytes, cpu, where="--ram")
     budget_bytes = available_memory_bytes(cpu) + resident_bytes() if ram_bytes is None else ram_bytes
     dtype = compute_dtype or choose_compute_dtype(cpu)
     measured = measure_cpu_speed(dtype)
@@ -111,14 +108,7 @@ def machine_budget(
         DoesNotFitError: nothing is free on the device.
     """
     device = choose_device()
-    total = total_memory_bytes(device)
-    if budget_bytes is not None and budget_bytes > total:
-        raise ConfigError(
-            where="memory.budget",
-            found=format_size(budget_bytes),
-            expected=f"at most the {total / 2**30:.1f} GiB of this machine's {device.type}",
-            fix="Lower memory.budget, or set it to auto.",
-        )
+    _require_had(budget_bytes, device, where="memory.budget")
     if device.type == "cpu":
         limits = [limit for limit in (budget_bytes, host_bytes) if limit is not None]
         return cpu_budget(min(limits, default=None), compute_dtype=compute_dtype)
@@ -131,7 +121,7 @@ def machine_budget(
             fix="End what is using the GPU (see nvidia-smi).",
         )
     name = torch.cuda.get_device_name(device)
-    known = nearest_by_name(name, total_bytes=total)
+    known = nearest_by_name(name, total_bytes=total_memory_bytes(device))
     budget = gpu_budget(None if known is None else known.key, min(free, budget_bytes or free), host_bytes)
     capability = torch.cuda.get_device_capability(device)
     return Budget(
@@ -145,18 +135,12 @@ def machine_budget(
     )
 
 
-def _smallest_with(vram_bytes: int | None) -> Gpu:
-    if vram_bytes is None:
+def _require_had(num_bytes: int | None, device: torch.device, *, where: str) -> None:
+    total = total_memory_bytes(device)
+    if num_bytes is not None and num_bytes > total:
         raise ConfigError(
-            where="plan", found="neither --gpu nor --vram", expected="one of them", fix="Give --vram 8GiB, say."
+            where=where,
+            found=format_size(num_bytes),
+            expected=f"at most the {total / 2**30:.1f} GiB of this machine's {device.type}",
+            fix=f"Lower {where}.",
         )
-    fitting = [gpu for gpu in CATALOGUE if gpu.nominal_gib * 2**30 >= vram_bytes]
-    if not fitting:
-        most = max(CATALOGUE, key=lambda gpu: gpu.nominal_gib)
-        raise ConfigError(
-            where="--vram",
-            found=format_size(vram_bytes),
-            expected=f"at most {most.nominal_gib} GiB, what the largest card has ({most.name})",
-            fix="Lower --vram: a run uses one card.",
-        )
-    return min(fitting, key=lambda gpu: (gpu.nominal_gib, gpu.tensor_tflops))

@@ -37,12 +37,23 @@ def inside_bytes(op: str, args: tuple[Any, ...]) -> int | None:
 def bytes_of(inside: Inside) -> int:
     """The same of recorded arguments."""
     if inside.op in _BODIES:
-        return _traced_bytes(inside.op, inside.arguments)
+        return _traced_bytes(inside.op, _two_chunks(inside.arguments) if inside.op == LOSS else inside.arguments)
     return library_inside_bytes(inside.op, _as_meta(inside.arguments))
 
 
+def _two_chunks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The loss of two chunks of positions: more are alike, and a thousand take minutes to trace."""
+    hidden, targets, *others = arguments
+    num_positions = min(hidden.shape[0], 2 * others[4])
+    return (
+        TensorSpec((num_positions, *hidden.shape[1:]), hidden.dtype, hidden.device),
+        TensorSpec((num_positions,), targets.dtype, targets.device),
+        *others,
+    )
+
+
 def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, rows: int, loss_chunk: int) -> Inside:
-    """The same operation at other sizes: attention sees one document at a time, the loss two chunks (more are alike).
+    """The same operation at other sizes; attention sees one document at a time.
 
     Args:
         inside: recorded at `probe_tokens` tokens in one document.
@@ -52,8 +63,7 @@ def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, row
         loss_chunk: positions in a chunk of the loss.
     """
     if inside.op == LOSS:
-        num_positions = min(tokens, 2 * loss_chunk)
-        arguments = list(_with_tokens(inside.arguments, probe_tokens, num_positions))
+        arguments = list(_with_tokens(inside.arguments, probe_tokens, tokens))
         arguments[6] = loss_chunk
         return Inside(inside.index, inside.op, tuple(arguments))
     return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe_tokens, seq_len, rows))

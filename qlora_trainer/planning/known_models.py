@@ -10,12 +10,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any, TypedDict
+
+from qlora_trainer.config.bases import BaseKind, base_kind
+from qlora_trainer.errors import ConfigError
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _MIN_LIKENESS = 0.75  # below it, difflib takes any two models of one owner for alike
@@ -68,6 +72,27 @@ def suggest(name: str) -> str | None:
     """The short name or hub id that was probably meant by one that `known_config` does not know, if any comes close."""
     close = get_close_matches(name.strip().lower(), _spellings(), n=1, cutoff=_MIN_LIKENESS)
     return _spellings()[close[0]] if close else None
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name an architecture: no folder, no well-known model, no hub id.
+
+    Raises:
+        ConfigError: names the well-known model that was probably meant.
+    """
+    if os.path.isdir(name) or known_config(name) is not None:
+        return
+    hint = suggest(name)
+    fix = f"Did you mean {hint}?" if hint else "Give a folder with a config.json, or a hub id."
+    try:
+        kind = base_kind(name)
+    except ConfigError as error:
+        expected = f"a folder, a hub id owner/name, or one of {', '.join(known_names())}"
+        raise ConfigError(where="model.base", found=f'"{name}"', expected=expected, fix=fix) from error
+    if kind is BaseKind.FOLDER:
+        raise ConfigError(
+            where="model.base", found=f"no folder {name}", expected="a folder with a config.json", fix=fix
+        )
 
 
 @cache

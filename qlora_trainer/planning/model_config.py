@@ -7,11 +7,9 @@ from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from qlora_trainer.config.bases import BaseKind, base_kind
-from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.acceptance import require_accepted
 from qlora_trainer.model.base import fetch_config, read_config
-from qlora_trainer.planning.known_models import known_config, known_names, suggest
+from qlora_trainer.planning.known_models import check_name, known_config
 
 
 def read_model_config(name: str, revision: str | None = None) -> PreTrainedConfig:
@@ -31,21 +29,7 @@ def read_model_config(name: str, revision: str | None = None) -> PreTrainedConfi
         model_type = known.pop("model_type")
         return AutoConfig.for_model(model_type, **known)
     else:
-        config = _from_hub(name, revision)
+        check_name(name)
+        config = read_config(fetch_config(name, revision))
     require_accepted(config)
     return config
-
-
-def _from_hub(name: str, revision: str | None) -> PreTrainedConfig:
-    hint = suggest(name)
-    fix = f"Did you mean {hint}?" if hint else "Give a folder with a config.json, or a hub id."
-    try:
-        kind = base_kind(name)
-    except ConfigError as error:
-        expected = f"a folder, a hub id owner/name, or one of {', '.join(known_names())}"
-        raise ConfigError(where="model.base", found=f'"{name}"', expected=expected, fix=fix) from error
-    if kind is BaseKind.FOLDER:
-        raise ConfigError(
-            where="model.base", found=f"no folder {name}", expected="a folder with a config.json", fix=fix
-        )
-    return read_config(fetch_config(name, revision))

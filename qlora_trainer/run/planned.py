@@ -37,11 +37,11 @@ def plan_run(config: RunConfig, base: Base, machine: MachineKnobs, *, lengths: S
     )
 
 
-def require_fit(plan: Plan) -> Plan:
+def require_fit(plan: Plan, config: RunConfig) -> Plan:
     """The plan itself, if it fits.
 
     Raises:
-        DoesNotFitError: names what is missing, and the single changes that would make it fit.
+        DoesNotFitError: names what is missing, what `config` has pinned, and the single changes that would make it fit.
     """
     if plan.fits:
         return plan
@@ -49,9 +49,25 @@ def require_fit(plan: Plan) -> Plan:
     raise DoesNotFitError(
         where="memory.budget",
         found=f"{_gib(plan.budget_bytes)} on {plan.device}, {_gib(plan.missing_bytes)} too little",
-        expected=f"{_gib(plan.predicted.process_peak_bytes)} for the smallest plan",
+        expected=f"{_gib(plan.predicted.process_peak_bytes)} for the smallest plan{_with_pins(config)}",
         fix=f"Any one of these would fit: {'; '.join(changes)}." if changes else "Choose a smaller base.",
     )
+
+
+def _with_pins(config: RunConfig) -> str:
+    """What was asked for and takes more than a plan must: to recompute all, and 8 bits, are the least there is."""
+    memory = config.memory
+    asked: dict[str, object] = {
+        "memory.micro_batch_tokens": memory.micro_batch_tokens,
+        "memory.activation_checkpointing": memory.activation_checkpointing,
+        "memory.loss_chunk_tokens": memory.loss_chunk_tokens,
+        "training.optimizer": config.training.optimizer,
+    }
+    is_least = {
+        key: value in ("auto", "adamw_8bit", "paged_adamw_8bit") or value is True for key, value in asked.items()
+    }
+    pins = [f"{key} = {str(value).lower()}" for key, value in asked.items() if not is_least[key]]
+    return f" with the pinned {' and '.join(pins)}" if pins else ""
 
 
 def halved(knobs: PlanKnobs, longest_tokens: int) -> PlanKnobs | None:

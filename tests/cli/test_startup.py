@@ -75,7 +75,33 @@ def run(work: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], 
     ],
 )
 def test_mistakes_are_told_at_once(work: Path, arguments: list[str], exit_code: int, said: str) -> None:
-    child, seconds = run(work, "train", *arguments)
+    require_told_at_once(work, ["train", *arguments], exit_code, said)
+
+
+@pytest.mark.parametrize(
+    "arguments,said",
+    [
+        (["--model", "lama-3.1-8b", "--vram", "8GiB"], "Did you mean llama-3.1-8b?"),
+        (["--model", "./none", "--vram", "8GiB"], "no folder ./none"),
+        (["--model", "llama-3.1-8b", "--gpu", "rtx-4061"], "Did you mean rtx-4060"),
+        (
+            ["--model", "llama-3.1-8b", "--gpu", "rtx-4060", "--vram", "80GiB"],
+            "at most the 8 GiB of the GeForce RTX 4060",
+        ),
+        (["--model", "llama-3.1-8b", "--vram", "2000GiB"], "at most 192 GiB"),
+        (["--model", "llama-3.1-8b", "--vram", "0"], "a size above zero"),
+        (["--model", "llama-3.1-8b", "--vram=-4GiB"], "a size above zero"),
+        (["--model", "llama-3.1-8b", "--ram", "8 bananas"], '--ram: found "8 bananas"'),
+        (["--model", "llama-3.1-8b", "--ram", "8GiB", "--vram", "8GiB"], "one device"),
+        (["--vram", "8GiB"], "neither a CONFIG nor --model"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_at_once(work: Path, arguments: list[str], said: str) -> None:
+    require_told_at_once(work, ["plan", *arguments], 2, said)
+
+
+def require_told_at_once(work: Path, arguments: list[str], exit_code: int, said: str) -> None:
+    child, seconds = run(work, *arguments)
     assert child.returncode == exit_code
     assert child.stderr.startswith("qlora-trainer: error: ")
     assert said in child.stderr

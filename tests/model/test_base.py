@@ -71,6 +71,14 @@ def test_a_broken_config_is_refused(content: str, folder: Path) -> None:
     _refusal(str(folder))
 
 
+def test_sizes_that_are_missing_are_named(folder: Path) -> None:
+    path = folder / "config.json"
+    sizes = json.loads(path.read_text())
+    del sizes["num_hidden_layers"], sizes["intermediate_size"]
+    path.write_text(json.dumps(sizes))
+    assert "found no intermediate_size, num_hidden_layers;" in _refusal(str(folder))
+
+
 def test_a_missing_config_is_refused(folder: Path) -> None:
     (folder / "config.json").unlink()
     assert "config.json" in _refusal(str(folder))

@@ -72,6 +72,14 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_quantized(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pin_that_cannot_fit_is_named(tmp_path: Path, base: Path) -> None:
+    pins = ("memory.micro_batch_tokens=640", "training.optimizer=adamw_8bit")
+    with pytest.raises(DoesNotFitError) as caught:
+        run_to_end(tiny_config(tmp_path, base, "memory.budget=10MiB", *pins))
+
+    assert "the smallest plan with the pinned memory.micro_batch_tokens = 640. " in str(caught.value)
+
+
 def test_the_plan_is_kept_and_compared_with_what_was_measured(tmp_path: Path, base: Path) -> None:
     records = run_to_end(tiny_config(tmp_path, base, "training.max_steps=2"))
     (planned,) = [record for record in records if isinstance(record, Planned)]
