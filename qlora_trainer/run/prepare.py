@@ -23,7 +23,7 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan
-from qlora_trainer.run.checkpoint.load import Loaded
+from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.inputs import Inputs, read_inputs
 from qlora_trainer.run.knobs import (
@@ -63,6 +63,7 @@ def prepare(
     loaded = None if resume is None else find_checkpoint(folder, resume)
     if loaded is not None:
         require_same_run(asked, loaded)
+        loaded = replace(loaded, adapter={}, optimizer={})  # its files are mapped again once they are needed
     machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
     torch.set_num_threads(machine.num_threads)
     cap_device_memory(device, None if config.memory.budget == "auto" else config.memory.budget)
@@ -107,8 +108,7 @@ def prepare(
     yield Preparing(what="rehearsing the largest step")
     knobs = yield from _rehearse(config, model, optimizer, lora, knobs)
     if loaded is not None:
-        restore(loaded, optimizer)
-        loaded = replace(loaded, adapter={}, optimizer={})  # or the mapped files would stay in memory with the run
+        restore(load_checkpoint(loaded.path), optimizer)
     if resume is not None:
         rewind(folder, loaded)
     return Session(
