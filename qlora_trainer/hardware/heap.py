@@ -21,6 +21,7 @@ _SMALL_BLOCK_BYTES, _LARGE_BLOCK_BYTES = 2**20, 2**25
 _NEVER_BYTES = 2**30
 # What a step takes without asking for room first: the optimizer's pieces, gradients' norms, norms of activations.
 UNASKED_BYTES = 32 * 2**20
+PATIENCE_BYTES = 16 * 2**20
 
 
 @dataclass(slots=True)
@@ -29,14 +30,22 @@ class ResidentLimit:
 
     Attributes:
         limit_bytes: None where nothing is to be done, as on a GPU or in a dry run.
+        patience_bytes: resident memory up to which giving back would be in vain. What is alive may not fit the limit,
+            and walking the heaps before every product costs more than the step.
     """
 
     limit_bytes: int | None = None
+    patience_bytes: int = 0
 
     def make_room(self, num_bytes: int) -> None:
         """Give free memory back if `num_bytes` more of it might pass the limit."""
-        if self.limit_bytes is not None and resident_bytes() + num_bytes > self.limit_bytes:
+        if self.limit_bytes is None:
+            return
+        resident = resident_bytes()
+        if resident + num_bytes > self.limit_bytes and resident > self.patience_bytes:
             release_free_memory()
+            left = resident_bytes()
+            self.patience_bytes = left + PATIENCE_BYTES if left + num_bytes > self.limit_bytes else 0
 
 
 def release_free_memory() -> None:

@@ -66,6 +66,37 @@ def test_they_go_when_there_would_not_be(kept_bytes: int) -> None:
     assert resident_bytes() < kept_bytes + 40 * MIB
 
 
+def test_what_is_alive_beyond_the_limit_is_not_looked_for_again_and_again(
+    kept_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    releases = []
+    release = heap.release_free_memory
+
+    def counted() -> None:
+        release()
+        releases.append(resident_bytes())
+
+    monkeypatch.setattr(heap, "release_free_memory", counted)
+    limit = ResidentLimit(kept_bytes - 100 * MIB)
+    for _ in range(100):
+        limit.make_room(MIB)
+    assert len(releases) == 1
+
+    more = torch.ones(8 * MIB)  # 32 MiB
+    limit.make_room(MIB)
+    limit.make_room(MIB)
+    assert len(releases) == 2
+
+    del more
+    limit = ResidentLimit(kept_bytes + 300 * MIB)
+    tensors = [torch.ones(MIB) for _ in range(64)]
+    alive = torch.ones(1000)
+    del tensors
+    limit.make_room(100 * MIB)
+    assert resident_bytes() < kept_bytes + 40 * MIB
+    del alive
+
+
 def test_what_happens_once_leaves_nothing() -> None:
     # In a process of its own: a block that fits a hole of the heap is taken from there, and is no mapping to unmap.
     growth = subprocess.run([sys.executable, "-c", _ONCE], capture_output=True, text=True, check=True).stdout
