@@ -117,16 +117,19 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
     """What stands between two marks belongs to the phase that the second one ends."""
     peaks: dict[str, int] = {}
     live = peak = 0
+    levels = [0]  # since the last mark
     pending: dict[str, int] = {}  # parts of what turns out to be a step, or an evaluation
 
     def close(phase: str, into: dict[str, int]) -> None:
         nonlocal peak
         into[phase] = max(into.get(phase, 0), peak)
         peak = live
+        levels[:] = [live]
 
     for _, mark, num_bytes in events:
         live += num_bytes
         peak = max(peak, live)
+        levels.append(live)
         if mark in ("loss", "backward"):
             close(mark, pending)
         elif mark == "step":
@@ -135,7 +138,8 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
             pending = {}
         elif mark:
             if mark == "rehearsal":
-                peaks["resume"] = peak  # what comes after its evaluation: the state is set back, and then read
+                # The evaluation lets go of everything; then the state is set back, and then read.
+                peaks["resume"] = max(levels[levels.index(min(levels)) :])
             peak = max(peak, *pending.values(), 0)
             pending = {}
             close(mark, peaks)

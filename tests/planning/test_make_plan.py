@@ -66,10 +66,10 @@ class Traced:
             self._planner = _Planner.of(run_config(*overrides), budget, architecture(num_layers), documents)
         self._budget = budget
 
-    def plan(self, budget_bytes: int) -> Plan:
+    def plan(self, budget_bytes: int, rank: int | None = None) -> Plan:
         self._planner.budget = within(self._budget, budget_bytes)
         with without_collector():
-            return self._planner.plan(self._planner.rank())
+            return self._planner.plan(rank or self._planner.rank())
 
     def least_bytes(self) -> int:
         return needed_bytes(self.plan(1))
@@ -165,17 +165,17 @@ def test_pins_are_kept(policy: str, num_recomputed: int, budget_bytes: int) -> N
 
 
 def test_a_rank_of_max_takes_what_costs_little_speed() -> None:
-    every = "lora.rank=max"
-    roomy = planned(within(CPU, 64 * GIB), every)
+    traced = Traced(CPU, "lora.rank=max", num_layers=2)
+    roomy = traced.plan(64 * GIB)
     assert roomy.knobs.alpha == 2.0 * roomy.knobs.rank
     speeds = {
-        rank: planned(within(CPU, 64 * GIB), f"lora.rank={rank}").predicted.tokens_per_second
+        rank: traced.plan(64 * GIB, rank).predicted.tokens_per_second
         for rank in (8, roomy.knobs.rank, 2 * roomy.knobs.rank)
     }
     assert speeds[roomy.knobs.rank] >= 0.95 * speeds[8]
     assert roomy.knobs.rank == 256 or speeds[2 * roomy.knobs.rank] < 0.95 * speeds[8]
 
-    nothing_fits = planned(within(CPU, 1000), every)
+    nothing_fits = traced.plan(1000)
     assert (nothing_fits.fits, nothing_fits.knobs.rank) == (False, 8)
     assert roomy.knobs.rank > 8
 
