@@ -129,6 +129,23 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def require_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
+    """Refuse a tokenizer whose ids go beyond the embedding; a smaller one is normal, embeddings are padded.
+
+    Raises:
+        ConfigError: names the largest id and the rows of the embedding.
+    """
+    num_rows = base.config.get_text_config().vocab_size
+    token, largest_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest_id >= num_rows:
+        raise ConfigError(
+            where=str(base.folder),
+            found=f"a tokenizer with the id {largest_id} ({token!r})",
+            expected=f"ids below {num_rows}, the rows of the embedding of {base.name}",
+            fix="Copy the tokenizer files that belong to this base.",
+        )
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file of `folder` that holds it.
 
