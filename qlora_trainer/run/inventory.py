@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run.checkpoint.listing import list_steps
 from qlora_trainer.run.checkpoint.manifest import verify
 from qlora_trainer.run.checkpoint.storage import LOCAL, refusal
-from qlora_trainer.run.checkpoint.strict_json import decode, read_capped
 from qlora_trainer.run.folder import LOCK_NAME, RunFolder, read_lines
 
 RunStatus = Literal["running", "done", "stopped_early", "interrupted", "unfinished"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.checkpoint.manifest import FILE_NAMES, MANIFEST_NAME, verify
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.checkpoint.storage import LocalStorage, Storage, check_free_space, write_atomically
-from qlora_trainer.run.checkpoint.strict_json import decode, encode, read_capped
 from tests.run.faulty_storage import Crash, CrashAt, FailAt, LoseUnsynced, NoSpaceAfter, Recording
 from tests.run.small_run import adapter_of, optimizer_of, save
 

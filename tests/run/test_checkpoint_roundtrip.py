@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from qlora_trainer.config.strict_json import decode
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.load import load_checkpoint, newest_verified
 from qlora_trainer.run.checkpoint.save import save_checkpoint
-from qlora_trainer.run.checkpoint.strict_json import decode
 from qlora_trainer.run.checkpoint.tensors import lay_out, read_tensors, render
 from tests.run.small_run import FINGERPRINTS, adapter_of, optimizer_of, save
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.cli.app import main
+from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME
-from qlora_trainer.run.checkpoint.strict_json import decode, encode, read_capped
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.inventory import examine_run, find_runs, require_whole
 from tests.run.small_run import save

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME
 from qlora_trainer.run.checkpoint.storage import LocalStorage
-from qlora_trainer.run.checkpoint.strict_json import decode, encode, read_capped
 from qlora_trainer.run.records import StepDone
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base
