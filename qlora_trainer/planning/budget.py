@@ -90,6 +90,7 @@ def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = No
             bytes=measured.bytes,
             unpacked_elements=measured.unpacked_elements,
             launch_seconds=measured.launch_seconds,
+            weight_passes=3,
         ),
     )
 

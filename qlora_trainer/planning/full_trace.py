@@ -66,7 +66,6 @@ def trace_state(
         for parameter in parameters.values():
             parameter.grad_dtype = torch.float32
         optimizer = AdapterOptimizer(parameters, settings)
-        saved = {name: torch.empty_like(value, device="cpu") for name, value in optimizer.state_dict().items()}
         with tracker:
             tracker.mark("optimizer")
             optimizer.zero_gradients()
@@ -77,7 +76,11 @@ def trace_state(
             first_non_finite({name: value for name, value in state.items() if name.startswith("largest")})
             del state
             tracker.mark("resume")
+            # Both files are mapped on the host, which on a CPU is the device itself.
+            saved_adapters = [torch.empty_like(parameter, device="cpu") for parameter in parameters.values()]
+            saved = {name: torch.empty_like(value, device="cpu") for name, value in optimizer.state_dict().items()}
             optimizer.load_state_dict(saved)
+            del saved, saved_adapters
         flats = optimizer.state_tensors()
     return StateTrace(
         gradient=(optimizer.gradient.nbytes,),

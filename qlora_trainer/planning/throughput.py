@@ -29,12 +29,14 @@ class Speed:
         bytes: read or written by everything else.
         unpacked_elements: weights dequantized.
         launch_seconds: of starting one operation.
+        weight_passes: how often a product moves its weight; CPU libraries read it, pack it and read that.
     """
 
     flops: float
     bytes: float
     unpacked_elements: float
     launch_seconds: float
+    weight_passes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ def gpu_speed(gpu: Gpu) -> Speed:
         bytes=bandwidth,
         unpacked_elements=bandwidth / 2.52,  # half a byte read, two bytes written
         launch_seconds=GPU_LAUNCH_SECONDS,
+        weight_passes=1,
     )
 
 
@@ -112,13 +115,16 @@ def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
 
 
 def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> float:
-    """Two products with the head, and about eight passes over fp32 logits; launches a chunk."""
+    """Two products with the head, which reads all of it for every chunk, and about eight passes over fp32 logits."""
     hidden, head = prices.parts.head_spec
-    vocabulary = head.shape[0]
+    vocabulary, hidden_size = head.shape
     num_chunks = -(-layout.tokens // layout.loss_chunk)
-    upcast = head.shape[0] * head.shape[1] * (6 if hidden.dtype.itemsize == 4 else 0)  # read in 16 bits, written in 32
+    head_bytes = vocabulary * hidden_size * hidden.dtype.itemsize
+    read_seconds = 2 * num_chunks * speed.weight_passes * head_bytes / speed.bytes
+    upcast = vocabulary * hidden_size * (6 if hidden.dtype.itemsize == 4 else 0)  # read in 16 bits, written in 32
     return (
-        4.0 * tokens * vocabulary * hidden.shape[1] / speed.flops
+        4.0 * tokens * vocabulary * hidden_size / speed.flops
+        + read_seconds
         + 32.0 * tokens * vocabulary / speed.bytes
         + upcast / speed.bytes
         + 14 * num_chunks * speed.launch_seconds

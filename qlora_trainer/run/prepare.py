@@ -23,7 +23,7 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan
-from qlora_trainer.run.checkpoint.load import Loaded
+from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.checkpoint.storage import check_free_space
 from qlora_trainer.run.checkpoint.tensors import lay_out
 from qlora_trainer.run.config_changes import PLANNED_KEYS, REFUSED_KEYS, Change
@@ -68,6 +68,7 @@ def prepare(
     changes: tuple[Change, ...] = ()
     if loaded is not None:
         config, changes = continued_config(config, loaded, allow_change)
+        loaded = replace(loaded, adapter={}, optimizer={})  # its files are mapped again once they are needed
     machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
     torch.set_num_threads(machine.num_threads)
     cap_device_memory(device, None if config.memory.budget == "auto" else config.memory.budget)
@@ -114,8 +115,7 @@ def prepare(
     yield Preparing(what="rehearsing the largest step")
     knobs = yield from _rehearse(config, model, optimizer, lora, knobs)
     if loaded is not None:
-        restore(loaded, optimizer)
-        loaded = replace(loaded, adapter={}, optimizer={})  # or the mapped files would stay in memory with the run
+        restore(load_checkpoint(loaded.path), optimizer)
     if resume is not None:
         rewind(folder, loaded)
     return Session(
