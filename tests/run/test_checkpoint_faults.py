@@ -48,8 +48,8 @@ def loaded_step(folder: Path) -> int:
 def test_a_crash_at_every_operation_leaves_the_old_or_the_new_step(tmp_path: Path, fault: type[CrashAt]) -> None:
     """The previous or the new step loads, never neither, and no half step is listed.
 
-    Mutations tried, each fails here: without the fsync of the files a listed step has zeros; a save that writes in place
-    of the temporary directory lists a half step; a rotation that removes a step in place, without taking its name away
+    Mutations tried, each fails here: without the fsync of the files a listed step has zeros; a save that writes without
+    the temporary directory lists a half step; a rotation that removes a step in place, without taking its name away
     first, lists a half-removed one.
     """
     num_operations = count_operations(tmp_path / "whole")
