@@ -14,6 +14,7 @@ With --resume-budget, which gives other micro-batches, it means losses that diff
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
@@ -37,6 +38,7 @@ TENSOR_FILES = (
 LOSS_TOLERANCE = 1e-5
 EXIT_INTERRUPTED = 75
 _POLL_SECONDS = 0.002
+_PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +201,7 @@ def _fork(work: Callable[[], int]) -> int:
         return child
     code = 1
     try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no run outlives a test that was stopped
         code = work()
     finally:
         os._exit(code)
@@ -239,7 +242,7 @@ def _command(options: argparse.Namespace, work: Path) -> list[str]:
         values = [f"data.eval={folder / 'eval.jsonl'}", "data.seq_len=192", "training.learning_rate=2e-3"]
         # What is measured, or depends on the memory that happens to be free, is pinned: until the first checkpoint a
         # killed run decides it again.
-        values += ["quantization.compute_dtype=bfloat16", "memory.loss_chunk_tokens=256"]
+        values += ["quantization.compute_dtype=float32", "memory.loss_chunk_tokens=256"]
         values += ["memory.activation_checkpointing=true"] if options.resume_budget is None else []
     values += [
         f"model.base={base}",
