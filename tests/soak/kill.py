@@ -8,7 +8,8 @@ this one, which has imported everything and computed nothing, so that a kill cos
 all kills are spent is compared and begun again in another folder.
 
 Equal means: every line of metrics.jsonl and evals.jsonl without its timings, and the bytes of adapter and optimizer.
-With --resume-budget, which gives other micro-batches, it means losses that differ by less than 1e-5.
+With --resume-budget or --resume-micro-batch-tokens, which give other micro-batches, it means losses that differ by less
+than 1e-5.
 """
 
 from __future__ import annotations
@@ -81,11 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pace = _pace(work / "whole", time.monotonic() - start)
     print(f"undisturbed: {pace.load_seconds:.1f} s to the first step, {pace.step_seconds:.3f} s a step", flush=True)
     num_kills, num_runs, differences = 0, 0, []
+    exactly = not _other_memory(options)
     while num_kills < options.kills:
         folder = work / f"killed-{num_runs}"
         num_kills = _kill_and_finish(options, command, folder, rng, pace, num_kills)
         num_runs += 1
-        found = compare(work / "whole", folder, exactly=options.resume_budget is None)
+        found = compare(work / "whole", folder, exactly=exactly)
         print(f"{folder.name}: {'equal' if not found else '; '.join(found)}", flush=True)
         differences += found
     print(f"{num_kills} kills in {num_runs} runs, {len(differences)} differences")
@@ -128,9 +130,8 @@ def _kill_and_finish(
     log = folder.with_suffix(".log")
     command = [*command, f"--set=output.dir={folder}"]
     while True:
-        if options.resume_budget and (folder / "checkpoints").is_dir():
-            command = [*command, f"--set=memory.budget={options.resume_budget}"]
-        child = _fork(partial(_train, command, log))
+        resumed = [*command, *_other_memory(options)] if (folder / "checkpoints").is_dir() else command
+        child = _fork(partial(_train, resumed, log))
         if num_kills == options.kills:
             code = _wait(child)
             if code != 0:
@@ -144,6 +145,15 @@ def _kill_and_finish(
             raise SystemExit(f"a run ended by itself with exit code {code}: see {log}")
         num_kills += 1
         print(f"kill {num_kills}: {moment}, exit {code}, last step {_last_step(folder)}", flush=True)
+
+
+def _other_memory(options: argparse.Namespace) -> list[str]:
+    """What every resume is asked otherwise."""
+    arguments = [f"--set=memory.budget={options.resume_budget}"] if options.resume_budget else []
+    if options.resume_micro_batch_tokens:
+        key = "memory.micro_batch_tokens"
+        arguments += [f"--set={key}={options.resume_micro_batch_tokens}", f"--allow-change={key}"]
+    return arguments
 
 
 def _moment(rng: random.Random, pace: Pace, *, with_term: bool) -> Moment:
@@ -275,6 +285,9 @@ def _pace(run: Path, seconds: float) -> Pace:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
+    """A log without its timings; a run without evaluations has no log of them."""
+    if not path.exists():
+        return []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
 
@@ -301,6 +314,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--micro-batch-tokens", default="auto", help="fewer than a global batch has: several a step")
     parser.add_argument("--resume-budget", help="memory.budget of every resume, such as 1.5GiB: other micro-batches")
+    parser.add_argument("--resume-micro-batch-tokens", help="memory.micro_batch_tokens of every resume")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other key of the config")
     parser.add_argument("--work", help="folder for the runs; a temporary one by default")
     return parser.parse_args(arguments)

@@ -42,7 +42,7 @@ def test_three_kills_change_nothing(tmp_path: Path) -> None:
         ("--optimizer=paged_adamw_32bit",),
         ("--dropout=0.1", "--micro-batch-tokens=96"),
         ("--padded", "--optimizer=paged_adamw_8bit", "--dropout=0.1", "--micro-batch-tokens=128"),
-        ("--resume-budget=3GiB", "--dropout=0.1", "--micro-batch-tokens=auto", "--set=memory.budget=2GiB"),
+        ("--dropout=0.1", "--micro-batch-tokens=96", "--resume-micro-batch-tokens=256", "--resume-budget=3GiB"),
     ],
     ids=" ".join,
 )
