@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora_trainer.errors import ConfigError, StorageError
-from qlora_trainer.run.checkpoint.storage import LOCAL, refusal, write_atomically
+from qlora_trainer.run.checkpoint.storage import LOCAL, refusal, sweep, write_atomically
 from qlora_trainer.run.records import Evaluated, StepDone, StepSkipped, Summary
 
 LOCK_NAME = ".lock"
@@ -122,6 +122,7 @@ def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
                 fix="Go on with it (--resume auto) or choose another output.dir.",
             )
         _make_checkpoints(folder)
+        _sweep(path)
         yield folder
     finally:
         _unlock(folder, lock, made_here=made_here)
@@ -212,6 +213,14 @@ def _make_checkpoints(folder: RunFolder) -> None:
             LOCAL.fsync_dir(folder.path)
     except OSError as error:
         raise refusal(error, where=folder.path, doing="creating the run folder") from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a run that died in its last moments left beside its files, such as half an adapter folder."""
+    try:
+        sweep(path, LOCAL)
+    except OSError as error:
+        raise refusal(error, where=path, doing="tidying up the run folder") from error
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:

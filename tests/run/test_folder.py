@@ -109,6 +109,15 @@ def test_a_folder_with_a_run_is_for_resuming_only(tmp_path: Path) -> None:
         assert folder.path == tmp_path
 
 
+def test_what_a_killed_run_left_unfinished_goes_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / ".tmp-adapter-x").mkdir()
+    (tmp_path / ".tmp-adapter-x" / "adapter_config.json").touch()
+    (tmp_path / ".tmp-summary.json").touch()
+    with open_run_folder(tmp_path, resume=True):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoints", "metrics.jsonl"]
+
+
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_a_file_in_its_place_is_refused(tmp_path: Path, below: str) -> None:
     path = tmp_path / "runs"

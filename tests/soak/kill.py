@@ -104,7 +104,7 @@ def compare(whole: Path, killed: Path, *, exactly: bool) -> list[str]:
     """
     if not exactly:
         return _compare_losses(_lines(whole / "metrics.jsonl"), _lines(killed / "metrics.jsonl"))
-    differences = []
+    differences = [f"{path.name} was left over" for path in sorted(killed.rglob(".tmp-*"))]
     for name in ("metrics.jsonl", "evals.jsonl"):
         one, other = _lines(whole / name), _lines(killed / name)
         if one != other:
@@ -141,7 +141,7 @@ def _kill_and_finish(
         code = _kill(child, folder / "metrics.jsonl", moment)
         if code == 0:
             return num_kills
-        if code not in (-signal.SIGKILL, EXIT_INTERRUPTED):
+        if code not in (-signal.SIGKILL, -signal.SIGTERM, EXIT_INTERRUPTED):  # SIGTERM: before it was watched for
             raise SystemExit(f"a run ended by itself with exit code {code}: see {log}")
         num_kills += 1
         print(f"kill {num_kills}: {moment}, exit {code}, last step {_last_step(folder)}", flush=True)

@@ -73,5 +73,8 @@ def test_differences_are_found(tmp_path: Path) -> None:
     assert "the end on (2 and 3 lines)" in compare(whole, longer, exactly=True)[0]
     assert compare(whole, longer, exactly=False) == ["other steps"]
     assert "losses differ by" in compare(whole, write_run(tmp_path / "far", losses=[3.0, 2.1]), exactly=False)[0]
+    (same / "checkpoints" / ".tmp-removed-step-00000002").mkdir()
+    assert compare(whole, same, exactly=True) == [".tmp-removed-step-00000002 was left over"]
+    (same / "checkpoints" / ".tmp-removed-step-00000002").rmdir()
     (same / TENSOR_FILES[1]).write_bytes(b"tensorz")
     assert compare(whole, same, exactly=True) == [f"{TENSOR_FILES[1]} differs"]
