@@ -12,6 +12,7 @@ from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.generate import generate
 from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quickstart_data import quickstart_data
+from qlora_trainer.cli.runs import runs
 from qlora_trainer.cli.train import train
 from qlora_trainer.errors import QloraTrainerError
 
@@ -29,7 +30,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for verb in (plan, train, generate, doctor, config, quickstart_data):
+    for verb in (plan, train, runs, generate, doctor, config, quickstart_data):
         app.command(verb.__name__.replace("_", "-"))(verb)
     return app
 

@@ -11,8 +11,9 @@ from qlora_trainer.cli.options import ConfigFile, Overrides
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import check_inputs
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.rows import read_rows
+from qlora_trainer.data.rows import read_rows_and_bad
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.run.config_changes import check_allowed
 from qlora_trainer.run.trackers import check_trackers
 
 
@@ -25,6 +26,12 @@ def train(
             metavar="auto|PATH", help="Go on from the newest good checkpoint of the run folder, or from PATH."
         ),
     ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY", help="Let the resumed run go on with another value of KEY, such as training.learning_rate."
+        ),
+    ] = None,
     dry: Annotated[
         bool, typer.Option("--dry-run", help="Check the data and plan the memory; load and write nothing.")
     ] = False,
@@ -34,12 +41,12 @@ def train(
         raise ConfigError(
             where="train", found="--dry-run with --resume", expected="one of them", fix="Leave --resume out."
         )
+    check_allowed(allow_change or (), resume=resume is not None)
     config = load_config(config_file, overrides or ())
     check_inputs(config, resume=resume is not None)
     for name in (config.data.train, config.data.eval):
         if name is not None:
-            read_rows(Path(name))
-
+            read_rows_and_bad(Path(name), stop=config.data.on_bad_row == "stop")
     check_trackers(config.output.trackers)
 
     if dry:
@@ -50,7 +57,7 @@ def train(
     from qlora_trainer.report.screen import stdout_console
     from qlora_trainer.run.loop import train as run
 
-    show(run(config, resume=resume), stdout_console())
+    show(run(config, resume=resume, allow_change=allow_change or ()), stdout_console())
 
 
 def _dry_run(config: RunConfig) -> None:

@@ -124,6 +124,9 @@ class DataSection(Section):
     seq_len: Annotated[int, Field(ge=8)] | Auto = Field(
         "auto", description="Longest document kept, in tokens; auto = holds 99 % of the documents. Rows are never cut."
     )
+    on_bad_row: Literal["stop", "skip"] = Field(
+        "stop", description="A line that is no conversation: stop at the first, or skip, count and list them."
+    )
     packing: bool = Field(True, description="Lay whole documents end to end without padding, isolated from each other.")
 
 

@@ -14,9 +14,10 @@ from typing import NoReturn
 from qlora_trainer.data.formats import Message, parse_conversation, shown
 from qlora_trainer.errors import DataError
 
-__all__ = ["MAX_LINE_BYTES", "Message", "Row", "read_rows"]
+__all__ = ["MAX_LINE_BYTES", "Message", "Row", "RowsRead", "read_rows", "read_rows_and_bad"]
 
 MAX_LINE_BYTES = 64 * 2**20  # far above any document that can be trained on, far below what hurts to hold
+MAX_REASONS = 20  # bad rows that are told one by one; a file of another format would have nothing but bad rows
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
@@ -42,6 +43,23 @@ class Row:
         return f"{self.path}:{self.line}"
 
 
+@dataclass(frozen=True, slots=True)
+class RowsRead:
+    """The rows of a file, and what was passed over.
+
+    Attributes:
+        path: the file.
+        rows: in file order, at least one; a bad row has no number.
+        num_bad: lines that are no conversation.
+        reasons: of the first `MAX_REASONS` of them, each beginning with `file:line`.
+    """
+
+    path: str
+    rows: list[Row]
+    num_bad: int
+    reasons: tuple[str, ...]
+
+
 def read_rows(path: Path | str) -> list[Row]:
     """Reads every row of a JSON Lines file.
 
@@ -56,31 +74,58 @@ def read_rows(path: Path | str) -> list[Row]:
     Raises:
         DataError: the file cannot be read, holds no row, or has a line that is not a conversation.
     """
+    return read_rows_and_bad(path, stop=True).rows
+
+
+def read_rows_and_bad(path: Path | str, *, stop: bool) -> RowsRead:
+    """Reads a JSON Lines file as `read_rows` does, and may pass over the lines that are not a conversation.
+
+    Args:
+        path: the file.
+        stop: whether the first such line is an error.
+
+    Raises:
+        DataError: the file cannot be read, holds no good row, or `stop` and a line is not a conversation.
+    """
     rows: list[Row] = []
-    for line, text in _lines(Path(path)):
+    num_bad = 0
+    reasons: list[str] = []
+    for line, raw in _lines(Path(path)):
         where = f"{path}:{line}"
-        messages = parse_conversation(_json_object(text, where), where=where)
+        try:
+            text = _decode(raw, where).strip()
+            if not text:
+                continue
+            messages = parse_conversation(_json_object(text, where), where=where)
+        except DataError as error:
+            if stop:
+                raise
+            num_bad += 1
+            if len(reasons) < MAX_REASONS:
+                reasons.append(f"{error.where}: {error.found}")
+            continue
         rows.append(Row(path=str(path), index=len(rows), line=line, messages=messages))
     if not rows:
         raise DataError(
             where=str(path),
-            found="no rows",
+            found=f"no rows but {num_bad} bad ones, the first {reasons[0]}" if num_bad else "no rows",
             expected="JSON Lines: one conversation a line",
             fix="Point data.train (or data.eval) to a file with rows in it.",
         )
-    return rows
+    return RowsRead(str(path), rows, num_bad, tuple(reasons))
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Line numbers and texts of the lines that are not blank."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers and bytes; of a line that is too long only its start, which is longer than `MAX_LINE_BYTES`."""
     try:
         with path.open("rb") as file:
             line = 0
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 line += 1
-                text = _decode(raw.removeprefix(UTF8_BOM) if line == 1 else raw, f"{path}:{line}").strip()
-                if text:
-                    yield line, text
+                yield line, raw.removeprefix(UTF8_BOM) if line == 1 else raw
+                rest = raw
+                while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):  # only where bad lines are passed over
+                    rest = file.readline(MAX_LINE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
         raise DataError(
             where=str(path),

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.memory import is_out_of_memory
 from qlora_trainer.model import nf4
 from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.quantized import assemble, hidden_states
@@ -55,6 +56,8 @@ def require_accepted(config: PreTrainedConfig) -> None:
             torch.manual_seed(0)
             expected_N, found_N = _losses(shrink(config))
     except TRANSFORMERS_ERRORS as error:
+        if is_out_of_memory(error):  # a RuntimeError too, and no fault of the base
+            raise
         raise _refuse(config.model_type, f"a small copy that does not run ({type(error).__name__}: {error})") from error
     difference = float(torch.linalg.vector_norm(found_N - expected_N) / torch.linalg.vector_norm(expected_N))
     if not difference <= TOLERANCE:

@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapters import LoraSettings, select_targets
+from qlora_trainer.model.safetensors_header import require_sane_header
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -130,10 +132,10 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise _wrong_adapter(folder, found, f"an adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        fields = json.loads(path.read_text())
+        fields = decode(read_capped(path))
         rank, alpha, targets = fields["r"], fields["lora_alpha"], fields["target_modules"]
         dropout = fields.get("lora_dropout", 0.0)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _wrong_adapter(path, f"no adapter config ({type(error).__name__}: {error})", "PEFT's JSON") from error
     if not (type(rank) is int and rank > 0 and type(alpha) in (int, float) and type(dropout) in (int, float)):
         found = f"r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}"
@@ -154,8 +156,9 @@ def read_adapter_folder(folder: Path, *, linear_names: Sequence[str]) -> Adapter
     """
     fields = read_adapter_fields(folder)
     try:
+        require_sane_header(folder / WEIGHTS_FILE)
         tensors = load_file(folder / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, ValueError, OSError) as error:
         raise _wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
     settings = LoraSettings(
         rank=fields["r"],

@@ -17,10 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from qlora_trainer.config.bases import MAX_INDEX_BYTES
+from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.model.acceptance import require_accepted
 from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_base
+from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.sealed_folder import sha256_of
 from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS
 
@@ -80,6 +83,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ConfigError: it is missing, broken, without the model's sizes, or of a type that transformers does not have.
     """
     try:
+        read_capped(folder / "config.json")  # a few kB; what is larger than the cap is never parsed
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, *TRANSFORMERS_ERRORS) as error:
         raise ConfigError(
@@ -129,6 +133,23 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def require_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, base: Base) -> None:
+    """Refuse a tokenizer whose ids go beyond the embedding; a smaller one is normal, embeddings are padded.
+
+    Raises:
+        ConfigError: names the largest id and the rows of the embedding.
+    """
+    num_rows = base.config.get_text_config().vocab_size
+    token, largest_id = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest_id >= num_rows:
+        raise ConfigError(
+            where=str(base.folder),
+            found=f"a tokenizer with the id {largest_id} ({token!r})",
+            expected=f"ids below {num_rows}, the rows of the embedding of {base.name}",
+            fix="Copy the tokenizer files that belong to this base.",
+        )
+
+
 def weight_files(folder: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file of `folder` that holds it.
 
@@ -159,6 +180,10 @@ def open_weights(path: Path) -> Iterator[Any]:
     Raises:
         ConfigError: the file is not safetensors, is cut short, or lacks a tensor that is asked of it.
     """
+    try:
+        require_sane_header(path)
+    except (OSError, ValueError) as error:
+        raise _no_weights(path, f"a weight file that cannot be read ({error})", "whole safetensors") from error
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -227,10 +252,10 @@ def _fetch_from_hub(name: str, revision: str | None, patterns: tuple[str, ...]) 
 
 def _read_index(index: Path) -> dict[str, str]:
     try:
-        names: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        names: dict[str, str] = decode(read_capped(index, MAX_INDEX_BYTES))["weight_map"]
         if not all(isinstance(file_name, str) for file_name in names.values()):
             raise TypeError("a file name that is no text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         found = f"no index of weights ({type(error).__name__}: {error})"
         raise _no_weights(index, found, 'JSON with a "weight_map" of tensor names to file names') from error
     return names

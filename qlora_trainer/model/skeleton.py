@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.memory import is_out_of_memory
 from qlora_trainer.model.attention import IMPLEMENTATION
 
 # What transformers raises for a model that its own classes cannot build or run from a config.
@@ -68,6 +69,8 @@ def build_skeleton(config: PreTrainedConfig, *, with_buffers: bool) -> PreTraine
                 copy.deepcopy(config), attn_implementation=IMPLEMENTATION
             )
     except TRANSFORMERS_ERRORS as error:
+        if is_out_of_memory(error):  # a RuntimeError too, and no fault of the base
+            raise
         raise ConfigError(
             where=f"model type {config.model_type!r}",
             found=f"no causal language model that transformers can build ({error})",

@@ -30,8 +30,10 @@ from qlora_trainer.run.records import (
     Preparing,
     Record,
     Resumed,
+    RowsSkipped,
     Saved,
     StepDone,
+    StepSkipped,
     Summary,
 )
 
@@ -135,7 +137,7 @@ class _View:
                 self._answers.append(record)
             case Finished():
                 self.finished = record
-            case Evaluated() | Saved() | Planned() | PlanRevised() | Resumed():
+            case Evaluated() | Saved() | RowsSkipped() | StepSkipped() | Planned() | PlanRevised() | Resumed():
                 self._print(event_line(record))
 
     def show_end(self) -> None:

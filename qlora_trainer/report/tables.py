@@ -24,8 +24,10 @@ from qlora_trainer.run.records import (
     PlanRevised,
     Prepared,
     Resumed,
+    RowsSkipped,
     Saved,
     StepDone,
+    StepSkipped,
 )
 
 _MAX_QUESTION_CHARACTERS = 200
@@ -69,13 +71,17 @@ def step_line(record: StepDone, *, seconds_left: float | None) -> Text:
     return Text("  ".join(part for part in parts if part))
 
 
-def event_line(record: Evaluated | Saved | Planned | PlanRevised | Resumed) -> Text:
+def event_line(record: Evaluated | Saved | RowsSkipped | StepSkipped | Planned | PlanRevised | Resumed) -> Text:
     """What happened, as a line or a few."""
     match record:
         case Evaluated():
             return eval_line(record)
         case Saved():
             return saved_line(record)
+        case RowsSkipped():
+            return rows_skipped_lines(record)
+        case StepSkipped():
+            return skipped_line(record)
         case Planned():
             return planned_line(record)
         case PlanRevised():
@@ -95,7 +101,11 @@ def planned_line(record: Planned) -> Text:
 
 def revised_line(record: PlanRevised) -> Text:
     """That memory ran out, and how it goes on."""
-    where = "in the rehearsal" if record.step == 0 else f"at step {record.step}"
+    where = {
+        "rehearsal": "in the rehearsal",
+        "step": f"at step {record.step}",
+        "evaluation": f"in the evaluation at step {record.step}",
+    }[record.phase]
     cut = f"{record.micro_batch_tokens_before:,} to {record.micro_batch_tokens:,} tokens"
     return Text(f"out of memory {where}: the same documents again, micro-batches cut from {cut}", style="yellow")
 
@@ -116,11 +126,30 @@ def saved_line(record: Saved) -> Text:
     return Text(f"saved {record.path}  ({size})", style="dim")
 
 
+def rows_skipped_lines(record: RowsSkipped) -> Text:
+    """How many rows were passed over, and why the first of them were."""
+    lines = Text(f"{counted(record.num_rows, 'bad row')} of {record.path} skipped", style="yellow")
+    for reason in record.reasons:
+        lines.append(f"\n  {printable(reason, 300)}")
+    if record.num_rows > len(record.reasons):
+        lines.append(f"\n  and {record.num_rows - len(record.reasons):,} more")
+    return lines
+
+
+def skipped_line(record: StepSkipped) -> Text:
+    """That a step changed nothing, and the rows it was about."""
+    rows = printable(", ".join(map(str, record.rows)), 200)
+    found = f"loss {record.loss}, gradient norm {record.grad_norm} on rows {rows}"
+    return Text(f"step {record.step} skipped, no weight was changed: {found}", style="yellow")
+
+
 def resumed_lines(record: Resumed) -> Text:
     """Where a run goes on, and what it had to pass over."""
     lines = Text(f"resumed at step {record.step} from {record.path}")
     for reason in record.rejected:
         lines.append(f"\npassed over, damaged: {printable(reason, 500)}", style="yellow")
+    for change in record.changes:
+        lines.append(f"\nchanged: {printable(change, 500)}", style="yellow")
     return lines
 
 

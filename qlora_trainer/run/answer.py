@@ -18,7 +18,7 @@ from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_d
 from qlora_trainer.model.adapter_folder import CONFIG_FILE, read_adapter_fields, read_adapter_folder
 from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.attention import IMPLEMENTATION
-from qlora_trainer.model.base import Base, read_tokenizer, resolve_base
+from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
@@ -46,6 +46,7 @@ def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, 
     resolved = resolve_base(base or fields.get("base_model_name_or_path") or "", fields.get("revision"))
     tokenizer = read_tokenizer(resolved.folder)
     require_chat_template(tokenizer, str(resolved.folder))
+    require_tokenizer_fits(tokenizer, resolved)
     device = choose_device()
     model = load_quantized(
         resolved,

@@ -18,6 +18,7 @@ from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.checkpoint.load import load_checkpoint
 from qlora_trainer.run.checkpoint.manifest import package_versions
 from qlora_trainer.run.folder import write_summary
+from qlora_trainer.run.knobs import with_values
 from qlora_trainer.run.records import Finished, Status, Summary
 from qlora_trainer.run.session import Progress, Session
 
@@ -49,24 +50,7 @@ def finish(session: Session, progress: Progress, *, status: Status) -> Finished:
 
 def resolved_config(session: Session) -> RunConfig:
     """The config with every `auto` replaced by what was decided, as `config.yaml` shows it."""
-    knobs, config = session.knobs, session.config
-    changes: dict[str, dict[str, Any]] = {
-        "quantization": {"compute_dtype": knobs.machine.compute_dtype},
-        "lora": {"rank": knobs.plan.rank, "alpha": knobs.plan.alpha},
-        "data": {"seq_len": knobs.plan.seq_len},
-        "training": {
-            "optimizer": knobs.plan.optimizer,
-            "save_every": knobs.save_every,
-            "eval_every": knobs.eval_every,
-        },
-        "memory": {
-            "micro_batch_tokens": knobs.plan.micro_batch_tokens,
-            "loss_chunk_tokens": knobs.plan.loss_chunk,
-            "activation_checkpointing": knobs.plan.activation_recompute_layers,
-        },
-    }
-    sections = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
-    return config.model_copy(update=sections)
+    return with_values(session.config, session.knobs.resolved())
 
 
 def plan_json(session: Session) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """The run folder: one place that tells what a run was asked, what it did and where it can go on.
 
-    RUN/config.yaml    plan.json      metrics.jsonl  evals.jsonl    summary.json
+    RUN/config.yaml    plan.json      metrics.jsonl  evals.jsonl  skipped.jsonl  summary.json
     RUN/checkpoints/   step-00000120/ best  last     RUN/adapter/   (a PEFT folder)
 
-Whole files are replaced atomically. The two logs are appended to, one line a record; `sync_logs` is called before a
+Whole files are replaced atomically. The logs are appended to, one line a record; `sync_logs` is called before a
 checkpoint is committed and `cut_logs` after one is loaded, so that they always tell the same steps.
 """
 
@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from qlora_trainer.errors import ConfigError, StorageError
-from qlora_trainer.run.checkpoint.storage import LOCAL, refusal, write_atomically
-from qlora_trainer.run.records import Evaluated, StepDone, Summary
+from qlora_trainer.run.checkpoint.storage import LOCAL, refusal, sweep, write_atomically
+from qlora_trainer.run.records import Evaluated, StepDone, StepSkipped, Summary
 
 LOCK_NAME = ".lock"
 STEP_KEYS = (
@@ -39,6 +39,7 @@ STEP_KEYS = (
     "epoch",
 )
 EVAL_KEYS = ("step", "eval_loss", "eval_tokens", "seconds")
+SKIPPED_KEYS = ("step", "loss", "grad_norm", "rows")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,10 @@ class RunFolder:
     @property
     def evals_path(self) -> Path:
         return self.path / "evals.jsonl"
+
+    @property
+    def skipped_path(self) -> Path:
+        return self.path / "skipped.jsonl"
 
     @property
     def summary_path(self) -> Path:
@@ -117,6 +122,7 @@ def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
                 fix="Go on with it (--resume auto) or choose another output.dir.",
             )
         _make_checkpoints(folder)
+        _sweep(path)
         yield folder
     finally:
         _unlock(folder, lock, made_here=made_here)
@@ -148,6 +154,11 @@ def append_eval(folder: RunFolder, record: Evaluated) -> None:
     _append(folder.evals_path, {key: getattr(record, key) for key in EVAL_KEYS})
 
 
+def append_skipped(folder: RunFolder, record: StepSkipped) -> None:
+    """Append one line to `skipped.jsonl`, with exactly `SKIPPED_KEYS`; null for what is not finite."""
+    _append(folder.skipped_path, {key: getattr(record, key) for key in SKIPPED_KEYS})
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a log back: whole lines only, so that one cut short by a crash is left out; [] where there is no file."""
     if not path.exists():
@@ -162,12 +173,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def sync_logs(folder: RunFolder) -> None:
-    """Return when both logs are on the disk; called before a checkpoint is committed.
+    """Return when the logs are on the disk; called before a checkpoint is committed.
 
     Raises:
         StorageError: the disk refused.
     """
-    for path in (folder.metrics_path, folder.evals_path):
+    for path in (folder.metrics_path, folder.evals_path, folder.skipped_path):
         if path.exists():
             try:
                 with path.open("rb") as file:
@@ -176,19 +187,22 @@ def sync_logs(folder: RunFolder) -> None:
                 raise refusal(error, where=path, doing="writing it to the disk") from error
 
 
-def cut_logs(folder: RunFolder, step: int) -> None:
+def cut_logs(folder: RunFolder, step: int, *, evaluated_step: int) -> None:
     """Drop the lines of steps beyond `step`, which will be done again, and any line that a crash cut short.
 
     Args:
         folder: the run folder.
-        step: the committed step that a resume starts from; -1, where nothing was committed, empties both.
+        step: the committed step that a resume starts from; -1, where nothing was committed, empties all.
+        evaluated_step: the last evaluation that the checkpoint knows of; a later one will be done again, even at `step`
+            itself (a signal had put it off).
 
     Raises:
         StorageError: a log cannot be rewritten; the old one is untouched.
     """
-    for path in (folder.metrics_path, folder.evals_path):
+    last_steps = {folder.metrics_path: step, folder.evals_path: evaluated_step, folder.skipped_path: step}
+    for path, last_step in last_steps.items():
         if path.exists():
-            kept = [json.dumps(value) for value in read_lines(path) if value["step"] <= step]
+            kept = [json.dumps(value) for value in read_lines(path) if value["step"] <= last_step]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
 
@@ -199,6 +213,14 @@ def _make_checkpoints(folder: RunFolder) -> None:
             LOCAL.fsync_dir(folder.path)
     except OSError as error:
         raise refusal(error, where=folder.path, doing="creating the run folder") from error
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a run that died in its last moments left beside its files, such as half an adapter folder."""
+    try:
+        sweep(path, LOCAL)
+    except OSError as error:
+        raise refusal(error, where=path, doing="tidying up the run folder") from error
 
 
 def _append(path: Path, values: Mapping[str, Any]) -> None:

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.chat import TokenizedData, choose_seq_len, drop_overlong, require_chat_template, tokenize
-from qlora_trainer.data.rows import Row, read_rows
+from qlora_trainer.data.rows import Row, RowsRead, read_rows_and_bad
 from qlora_trainer.data.split import hold_out
-from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.base import Base, read_tokenizer, resolve_base
+from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.model.sealed_folder import sha256_of
+from qlora_trainer.run.records import RowsSkipped
 from qlora_trainer.run.session import Question
 
 
@@ -28,6 +29,7 @@ class Data:
         questions: held-out ones to answer before and after.
         seq_len: tokens of the longest document that is kept.
         hashes: SHA-256 of the files, by what they are.
+        skipped: of each file that had bad rows, which were passed over.
     """
 
     train: TokenizedData
@@ -35,6 +37,7 @@ class Data:
     questions: tuple[Question, ...]
     seq_len: int
     hashes: Mapping[str, str]
+    skipped: tuple[RowsSkipped, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,15 +66,23 @@ def read_inputs(config: RunConfig) -> Inputs:
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
     tokenizer = read_tokenizer(base.folder)
     require_chat_template(tokenizer, str(base.folder))
-    return Inputs(base, tokenizer, _tokenizer_hash(base.folder), _read_data(config, base, tokenizer))
+    require_tokenizer_fits(tokenizer, base)
+    data = _read_data(config, base, tokenizer)
+    _require_a_batch(data, config.training.global_batch_size)
+    return Inputs(base, tokenizer, _tokenizer_hash(base.folder), data)
 
 
 def _read_data(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Data:
     train_path = Path(config.data.train)
     hashes = {"training data": sha256_of(train_path)}
-    rows: Sequence[Row] = read_rows(train_path)
+    stop = config.data.on_bad_row == "stop"
+    train_read = read_rows_and_bad(train_path, stop=stop)
+    skipped = [_rows_skipped(train_read)]
+    rows: Sequence[Row] = train_read.rows
     if config.data.eval is not None:
-        eval_rows: Sequence[Row] = read_rows(Path(config.data.eval))
+        eval_read = read_rows_and_bad(Path(config.data.eval), stop=stop)
+        skipped.append(_rows_skipped(eval_read))
+        eval_rows: Sequence[Row] = eval_read.rows
         hashes["evaluation data"] = sha256_of(Path(config.data.eval))
     else:
         rows, eval_rows = hold_out(rows, config.data.eval_fraction, config.training.seed)
@@ -96,7 +107,29 @@ def _read_data(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase
         questions=tuple(_question(eval_rows[i * len(eval_rows) // num_questions]) for i in range(num_questions)),
         seq_len=seq_len,
         hashes=hashes,
+        skipped=tuple(told for told in skipped if told.num_rows),
     )
+
+
+def _rows_skipped(read: RowsRead) -> RowsSkipped:
+    return RowsSkipped(path=read.path, num_rows=read.num_bad, reasons=read.reasons)
+
+
+def _require_a_batch(data: Data, global_batch_size: int) -> None:
+    """Refuse data of which one step would see a document twice.
+
+    Raises:
+        DataError: there are fewer documents than a global batch has.
+    """
+    num_documents = len(data.train.documents)
+    if num_documents < global_batch_size:
+        dropped = data.train.num_rows - num_documents
+        raise DataError(
+            where=data.train.path,
+            found=f"{num_documents} documents to train on ({dropped} dropped, {data.evaluation.num_rows} held out)",
+            expected=f"at least training.global_batch_size = {global_batch_size}",
+            fix="Lower training.global_batch_size, or add rows.",
+        )
 
 
 def _question(row: Row) -> Question:

@@ -61,6 +61,21 @@ class Knobs:
         """Plain values, for `plan.json` and `state.json`."""
         return asdict(self)
 
+    def resolved(self) -> dict[str, Any]:
+        """What took the place of `auto` (and of `max`), by dotted key of the config."""
+        return {
+            "quantization.compute_dtype": self.machine.compute_dtype,
+            "lora.rank": self.plan.rank,
+            "lora.alpha": self.plan.alpha,
+            "data.seq_len": self.plan.seq_len,
+            "training.optimizer": self.plan.optimizer,
+            "training.save_every": self.save_every,
+            "training.eval_every": self.eval_every,
+            "memory.micro_batch_tokens": self.plan.micro_batch_tokens,
+            "memory.loss_chunk_tokens": self.plan.loss_chunk,
+            "memory.activation_checkpointing": self.plan.activation_recompute_layers,
+        }
+
 
 def decide_machine_knobs(config: RunConfig, device: torch.device) -> MachineKnobs:
     """Take what the config pins, decide the rest for `device`."""
@@ -100,6 +115,29 @@ def machine_knobs_of(saved: Mapping[str, Any]) -> MachineKnobs:
 def plan_knobs_of(saved: Mapping[str, Any]) -> PlanKnobs:
     """The same of the memory."""
     return PlanKnobs(**{field.name: saved["plan"][field.name] for field in fields(PlanKnobs)})
+
+
+def knobs_of(saved: Mapping[str, Any]) -> Knobs:
+    """All of them, as a checkpoint has them."""
+    return Knobs(
+        machine=machine_knobs_of(saved),
+        plan=plan_knobs_of(saved),
+        predicted_peak_bytes=int(saved["predicted_peak_bytes"]),
+        num_steps=int(saved["num_steps"]),
+        save_every=int(saved["save_every"]),
+        eval_every=int(saved["eval_every"]),
+    )
+
+
+def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
+    """The config with some values, given by dotted key, in place of its own."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return config.model_copy(
+        update={section: getattr(config, section).model_copy(update=changes) for section, changes in sections.items()}
+    )
 
 
 def _or_decided(asked: int | str, decided: int) -> int:

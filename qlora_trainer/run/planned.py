@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.hardware.heap import release_free_memory
-from qlora_trainer.hardware.memory import resident_bytes
+from qlora_trainer.hardware.memory import is_out_of_memory, resident_bytes
 from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
@@ -101,6 +102,29 @@ def halved_or_refused(knobs: Knobs, *, longest_tokens: int, where: str) -> Knobs
             fix="End what else uses the memory, or lower data.seq_len, lora.rank or memory.budget.",
         )
     return replace(knobs, plan=revised)
+
+
+@contextmanager
+def lack_of_memory_told(where: str) -> Iterator[None]:
+    """Turn what a device raises when memory runs out into one line, where nothing smaller can be tried.
+
+    Args:
+        where: the phase, for the message.
+
+    Raises:
+        DoesNotFitError: memory ran out within.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(
+            where=where,
+            found="no memory left",
+            expected="the memory that the plan counts on to be free",
+            fix="End what else uses the memory, or lower memory.budget; --resume auto goes on from the last save.",
+        ) from error
 
 
 def _gib(num_bytes: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,9 @@ from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
+from qlora_trainer.run.checkpoint.storage import check_free_space
+from qlora_trainer.run.checkpoint.tensors import lay_out
+from qlora_trainer.run.config_changes import PLANNED_KEYS, REFUSED_KEYS, Change
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.inputs import Inputs, read_inputs
 from qlora_trainer.run.knobs import (
@@ -31,20 +34,21 @@ from qlora_trainer.run.knobs import (
     MachineKnobs,
     decide_knobs,
     decide_machine_knobs,
+    knobs_of,
     machine_knobs_of,
-    plan_knobs_of,
+    with_values,
 )
 from qlora_trainer.run.planned import halved_or_refused, plan_run, require_fit
-from qlora_trainer.run.records import Planned, PlanRevised, Preparing
+from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
-from qlora_trainer.run.resume import find_checkpoint, require_same_run, restore, rewind
+from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind
 from qlora_trainer.run.session import Session
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
 
 def prepare(
-    config: RunConfig, folder: RunFolder, *, resume: str | None
-) -> Generator[Preparing | Planned | PlanRevised, None, Session]:
+    config: RunConfig, folder: RunFolder, *, resume: str | None, allow_change: Collection[str] = ()
+) -> Generator[Preparing | RowsSkipped | Planned | PlanRevised, None, Session]:
     """Yield what is being done, and return the session.
 
     What can be wrong is looked at in the order of its cost: data and tokenizer before weights.
@@ -53,16 +57,17 @@ def prepare(
         config: validated, its paths checked.
         folder: the run's folder, locked.
         resume: "auto", the path of a checkpoint of this run, or None for a new run.
+        allow_change: keys that may differ from the run that is resumed (see `run.config_changes`).
 
     Raises:
         QloraTrainerError: see the rooms that are called.
     """
     device = choose_device()
     return_freed_blocks()
-    asked = config.model_dump(mode="json")
     loaded = None if resume is None else find_checkpoint(folder, resume)
+    changes: tuple[Change, ...] = ()
     if loaded is not None:
-        require_same_run(asked, loaded)
+        config, changes = continued_config(config, loaded, allow_change)
         loaded = replace(loaded, adapter={}, optimizer={})  # its files are mapped again once they are needed
     machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
     torch.set_num_threads(machine.num_threads)
@@ -74,6 +79,7 @@ def prepare(
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
     inputs = read_inputs(config)
     data = inputs.data
+    yield from data.skipped
     order = Order(
         num_documents=len(data.train.documents),
         global_batch_size=config.training.global_batch_size,
@@ -82,7 +88,7 @@ def prepare(
         max_steps=config.training.max_steps,
     )
     yield Preparing(what="planning the memory")
-    knobs, plan = _decide(config, inputs, machine, order, loaded)
+    knobs, plan = _decide(config, inputs, machine, order, loaded, changes)
     if plan is not None:
         yield Planned(plan=plan)
     yield Preparing(what="quantizing the base to NF4 (once; the result is kept)")
@@ -105,6 +111,7 @@ def prepare(
     if device.type == "cpu":
         keep_freed_blocks()
         model.resident_limit.limit_bytes = knobs.predicted_peak_bytes - UNASKED_BYTES
+    _require_disk_space(folder, model, optimizer)
     yield Preparing(what="rehearsing the largest step")
     knobs = yield from _rehearse(config, model, optimizer, lora, knobs)
     if loaded is not None:
@@ -114,7 +121,8 @@ def prepare(
     return Session(
         run_id=loaded.state["run_id"] if loaded else uuid.uuid4().hex,
         config=config,
-        asked=asked,
+        asked=config.model_dump(mode="json"),
+        changes=changes,
         folder=folder,
         device=device,
         base=base,
@@ -123,6 +131,7 @@ def prepare(
         lora=lora,
         optimizer=optimizer,
         knobs=knobs,
+        knobs_at_start=knobs,
         plan=plan,
         train_data=data.train,
         eval_data=data.evaluation,
@@ -149,6 +158,17 @@ def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None
         )
 
 
+def _require_disk_space(folder: RunFolder, model: QuantizedModel, optimizer: AdapterOptimizer) -> None:
+    """Refuse a run whose first checkpoint would not fit on the disk.
+
+    Raises:
+        StorageError: names the bytes needed and free.
+    """
+    weights = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
+    num_bytes = sum(lay_out(tensors).num_bytes for tensors in (weights, optimizer.state_dict()))
+    check_free_space(folder.checkpoints_path, num_bytes)
+
+
 def _lora_settings(config: RunConfig, model: QuantizedModel, knobs: Knobs) -> LoraSettings:
     return LoraSettings(
         rank=knobs.plan.rank,
@@ -159,21 +179,30 @@ def _lora_settings(config: RunConfig, model: QuantizedModel, knobs: Knobs) -> Lo
 
 
 def _decide(
-    config: RunConfig, inputs: Inputs, machine: MachineKnobs, order: Order, loaded: Loaded | None
+    config: RunConfig,
+    inputs: Inputs,
+    machine: MachineKnobs,
+    order: Order,
+    loaded: Loaded | None,
+    changes: Sequence[Change],
 ) -> tuple[Knobs, Plan | None]:
-    """Knobs, and the plan they are from; a resumed run keeps what it began with, unless its budget was changed."""
+    """Knobs, and the plan they are from; a resumed run keeps what it began with, unless its memory was changed."""
     if loaded is not None:
-        saved = loaded.state["plan"]
-        asked = {key: value for key, value in config.model_dump(mode="json")["memory"].items() if "budget" in key}
-        if all(loaded.state["config"]["memory"].get(key) == value for key, value in asked.items()):
-            began_with = plan_knobs_of(saved)
-            predicted_bytes = int(saved["predicted_peak_bytes"])
-            return (
-                decide_knobs(
-                    config, machine, began_with, predicted_peak_bytes=predicted_bytes, num_steps=order.num_steps
-                ),
-                None,
+        began_with = knobs_of(loaded.state["plan"])
+        if not any(change.key in PLANNED_KEYS for change in changes):
+            predicted_bytes = began_with.predicted_peak_bytes
+            knobs = decide_knobs(
+                config,
+                machine,
+                began_with.plan,
+                predicted_peak_bytes=predicted_bytes,
+                num_steps=order.num_steps,
             )
+            return knobs, None
+        # What the saved state is the state of is not planned anew: another budget would choose another optimizer.
+        config = with_values(
+            config, {key: began_with.resolved()[key] for key in REFUSED_KEYS & began_with.resolved().keys()}
+        )
     lengths = [document.num_tokens for document in inputs.data.train.documents]
     plan = require_fit(plan_run(config, inputs.base, machine, lengths=lengths, seq_len=inputs.data.seq_len), config)
     is_cpu = choose_device().type == "cpu"
@@ -209,6 +238,7 @@ def _rehearse(
             return knobs
         yield PlanRevised(
             step=0,
+            phase="rehearsal",
             micro_batch_tokens_before=knobs.plan.micro_batch_tokens,
             micro_batch_tokens=revised.plan.micro_batch_tokens,
         )

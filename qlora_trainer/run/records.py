@@ -31,11 +31,33 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanRevised:
-    """Memory ran out at `step` (0: in the rehearsal); the same documents go on in smaller micro-batches."""
+    """Memory ran out; the same documents go on in smaller micro-batches.
+
+    Attributes:
+        step: the step that is done again, or after which an evaluation is; 0 in the rehearsal.
+        phase: in which it ran out.
+        micro_batch_tokens_before, micro_batch_tokens: tokens that go through the model at once, at most.
+    """
 
     step: int
     micro_batch_tokens_before: int
     micro_batch_tokens: int
+    phase: Literal["rehearsal", "step", "evaluation"] = "step"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowsSkipped:
+    """Rows of a data file that are no conversations were passed over, as `data.on_bad_row: skip` asks.
+
+    Attributes:
+        path: the file.
+        num_rows: how many.
+        reasons: of the first of them, each beginning with `file:line`.
+    """
+
+    path: str
+    num_rows: int
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +145,24 @@ class StepDone:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepSkipped:
+    """A step whose loss or gradients were not finite: the weights and the optimizer are as they were before it.
+
+    Attributes:
+        step: as the `StepDone` before it.
+        loss, grad_norm: what was found.
+        rows: of the documents of its global batch, 0-based in their file.
+        num_in_a_row: such steps up to this one.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    rows: tuple[int, ...]
+    num_in_a_row: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluated:
     """The held-out loss, a mean over `eval_tokens` supervised tokens; `is_best` where none before was lower."""
 
@@ -145,11 +185,19 @@ class Saved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resumed:
-    """Training goes on from a checkpoint; `rejected` names newer ones that were damaged, and why."""
+    """Training goes on from a checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        path: the checkpoint.
+        rejected: newer ones that were damaged, and why.
+        changes: what is asked otherwise than before, as "key: old -> new".
+    """
 
     step: int
     path: Path
     rejected: tuple[str, ...] = ()
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,4 +250,17 @@ class Finished:
     adapter_path: Path | None
 
 
-Record = Preparing | Planned | PlanRevised | Prepared | Answered | StepDone | Evaluated | Saved | Resumed | Finished
+Record = (
+    Preparing
+    | RowsSkipped
+    | Planned
+    | PlanRevised
+    | Prepared
+    | Answered
+    | StepDone
+    | StepSkipped
+    | Evaluated
+    | Saved
+    | Resumed
+    | Finished
+)

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint, newest_verified
 from qlora_trainer.run.checkpoint.rotate import discard_after
+from qlora_trainer.run.config_changes import Change, changes_between, merged, require_allowed
 from qlora_trainer.run.folder import RunFolder, cut_logs
+from qlora_trainer.run.knobs import knobs_of
 from qlora_trainer.run.session import Progress
 from qlora_trainer.step.optimizer import AdapterOptimizer
 
 AUTO = "auto"
-# These may differ between a run and its resume: they do not change what is learned.
-_FREE_KEYS = frozenset(
-    {
-        "training.save_every",
-        "training.eval_every",
-        "memory.budget",
-        "memory.host_budget",
-        "memory.paging_dir",
-        "output.dir",
-        "output.trackers",
-        "output.keep_checkpoints",
-        "output.sample_questions",
-    }
-)
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
@@ -47,8 +38,8 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
     """
     if resume == AUTO:
         return newest_verified(folder.checkpoints_path)
-    path = Path(resume).resolve()
-    if path.parent != folder.checkpoints_path.resolve():
+    path = None if "\0" in resume else Path(resume).resolve()
+    if path is None or path.parent != folder.checkpoints_path.resolve():
         raise ConfigError(
             where="--resume",
             found=resume,
@@ -61,26 +52,42 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
 def rewind(folder: RunFolder, loaded: Loaded | None) -> None:
     """Remove checkpoints and log lines that are later than `loaded`, so that the run is written anew from there."""
     step = -1 if loaded is None else loaded.step
-    cut_logs(folder, step)
+    cut_logs(folder, step, evaluated_step=-1 if loaded is None else saved_progress(loaded).evaluated_step)
     discard_after(folder.checkpoints_path, step=step)
 
 
-def require_same_run(asked: Mapping[str, Any], loaded: Loaded) -> None:
-    """Refuse to go on with another config than the run began with, but for what does not change the result.
+def continued_config(
+    config: RunConfig, loaded: Loaded, allow_change: Collection[str]
+) -> tuple[RunConfig, tuple[Change, ...]]:
+    """The config to go on with, and what of it is not as the run was asked before.
+
+    Args:
+        config: what the resume was asked.
+        loaded: the checkpoint; it holds what the run was asked, and what was decided for each `auto`.
+        allow_change: keys of `--allow-change`.
 
     Raises:
-        ConfigError: names the first key that differs, with both values.
+        ConfigError: a key differs that must not, or only with the flag; names it with both values.
+        StorageError: the checkpoint's config is one that this version cannot read.
     """
-    began_with = _flat(loaded.state["config"])
-    now = _flat(asked)
-    for key in sorted((began_with.keys() | now.keys()) - _FREE_KEYS):
-        if began_with.get(key) != now.get(key):
-            raise ConfigError(
-                where=f"{key} at --resume",
-                found=repr(now.get(key)),
-                expected=f"{began_with.get(key)!r}, which the run in {loaded.path.parent.parent} began with",
-                fix="Put the old value back, or start a new run in another folder.",
-            )
+    began_with, now = _asked_before(loaded), config.model_dump(mode="json")
+    resolved = [knobs_of(loaded.state[name]).resolved() for name in ("plan", "plan_at_start") if name in loaded.state]
+    changes = changes_between(began_with, now, resolved)
+    require_allowed(changes, allow_change, run=str(loaded.path.parent.parent))
+    return RunConfig.model_validate(merged(began_with, now, changes)), changes
+
+
+def _asked_before(loaded: Loaded) -> dict[str, Any]:
+    """The config in a checkpoint, with the defaults of keys that its version did not have yet."""
+    try:
+        return RunConfig.model_validate(loaded.state["config"]).model_dump(mode="json")
+    except ValidationError as error:
+        raise StorageError(
+            where=str(loaded.path),
+            found=f"the config of another version of qlora-trainer ({error.errors()[0]['msg']})",
+            expected="a config that this version knows",
+            fix="Resume with the version that began the run.",
+        ) from error
 
 
 def restore(loaded: Loaded, optimizer: AdapterOptimizer) -> None:
@@ -103,8 +110,4 @@ def restore(loaded: Loaded, optimizer: AdapterOptimizer) -> None:
 def saved_progress(loaded: Loaded) -> Progress:
     """How far the run was when the checkpoint was made."""
     saved = loaded.state["progress"]
-    return Progress(**{field.name: saved[field.name] for field in fields(Progress)})
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
+    return Progress(**{field.name: saved[field.name] for field in fields(Progress) if field.name in saved})

@@ -18,6 +18,7 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.checkpoint.load import Loaded
+from qlora_trainer.run.config_changes import Change
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.knobs import Knobs
 from qlora_trainer.step.optimizer import AdapterOptimizer
@@ -35,6 +36,7 @@ class Progress:
         best_eval_loss, best_step: of the evaluations after the first step.
         evals_without_better: evaluations since the best one.
         evaluated_step: the step of the last evaluation; -1 for none.
+        skipped_in_a_row: last steps whose loss or gradients were not finite, and that changed no weight.
     """
 
     step: int = 0
@@ -46,6 +48,7 @@ class Progress:
     best_step: int = 0
     evals_without_better: int = 0
     evaluated_step: int = -1
+    skipped_in_a_row: int = 0
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -65,8 +68,11 @@ class Session:
 
     Attributes:
         run_id: names this run in its checkpoints.
-        asked: the config as the user gave it, as JSON; a resumed run must be asked the same.
+        asked: the config as the user gave it, as JSON; a resume that asks otherwise is refused, or says so.
+        changes: what this resume asks otherwise than the run was asked before.
         fingerprints: hashes of base, tokenizer and data.
+        knobs: in force; revised when memory runs out.
+        knobs_at_start: before this process's first step, as `config.yaml` shows them.
         plan: what the knobs were decided by; None where a resumed run keeps the knobs it began with.
         resumed: the checkpoint the run goes on from, or None.
     """
@@ -74,6 +80,7 @@ class Session:
     run_id: str
     config: RunConfig
     asked: Mapping[str, Any]
+    changes: tuple[Change, ...]
     folder: RunFolder
     device: torch.device
     base: Base
@@ -82,6 +89,7 @@ class Session:
     lora: LoraSettings
     optimizer: AdapterOptimizer
     knobs: Knobs
+    knobs_at_start: Knobs
     plan: Plan | None
     train_data: TokenizedData
     eval_data: TokenizedData

@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import make_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -51,10 +51,10 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("train", "generate", "doctor", "config", "quickstart-data"))
+    assert all(verb in out for verb in ("train", "runs", "generate", "doctor", "config", "quickstart-data"))
 
 
-@pytest.mark.parametrize("verb", ["train", "generate", "doctor", "config", "quickstart-data"])
+@pytest.mark.parametrize("verb", ["train", "runs", "generate", "doctor", "config", "quickstart-data"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"Usage: qlora-trainer {verb}" in capsys.readouterr().out
@@ -81,6 +81,13 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["config", "--schema", "--set", "lora.rank=8"], "a mixture"),
         (["config", "--print", "nowhere.yaml"], "nowhere.yaml: found no such file"),
         (["config", "--print", "--set", "lora_r=8"], "Did you mean lora.rank?"),
+        (["train", "a.yaml", "--allow-change", "training.learning_rate"], "without --resume"),
+        (["train", "--resume", "auto", "--allow-change", "lora.rank"], "No other key can be changed at a resume"),
+        (["train", "--resume", "auto", "--allow-change", "training.save_every"], "changed without the flag"),
+        (["runs", "nowhere"], "nowhere: found no such folder"),
+        (["runs", "verify"], "verify without a run"),
+        (["runs", "a", "b"], "two folders, a and b"),
+        (["runs", "verify", "nowhere"], "nowhere: found no such folder"),
         (["quickstart-data"], "Missing argument 'DIR'"),
     ],
 )
@@ -107,11 +114,11 @@ def test_config_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_hands_the_run_to_the_report(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[tuple[RunConfig, str | None]] = []
+    started: list[tuple[RunConfig, str | None, Collection[str]]] = []
     shown: list[str] = []
 
-    def train(config: RunConfig, *, resume: str | None) -> Iterator[str]:
-        started.append((config, resume))
+    def train(config: RunConfig, *, resume: str | None, allow_change: Collection[str]) -> Iterator[str]:
+        started.append((config, resume, allow_change))
         yield "record"
 
     stand_in(monkeypatch, "qlora_trainer.run.loop", train=train)
@@ -119,21 +126,27 @@ def test_train_hands_the_run_to_the_report(work: Path, monkeypatch: pytest.Monke
     assert main(["train", "run.yaml", "--set", "lora.rank=8", "--set", "lora.dropout=0.5"]) == 0
     assert shown == ["record"]
     assert started[0][0] == load_config(work / "run.yaml", ["lora.rank=8", "lora.dropout=0.5"])
-    assert started[0][1] is None
+    assert started[0][1:] == (None, ())
 
 
 def test_train_resumes_in_a_folder_that_is_not_empty(
     work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    resumed: list[str | None] = []
-    stand_in(monkeypatch, "qlora_trainer.run.loop", train=lambda config, *, resume: resumed.append(resume))
+    resumed: list[tuple[str | None, Collection[str]]] = []
+
+    def train(config: RunConfig, *, resume: str | None, allow_change: Collection[str]) -> None:
+        resumed.append((resume, allow_change))
+
+    stand_in(monkeypatch, "qlora_trainer.run.loop", train=train)
     stand_in(monkeypatch, "qlora_trainer.report.progress", show=lambda records, console: None)
     (work / "out").mkdir()
     (work / "out" / "config.yaml").touch()
     assert main(["train", "run.yaml"]) == 2
     assert "--resume auto" in complaint(capsys)
     assert main(["train", "run.yaml", "--resume", "auto"]) == 0
-    assert resumed == ["auto"]
+    flags = ["--allow-change", "training.learning_rate", "--allow-change", "training.schedule"]
+    assert main(["train", "run.yaml", "--resume", "auto", *flags]) == 0
+    assert resumed == [("auto", ()), ("auto", flags[1::2])]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +159,7 @@ def test_a_run_that_fails_gives_its_exit_code(
 ) -> None:
     words = {} if error_class is KeyboardInterrupt else dict.fromkeys(("where", "found", "expected", "fix"), "x")
 
-    def train(config: RunConfig, *, resume: str | None) -> Iterator[Any]:
+    def train(config: RunConfig, *, resume: str | None, allow_change: Collection[str]) -> Iterator[Any]:
         raise error_class(**words)
         yield
 
@@ -159,7 +172,7 @@ def test_a_run_that_fails_gives_its_exit_code(
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     """Our own bugs are not dressed up as a mistake of the user."""
 
-    def train(config: RunConfig, *, resume: str | None) -> None:
+    def train(config: RunConfig, *, resume: str | None, allow_change: Collection[str]) -> None:
         raise ZeroDivisionError
 
     stand_in(monkeypatch, "qlora_trainer.run.loop", train=train)

@@ -110,7 +110,9 @@ def require_told_at_once(work: Path, arguments: list[str], exit_code: int, said:
     assert seconds < SECONDS
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["config", "--print"], ["config", "--schema"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["runs", "."], ["config", "--print"], ["config", "--schema"]]
+)
 def test_answers_that_need_no_model_come_at_once(work: Path, arguments: list[str]) -> None:
     child, seconds = run(work, *arguments)
     assert child.returncode == 0

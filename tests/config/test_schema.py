@@ -34,7 +34,14 @@ def test_defaults() -> None:
             "dtype": "bfloat16",
             "target_modules": "all-linear",
         },
-        "data": {"train": "train.jsonl", "eval": None, "eval_fraction": 0.05, "seq_len": "auto", "packing": True},
+        "data": {
+            "train": "train.jsonl",
+            "eval": None,
+            "eval_fraction": 0.05,
+            "seq_len": "auto",
+            "on_bad_row": "stop",
+            "packing": True,
+        },
         "training": {
             "epochs": 1.0,
             "max_steps": None,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.data.order import Order
+from qlora_trainer.data.order import Order, _permutation
 
 
 @given(
@@ -100,3 +100,29 @@ def test_an_empty_order_is_refused(wrong: dict[str, int]) -> None:
     right = {"num_documents": 10, "global_batch_size": 4, "seed": 0, "epochs": 1}
     with pytest.raises(ValueError, match="Order"):
         Order(**{**right, **wrong})
+
+
+@pytest.mark.parametrize("num_documents, global_batch_size, epochs", [(10, 4, 2.5), (12, 4, 3.0), (7, 7, 3.0)])
+def test_a_run_that_is_cut_anywhere_sees_the_same_documents(
+    num_documents: int, global_batch_size: int, epochs: float
+) -> None:
+    """At step 0, 1, within an epoch, at its edge, in the last batch, after two epochs: whatever the cut.
+
+    Mutation tried: a permutation drawn from a generator that goes on, not from (seed, epoch), differs after a cut.
+    """
+
+    def order() -> Order:
+        _permutation.cache_clear()  # as a new process
+        return Order(num_documents=num_documents, global_batch_size=global_batch_size, seed=3, epochs=epochs)
+
+    num_steps = order().num_steps
+    whole = [document for step in range(num_steps) for document in order().batch(step)]
+    for epoch in range(int(epochs)):
+        seen = whole[epoch * num_documents : (epoch + 1) * num_documents]
+        assert sorted(seen) == list(range(num_documents))  # each once
+    for cut in range(num_steps + 1):
+        before, after = order(), order()  # two processes
+        first = [document for step in range(cut) for document in before.batch(step)]
+        assert len(first) == before.samples_seen(cut)
+        rest = [document for step in range(cut, num_steps) for document in after.batch(step)]
+        assert first + rest == whole

@@ -123,3 +123,33 @@ def test_reading_rows_imports_no_torch() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
     )
     assert finished.stdout.strip() == "[]"
+
+
+def test_bad_rows_are_counted_and_the_first_of_them_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation tried: a row that keeps its number in the file would be another document after a line is repaired."""
+    monkeypatch.setattr(rows_module, "MAX_REASONS", 3)
+    bad = [b"nonsense", b'{"prompt": "Hi"}', b'{"prompt": "caf\xe9", "completion": "x"}', b"3", b"[]"]
+    path = write(tmp_path, b"\n".join([GOOD, *bad, b"", GOOD]))
+    read = rows_module.read_rows_and_bad(path, stop=False)
+    assert [(row.index, row.line) for row in read.rows] == [(0, 1), (1, 8)]
+    assert read.num_bad == 5
+    assert [reason.split(": ")[0] for reason in read.reasons] == [f"{path}:{line}" for line in (2, 3, 4)]
+    assert "broken JSON" in read.reasons[0]
+    assert "byte 0xe9" in read.reasons[2]
+    with pytest.raises(DataError, match=r"train\.jsonl:2: found broken JSON"):
+        rows_module.read_rows_and_bad(path, stop=True)
+
+
+def test_a_file_of_bad_rows_only_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, b"a,b\n1,2\n")
+    with pytest.raises(DataError, match=r"found no rows but 2 bad ones, the first .*train\.jsonl:1: broken JSON"):
+        rows_module.read_rows_and_bad(path, stop=False)
+
+
+def test_an_overlong_line_is_passed_over_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1000)
+    for length in (1001, 2002, 5000):
+        path = write(tmp_path, b"\n".join([GOOD, b"x" * length, GOOD]) + b"\n" + b"y" * length)
+        read = rows_module.read_rows_and_bad(path, stop=False)
+        assert [row.line for row in read.rows] == [1, 3]
+        assert read.num_bad == 2

@@ -53,6 +53,8 @@ def test_what_is_beyond_the_resumed_step_is_discarded(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         save(tmp_path, step, keep=9, is_best=step == 3)
     (tmp_path / "step-00000004" / "state.json").unlink()
+    (tmp_path / ".tmp-removed-step-00000000").mkdir()  # a rotation was killed, and no save may follow
+    (tmp_path / ".tmp-removed-step-00000000" / "state.json").touch()
     assert discard_after(tmp_path, step=2) == (3, 4)
     assert sorted(os.listdir(tmp_path)) == ["last", "step-00000001", "step-00000002"]
     assert os.readlink(tmp_path / "last") == "step-00000002"

@@ -109,6 +109,15 @@ def test_a_folder_with_a_run_is_for_resuming_only(tmp_path: Path) -> None:
         assert folder.path == tmp_path
 
 
+def test_what_a_killed_run_left_unfinished_goes_at_the_next_start(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / ".tmp-adapter-x").mkdir()
+    (tmp_path / ".tmp-adapter-x" / "adapter_config.json").touch()
+    (tmp_path / ".tmp-summary.json").touch()
+    with open_run_folder(tmp_path, resume=True):
+        assert sorted(os.listdir(tmp_path)) == [".lock", "checkpoints", "metrics.jsonl"]
+
+
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_a_file_in_its_place_is_refused(tmp_path: Path, below: str) -> None:
     path = tmp_path / "runs"
@@ -165,7 +174,7 @@ def test_log_lines_have_exactly_the_keys(tmp_path: Path) -> None:
 
 def test_logs_are_cut_back_at_a_resume(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    cut_logs(folder, 3)
+    cut_logs(folder, 3, evaluated_step=3)
     append_eval(folder, evaluated(0))
     for step in range(1, 6):
         append_step(folder, step_done(step, loss=0.1 + 0.2 * step))
@@ -173,12 +182,12 @@ def test_logs_are_cut_back_at_a_resume(tmp_path: Path) -> None:
     before = folder.metrics_path.read_bytes().splitlines()
     with folder.metrics_path.open("ab") as file:
         file.write(b'{"step": 2, "lo')  # a crash in the middle of a line
-    cut_logs(folder, 3)
+    cut_logs(folder, 3, evaluated_step=3)
     assert folder.metrics_path.read_bytes().splitlines() == before[:3]
     assert [values["step"] for values in read_lines(folder.evals_path)] == [0]
     append_step(folder, step_done(4))
     assert [values["step"] for values in read_lines(folder.metrics_path)] == [1, 2, 3, 4]
-    cut_logs(folder, -1)
+    cut_logs(folder, -1, evaluated_step=-1)
     assert read_lines(folder.metrics_path) == read_lines(folder.evals_path) == []
 
 

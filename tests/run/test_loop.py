@@ -227,16 +227,49 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path: Pat
     "override, found",
     [
         ("lora.rank=8", "lora.rank at --resume: found 8; expected 4"),
-        ("training.learning_rate=1e-3", "training.learning_rate at --resume: found 0.001; expected 0.005"),
+        ("training.learning_rate=1e-3", "found 0.001; expected 0.005, .* --allow-change training.learning_rate"),
         ("training.seed=1", "training.seed at --resume: found 1; expected 0"),
     ],
 )
 def test_another_config_at_resume_is_refused(tmp_path: Path, base: Path, override: str, found: str) -> None:
+    """Mutation tried: with no class refused in `require_allowed` all three go on, and nothing is raised."""
     run_until_step(tiny_config(tmp_path, base), 3)
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(ConfigError, match=found):
         run_to_end(tiny_config(tmp_path, base, override), resume="auto")
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_goes_on_with_another_learning_rate_when_told_to(tmp_path: Path, base: Path) -> None:
+    run_until_step(tiny_config(tmp_path, base, "training.schedule=constant", "training.warmup_ratio=0"), 3)
+    options = ("training.schedule=constant", "training.warmup_ratio=0", "training.learning_rate=1e-3")
+    config = tiny_config(tmp_path, base, *options, "training.save_every=1")
+    records = list(train(config, resume="auto", allow_change=["training.learning_rate"]))
+    (resumed,) = [record for record in records if isinstance(record, Resumed)]
+    assert resumed.changes == ("training.learning_rate: 0.005 -> 0.001", "training.save_every: 2 -> 1")
+    metrics = course(tmp_path / "run")["metrics"]
+    assert [line["lr"] for line in metrics] == [5e-3] * 2 + [1e-3] * 4
+    loaded = newest_verified(tmp_path / "run" / "checkpoints")
+    assert loaded is not None
+    assert loaded.state["config"]["training"]["learning_rate"] == 1e-3  # the next resume is asked this, without a flag
+
+
+def test_the_config_that_a_run_wrote_resumes_it(tmp_path: Path, base: Path) -> None:
+    """It has numbers where the user asked `auto`, and it is what an interrupted run tells the user to go on with."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    options = ("training.eval_every=auto", "training.save_every=auto", "lora.rank=max", "training.max_steps=12")
+    run_to_end(tiny_config(whole, base, *options))
+    config = tiny_config(stopped, base, *options)
+    run_until_step(config, 5)
+    written = load_config(stopped / "run" / "config.yaml")
+    assert written != config
+    records = run_to_end(written, resume="auto")
+    (resumed,) = [record for record in records if isinstance(record, Resumed)]
+    assert resumed.changes == ()
+    assert course(stopped / "run") == course(whole / "run")
+    assert not any(isinstance(record, StepDone) for record in run_to_end(config, resume="auto"))  # either goes on
 
 
 def test_other_data_at_resume_is_refused(tmp_path: Path, base: Path) -> None:

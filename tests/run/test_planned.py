@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.errors import DoesNotFitError
+from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.memory import resident_bytes
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run import loop, prepare
@@ -201,6 +201,20 @@ def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) 
     run_until_step(tiny_config(tmp_path, base, *options, f"memory.budget={2 * least}B", f"output.dir={part}"), 3)
     resumed = tiny_config(tmp_path, base, *options, f"memory.budget={4 * least}B", f"output.dir={part}")
     assert losses(run_to_end(resumed, resume="auto")) == pytest.approx(found[0][2:], rel=1e-5)
+
+
+def test_other_micro_batches_at_a_resume_need_the_flag_and_change_nothing(tmp_path: Path, base: Path) -> None:
+    options = ("lora.dropout=0.1", "training.max_steps=4", "training.optimizer=auto")
+    whole = tiny_config(tmp_path, base, *options, "memory.micro_batch_tokens=96", f"output.dir={tmp_path / 'whole'}")
+    expected = losses(run_to_end(whole))
+    run_until_step(tiny_config(tmp_path, base, *options, "memory.micro_batch_tokens=96"), 3)
+    other = tiny_config(tmp_path, base, *options, "memory.micro_batch_tokens=256")
+    with pytest.raises(ConfigError, match=r"found 256; expected 96, .*--allow-change memory\.micro_batch_tokens"):
+        run_to_end(other, resume="auto")
+    records = list(loop.train(other, resume="auto", allow_change=["memory.micro_batch_tokens"]))
+    (planned,) = [record for record in records if isinstance(record, Planned)]
+    assert planned.plan.knobs.micro_batch_tokens == 256
+    assert losses(records) == pytest.approx(expected[2:], rel=1e-5)
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, base: Path, cache_home: Path) -> None:

@@ -112,9 +112,9 @@ def run_to_end(config: RunConfig, *, resume: str | None = None) -> list[Record]:
     return list(train(config, resume=resume))
 
 
-def run_until_step(config: RunConfig, step: int) -> None:
+def run_until_step(config: RunConfig, step: int, *, resume: str | None = None) -> None:
     """Stop in the middle without a word, as a crash would: nothing after the yield of that step runs."""
-    records: Iterator[Record] = train(config, resume=None)
+    records: Iterator[Record] = train(config, resume=resume)
     with closing(records):  # type: ignore[type-var]
         for record in records:
             if isinstance(record, StepDone) and record.step == step:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import list_steps
 from qlora_trainer.run.checkpoint.manifest import ADAPTER_NAME, OPTIMIZER_NAME, STATE_NAME, read_manifest, verify
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage, refusal
-from qlora_trainer.run.checkpoint.strict_json import decode, read_capped
 from qlora_trainer.run.checkpoint.tensors import read_tensors
 
 

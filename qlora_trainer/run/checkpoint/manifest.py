@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import step_name
-from qlora_trainer.run.checkpoint.strict_json import decode, encode, read_capped
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import linked_step, list_steps, point
 from qlora_trainer.run.checkpoint.manifest import read_manifest
-from qlora_trainer.run.checkpoint.storage import LOCAL, TEMPORARY_PREFIX, Storage, refusal, remove_tree
+from qlora_trainer.run.checkpoint.storage import LOCAL, TEMPORARY_PREFIX, Storage, refusal, remove_tree, sweep
 
 MIN_CHECKPOINTS = 2  # one to load and one to fall back on
 
@@ -41,7 +41,7 @@ def discard_after(folder: Path, *, step: int, storage: Storage = LOCAL) -> tuple
     """Remove the checkpoints beyond the step that a run resumes from.
 
     They are damaged ones that a resume fell back over, or the course that the run took before it was resumed from an
-    older step; left there, the next resume would start from them.
+    older step; left there, the next resume would start from them. What a crash left unfinished is removed as well.
 
     Args:
         folder: the run's `checkpoints` directory.
@@ -67,6 +67,7 @@ def discard_after(folder: Path, *, step: int, storage: Storage = LOCAL) -> tuple
         for found, path in reversed(steps):
             if found > step:
                 remove_step(path, storage)
+        sweep(folder, storage)  # what a crash left half-removed, where no save follows that would sweep it
     except OSError as error:
         raise refusal(error, where=folder, doing=f"removing checkpoints after step {step}") from error
     return tuple(removed.values())

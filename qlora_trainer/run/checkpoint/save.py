@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qlora_trainer.config.strict_json import encode
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import point, step_name
 from qlora_trainer.run.checkpoint.manifest import (
@@ -39,7 +40,6 @@ from qlora_trainer.run.checkpoint.storage import (
     remove_tree,
     sweep,
 )
-from qlora_trainer.run.checkpoint.strict_json import encode
 from qlora_trainer.run.checkpoint.tensors import lay_out, render, require_finite
 from qlora_trainer.run.records import Saved
 

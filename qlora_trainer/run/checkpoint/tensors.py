@@ -18,11 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_trainer.errors import StorageError
-from qlora_trainer.run.checkpoint.strict_json import decode
+from qlora_trainer.model.safetensors_header import require_sane_header
 
-# The library allows 100 MB. A 70B model's optimizer state has 3,400 names of 150 bytes; this leaves 30 x as much, and a
-# header of 10^6 names (60 MB, a gigabyte once parsed) is refused unread.
-MAX_HEADER_BYTES = 16 * 2**20
 _PIECE_ELEMENTS = 2**22  # what is looked at or written at once; `isfinite` makes temporaries as large as its argument
 
 _DTYPE_NAMES = {
@@ -118,24 +115,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: not a safetensors file.
         OSError: it cannot be read.
     """
-    _check_header(path)
+    require_sane_header(path)
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"not a safetensors file: {error}") from error
-
-
-def _check_header(path: Path) -> None:
-    num_file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        num_header_bytes = int.from_bytes(start, "little")
-        if len(start) < 8 or num_header_bytes > num_file_bytes - 8:
-            raise ValueError(f"not a safetensors file: {num_file_bytes:,} bytes cannot hold the header it claims")
-        if num_header_bytes > MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {num_header_bytes:,} bytes, more than {MAX_HEADER_BYTES:,}")
-        text = file.read(num_header_bytes)
-    try:
-        decode(text)
-    except ValueError as error:
-        raise ValueError(f"its header: {error}") from error

@@ -1,4 +1,4 @@
-"""JSON as a checkpoint uses it: one finite object, written in one way, read back with suspicion."""
+"""JSON of files that others may have made: one finite object, read with suspicion, written in one way."""
 
 from __future__ import annotations
 
@@ -36,17 +36,21 @@ def decode(data: bytes) -> dict[str, Any]:
     raise ValueError(f"holds a {type(value).__name__}, not an object")
 
 
-def read_capped(path: Path) -> bytes:
+def read_capped(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     """Read a small file.
 
+    Args:
+        path: the file.
+        max_bytes: more than this is not read.
+
     Raises:
-        ValueError: it is larger than `MAX_JSON_BYTES`.
+        ValueError: it is larger.
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"larger than {max_bytes:,} bytes")
     return data
 
 

@@ -1,0 +1,96 @@
+"""What is refused, or told, before any weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.run import prepare
+from qlora_trainer.run.records import Prepared, RowsSkipped
+from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base, write_rows
+from tests.run.told import complaint, train_command
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_base(tmp_path / "base")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loading(*args: object, **kwargs: object) -> None:
+        raise AssertionError("weights were touched")
+
+    for name in ("fetch_weights", "prepare_nf4_cache", "load_quantized"):
+        monkeypatch.setattr(prepare, name, loading)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_fewer_documents_than_a_batch_are_refused_with_counts(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", 9)
+    assert train_command(tiny_config(tmp_path, base)) == 4
+    assert (
+        "found 7 documents to train on (0 dropped, 2 held out); expected at least training.global_batch_size = 8"
+        in (complaint(capsys))
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_tokenizer_of_another_base_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its ids would be rows that the embedding does not have; a smaller tokenizer is normal, and every other test's."""
+    path = base / "config.json"
+    config = json.loads(path.read_text())
+    config["vocab_size"] -= 1
+    path.write_text(json.dumps(config))
+    assert train_command(tiny_config(tmp_path, base)) == 2
+    largest_id = config["vocab_size"]
+    assert f"a tokenizer with the id {largest_id}" in complaint(capsys)
+
+
+def test_a_tokenizer_without_padding_token_is_enough(tmp_path: Path, base: Path) -> None:
+    path = base / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    del config["pad_token"]
+    path.write_text(json.dumps(config))
+    overrides = ("training.max_steps=1", "data.packing=false", "output.sample_questions=2")
+    assert run_to_end(tiny_config(tmp_path, base, *overrides))
+
+
+def test_bad_rows_are_skipped_only_where_that_is_asked(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", 60)
+    path.write_text(path.read_text() + '{"messages": 3}\nnonsense\n')
+    assert train_command(tiny_config(tmp_path, base)) == 4
+    assert "rows.jsonl:61: found" in complaint(capsys)
+    assert train_command(tiny_config(tmp_path, base, "data.on_bad_row=skip", "training.max_steps=1")) == 0
+    out = capsys.readouterr().out
+    assert "2 bad rows of" in out
+    assert "rows.jsonl:62: broken JSON" in out
+    options = ("data.on_bad_row=skip", "training.max_steps=1", f"output.dir={tmp_path / 'other'}")
+    records = run_to_end(tiny_config(tmp_path, base, *options))
+    (skipped,) = [record for record in records if isinstance(record, RowsSkipped)]
+    assert skipped.num_rows == 2
+    (prepared,) = [record for record in records if isinstance(record, Prepared)]
+    assert prepared.num_train_documents == 48
+
+
+def test_another_base_at_resume_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tiny_config(tmp_path, base)
+    run_until_step(config, 3)
+    path = base / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1  # the lowest bit of a weight
+    path.write_bytes(data)
+    assert train_command(config, "--resume", "auto") == 2
+    assert "found another base than this run began with" in complaint(capsys)

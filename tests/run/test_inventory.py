@@ -1,0 +1,132 @@
+"""What `runs` tells of a folder: steps, sizes, damage, and what a resume would do."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qlora_trainer.cli.app import main
+from qlora_trainer.config.strict_json import decode, encode, read_capped
+from qlora_trainer.errors import ConfigError, StorageError
+from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME
+from qlora_trainer.run.folder import open_run_folder
+from qlora_trainer.run.inventory import examine_run, find_runs, require_whole
+from tests.run.small_run import save
+
+
+def write_run(path: Path, *, steps: tuple[int, ...], status: str | None = None, logged: int = 6) -> Path:
+    """A run folder with checkpoints, a log of `logged` steps and, with a status, a summary."""
+    (path / "checkpoints").mkdir(parents=True)
+    for step in steps:
+        save(path / "checkpoints", step)
+    lines = [{"step": step, "loss": 3.0 - step / 4} for step in range(1, logged + 1)]
+    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    (path / "plan.json").write_text(json.dumps({"in_force": {"num_steps": 6}}))
+    if status:
+        (path / "summary.json").write_text(json.dumps({"status": status, "steps": 6}))
+    return path
+
+
+def damage(run: Path, step: int, name: str = "optimizer.safetensors") -> None:
+    path = run / "checkpoints" / f"step-{step:08d}" / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    run = examine_run(write_run(tmp_path / "a", steps=(4, 6), status="done"))
+    assert (run.status, run.step, run.num_steps, run.last_loss) == ("done", 6, 6, 1.5)
+    assert [(checkpoint.step, checkpoint.reasons) for checkpoint in run.checkpoints] == [(4, ()), (6, ())]
+    assert run.num_bytes > sum(checkpoint.num_bytes for checkpoint in run.checkpoints) > 0
+    assert (run.can_resume, run.resumable) == (True, "goes on at step 6")
+    require_whole(run)
+
+
+def test_a_run_that_died_after_its_summary_is_unfinished(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", steps=(4,), status="interrupted", logged=5)
+    assert examine_run(path).status == "unfinished"
+    write_run(tmp_path / "b", steps=(6,), status="interrupted")
+    assert examine_run(tmp_path / "b").status == "interrupted"
+
+
+def test_damage_is_named_and_the_older_step_is_where_it_goes_on(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", steps=(4, 6))
+    damage(path, 6)
+    run = examine_run(path)
+    assert run.checkpoints[1].reasons[0].startswith("optimizer.safetensors: its sha256 is")
+    assert (run.can_resume, run.resumable) == (True, "goes on at step 4")
+    with pytest.raises(
+        StorageError, match=r"1 of 2 checkpoints not whole: step-00000006 \(optimizer.*goes on at step 4"
+    ):
+        require_whole(run)
+    damage(path, 4, "state.json")
+    run = examine_run(path)
+    assert (run.can_resume, run.resumable) == (False, "no, none of its checkpoints is whole")
+
+
+def test_a_run_of_a_newer_version_cannot_go_on(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", steps=(4, 6))
+    manifest = path / "checkpoints" / "step-00000006" / MANIFEST_NAME
+    manifest.write_bytes(encode({**decode(read_capped(manifest)), "schema_version": 2}))
+    run = examine_run(path)
+    assert run.resumable == "no, step-00000006 was made by a newer version of this program"
+    assert not run.can_resume
+
+
+def test_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
+    run = examine_run(write_run(tmp_path / "a", steps=(), logged=0))
+    assert (run.step, run.last_loss, run.checkpoints) == (0, None, ())
+    assert (run.can_resume, run.resumable) == (True, "begins again: nothing was saved")
+
+
+def test_a_run_that_is_running_is_not_disturbed(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "a", steps=(4,))
+    with open_run_folder(path, resume=True):
+        before = sorted(os.listdir(path))
+        run = examine_run(path)
+        assert run.status == "running"
+        assert not run.can_resume
+        assert sorted(os.listdir(path)) == before
+        with pytest.raises(StorageError, match=f"pid {os.getpid()}"), open_run_folder(path, resume=True):
+            pass  # the lock is still held
+
+
+def test_runs_are_found_below_a_folder(tmp_path: Path) -> None:
+    for name in ("b", "deep/er/c", "a"):
+        write_run(tmp_path / name, steps=())
+    (tmp_path / "no run").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path / "a")
+    (tmp_path / "rows.jsonl").touch()
+    assert find_runs(tmp_path) == [tmp_path / "a", tmp_path / "b", tmp_path / "deep" / "er" / "c"]
+    assert find_runs(tmp_path / "a") == [tmp_path / "a"]
+    assert find_runs(tmp_path / "no run") == []
+    for name in ("rows.jsonl", "nothing"):
+        with pytest.raises(ConfigError, match="a folder with runs in it"):
+            find_runs(tmp_path / name)
+    with pytest.raises(ConfigError, match="found no run; expected a run folder"):
+        examine_run(tmp_path / "no run")
+
+
+def test_the_command_lists_and_verifies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    whole = write_run(tmp_path / "whole", steps=(4, 6), status="done")
+    assert main(["runs", str(tmp_path)]) == 0
+    assert main(["runs", "verify", str(whole)]) == 0
+    out = capsys.readouterr().out
+    assert "6/6" in out
+    assert "goes on at step 6" in out
+    assert out.count("verified") == 2
+    damage(whole, 6)
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "step-00000006  (1 reason: optimizer.safetensors: its sha256 is" in capsys.readouterr().out
+    assert main(["runs", "verify", str(whole)]) == 5
+    captured = capsys.readouterr()
+    assert captured.out.count("verified") == 1
+    assert captured.err.count("\n") == 1
+    assert "optimizer.safetensors: its sha256 is" in captured.err

@@ -1,0 +1,198 @@
+"""Memory runs out at the k-th operation of each phase: the same documents again with the same draws, or one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qlora_trainer.errors import DoesNotFitError
+from qlora_trainer.run import loop, prepare
+from qlora_trainer.run.folder import open_run_folder
+from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone
+from qlora_trainer.run.session import Progress, Session
+from qlora_trainer.step.optimizer import AdapterOptimizer
+from qlora_trainer.step.train_step import evaluate
+from tests.run.tiny_run import run_to_end, tiny_config, write_base
+from tests.run.told import complaint, train_command
+
+OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1", "output.sample_questions=0")
+
+
+class OutOfMemoryAt(TorchDispatchMode):
+    """Fails as a device does at operation `k` (0 is the first), once; counts all of them."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.k = k
+        self.num_operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.num_operations += 1
+        if self.num_operations - 1 == self.k:
+            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
+        return func(*args, **(kwargs or {}))
+
+
+def spread(num_operations: int, num_places: int) -> list[int]:
+    """The first, the last, and every so many in between."""
+    stride = max(1, num_operations // num_places)
+    return sorted({*range(0, num_operations, stride), num_operations - 1})
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def session(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(folder, base, *OPTIONS)
+    with open_run_folder(folder / "run", resume=False) as run_folder:
+        steps = prepare.prepare(config, run_folder, resume=None)
+        try:
+            while True:
+                next(steps)
+        except StopIteration as stop:
+            yield stop.value
+
+
+def state_of(session: Session) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in session.optimizer.state_dict().items()}
+
+
+def follow(records: Iterator[Any]) -> list[Any]:
+    with closing(records):  # type: ignore[type-var]
+        return list(records)
+
+
+def test_a_step_survives_it_at_every_kth_operation(session: Session) -> None:
+    """Mutation tried: without `zero_gradients` at the start of `_step` the gradients of both tries add up."""
+    before = state_of(session)
+    with OutOfMemoryAt(-1) as counting:
+        (expected,) = follow(loop._step_or_revise(session, Progress()))
+    after = state_of(session)
+    with OutOfMemoryAt(-1) as updating:
+        session.optimizer.update(0.0)
+    num_operations = counting.num_operations - updating.num_operations - 10  # those after the update are not retried
+    assert num_operations > 100
+    for k in spread(num_operations, 25):
+        session.optimizer.load_state_dict(before)
+        with OutOfMemoryAt(k):
+            revised, done = follow(loop._step_or_revise(session, Progress()))
+        assert isinstance(revised, PlanRevised)
+        assert (revised.step, revised.phase, revised.micro_batch_tokens) == (1, "step", 256)
+        assert isinstance(done, StepDone)
+        assert done.loss == pytest.approx(expected.loss, rel=1e-5), k
+        assert done.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4), k
+        for name, tensor in state_of(session).items():
+            if name.endswith("state1"):  # the first moment: a tenth of the gradient
+                torch.testing.assert_close(tensor, after[name], rtol=1e-3, atol=1e-7)
+    session.optimizer.load_state_dict(before)
+
+
+def test_an_evaluation_survives_it_at_every_kth_operation(session: Session) -> None:
+    """Mutation tried: without the retry in `_evaluate_or_revise` the first place already ends the run."""
+    with OutOfMemoryAt(-1) as counting:
+        (expected,) = follow(loop._evaluate_or_revise(session, Progress()))
+    for k in spread(counting.num_operations, 12):
+        with OutOfMemoryAt(k):
+            revised, evaluated = follow(loop._evaluate_or_revise(session, Progress()))
+        assert isinstance(revised, PlanRevised)
+        assert (revised.step, revised.phase) == (0, "evaluation")
+        assert isinstance(evaluated, Evaluated)
+        assert evaluated.eval_loss == pytest.approx(expected.eval_loss, rel=1e-5)
+        assert session.model.module.training
+
+
+def test_an_update_that_fails_at_any_operation_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be half updated then: the step is not done again, the last checkpoint is what counts."""
+    before = state_of(session)
+    working = AdapterOptimizer.update
+    with OutOfMemoryAt(-1) as counting:
+        session.optimizer.update(1e-4)
+    for k in spread(counting.num_operations, 8):
+        session.optimizer.load_state_dict(before)
+
+        def failing(optimizer: AdapterOptimizer, learning_rate: float, k: int = k) -> None:
+            with OutOfMemoryAt(k):
+                working(optimizer, learning_rate)
+
+        monkeypatch.setattr(AdapterOptimizer, "update", failing)
+        with pytest.raises(DoesNotFitError, match=r"update of step 1: found no memory left.*--resume auto"):
+            follow(loop._step_or_revise(session, Progress()))
+    monkeypatch.undo()
+    session.optimizer.load_state_dict(before)
+
+
+def failing_at(function: Callable[..., Any], k: int) -> Callable[..., Any]:
+    """`function`, in which memory runs out at operation `k`."""
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        with OutOfMemoryAt(k):
+            return function(*args, **kwargs)
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    "where, name, k, said",
+    [
+        (prepare, "read_inputs", 100, "loading and rehearsing: found no memory left"),  # while a small copy is tried
+        (prepare, "load_quantized", 0, "loading and rehearsing: found no memory left"),
+        (prepare, "load_quantized", 40, "loading and rehearsing: found no memory left"),
+        (prepare, "attach_new_adapters", 5, "loading and rehearsing: found no memory left"),
+        (loop, "save_checkpoint", 3, "saving step 2: found no memory left"),
+    ],
+)
+def test_a_phase_with_nothing_smaller_to_try_ends_in_one_line(
+    where: Any,
+    name: str,
+    k: int,
+    said: str,
+    tmp_path: Path,
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(where, name, failing_at(getattr(where, name), k))
+    assert train_command(tiny_config(tmp_path, base, *OPTIONS)) == 3
+    assert said in complaint(capsys)
+
+
+def test_a_revised_plan_is_written_and_kept_by_the_next_checkpoint(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(100))
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 1:
+            raise MemoryError
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", failing)
+    records = run_to_end(tiny_config(tmp_path, base, *OPTIONS, "training.max_steps=3"))
+    (revised,) = [record for record in records if isinstance(record, PlanRevised)]
+    assert (revised.step, revised.phase) == (3, "evaluation")
+    run = tmp_path / "run"
+    assert json.loads((run / "plan.json").read_text())["in_force"]["plan"]["micro_batch_tokens"] == 256
+    saved = json.loads((run / "checkpoints" / "last" / "state.json").read_text())
+    assert saved["plan"]["plan"]["micro_batch_tokens"] == 256
+    assert saved["plan_at_start"]["plan"]["micro_batch_tokens"] == 512
