@@ -96,6 +96,10 @@ def _train_with_trl(parts: Parts, folder: Path) -> None:
     from trl.trainer.sft_trainer import SFTTrainer
 
     training, lora = parts.config.training, parts.config.lora
+    rank_and_alpha: dict[str, Any] = {
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+    }  # PEFT takes a fraction, its type says int
     dtype = DTYPES[parts.config.quantization.compute_dtype]
     model = AutoModelForCausalLM.from_pretrained(parts.cache.folder, dtype=dtype, device_map={"": "cpu"})
     _compute_in(model, dtype)
@@ -122,8 +126,7 @@ def _train_with_trl(parts: Parts, folder: Path) -> None:
         train_dataset=Dataset.from_list(ordered),
         processing_class=parts.tokenizer,
         peft_config=LoraConfig(
-            r=int(lora.rank),
-            lora_alpha=int(lora.alpha),
+            **rank_and_alpha,
             lora_dropout=lora.dropout,
             target_modules="all-linear",
             task_type="CAUSAL_LM",

@@ -49,7 +49,7 @@ def plan(
     check_name(config.model.base)
     vram_bytes, ram_bytes = (_size(text, option=option) for text, option in ((vram, "--vram"), (ram, "--ram")))
     if gpu is not None or vram_bytes is not None:
-        choose_gpu(gpu, vram_bytes)
+        choose_gpu(gpu, vram_bytes)  # for its errors: what follows imports torch first
 
     from qlora_trainer.run.plan_command import plan_on
     from qlora_trainer.run.planned import require_fit

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +83,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         ConfigError: it is missing, broken, without the model's sizes, or of a type that transformers does not have.
     """
     try:
-        read_capped(folder / "config.json")  # a few kB; what is larger than the cap is never parsed
+        text = read_capped(folder / "config.json")  # a few kB; what is larger than the cap is never parsed
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, *TRANSFORMERS_ERRORS) as error:
         raise ConfigError(
@@ -92,16 +92,15 @@ def read_config(folder: Path) -> PreTrainedConfig:
             expected="the config.json of a model type that transformers has",
             fix="Point model.base at a transformers folder; remote code is never run.",
         ) from error
-    _require_sizes(folder / "config.json", config)
+    _require_sizes(folder / "config.json", json.loads(text), config)
     return config
 
 
-def _require_sizes(path: Path, config: PreTrainedConfig) -> None:
+def _require_sizes(path: Path, given: Mapping[str, Any], config: PreTrainedConfig) -> None:
     """transformers fills what is missing with the sizes of some model, which would then be planned for.
 
     A config of text and images, on the other hand, may leave out what its text part has by default.
     """
-    given = json.loads(path.read_text())
     if "text_config" in given:
         return
     names = [name for name in _SIZES if getattr(config, name, None) is not None]

@@ -74,7 +74,7 @@ def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = No
         ConfigError: more memory than this machine has.
     """
     cpu = torch.device("cpu")
-    _require_had(ram_bytes, cpu, where="--ram")
+    _require_machine_has(ram_bytes, cpu, where="--ram")
     budget_bytes = available_memory_bytes(cpu) + resident_bytes() if ram_bytes is None else ram_bytes
     dtype = compute_dtype or choose_compute_dtype(cpu)
     measured = measure_cpu_speed(dtype)
@@ -109,7 +109,7 @@ def machine_budget(
         DoesNotFitError: nothing is free on the device.
     """
     device = choose_device()
-    _require_had(budget_bytes, device, where="memory.budget")
+    _require_machine_has(budget_bytes, device, where="memory.budget")
     if device.type == "cpu":
         limits = [limit for limit in (budget_bytes, host_bytes) if limit is not None]
         return cpu_budget(min(limits, default=None), compute_dtype=compute_dtype)
@@ -136,7 +136,7 @@ def machine_budget(
     )
 
 
-def _require_had(num_bytes: int | None, device: torch.device, *, where: str) -> None:
+def _require_machine_has(num_bytes: int | None, device: torch.device, *, where: str) -> None:
     total = total_memory_bytes(device)
     if num_bytes is not None and num_bytes > total:
         raise ConfigError(

@@ -17,6 +17,7 @@ from qlora_trainer.step import loss
 
 ATTENTION = ("qlora_trainer::packed_attention", "qlora_trainer::packed_attention_backward")
 LOSS = "qlora_trainer::chunked_cross_entropy"
+_CHUNK_ARGUMENT = 6  # of LOSS: how many positions are in a chunk
 # The undecorated functions behind the operations.
 _BODIES: dict[str, Callable[..., Any]] = {
     ATTENTION[0]: attention.packed_attention._init_fn,
@@ -44,7 +45,7 @@ def bytes_of(inside: Inside) -> int:
 def _two_chunks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """The loss of two chunks of positions: more are alike, and a thousand take minutes to trace."""
     hidden, targets, *others = arguments
-    num_positions = min(hidden.shape[0], 2 * others[4])
+    num_positions = min(hidden.shape[0], 2 * arguments[_CHUNK_ARGUMENT])
     return (
         TensorSpec((num_positions, *hidden.shape[1:]), hidden.dtype, hidden.device),
         TensorSpec((num_positions,), targets.dtype, targets.device),
@@ -64,7 +65,7 @@ def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, row
     """
     if inside.op == LOSS:
         arguments = list(_with_tokens(inside.arguments, probe_tokens, tokens))
-        arguments[6] = loss_chunk
+        arguments[_CHUNK_ARGUMENT] = loss_chunk
         return Inside(inside.index, inside.op, tuple(arguments))
     return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe_tokens, seq_len, rows))
 

@@ -64,10 +64,11 @@ def _with_pins(config: RunConfig) -> str:
         "memory.loss_chunk_tokens": memory.loss_chunk_tokens,
         "training.optimizer": config.training.optimizer,
     }
-    is_least = {
-        key: value in ("auto", "adamw_8bit", "paged_adamw_8bit") or value is True for key, value in asked.items()
-    }
-    pins = [f"{key} = {str(value).lower()}" for key, value in asked.items() if not is_least[key]]
+    pins = [
+        f"{key} = {str(value).lower()}"
+        for key, value in asked.items()
+        if value is not True and value not in ("auto", "adamw_8bit", "paged_adamw_8bit")
+    ]
     return f" with the pinned {' and '.join(pins)}" if pins else ""
 
 

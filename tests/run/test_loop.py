@@ -24,16 +24,6 @@ from qlora_trainer.run.records import Answered, Evaluated, Finished, Prepared, R
 from tests.run.tiny_run import course, rows, run_to_end, run_until_step, tiny_config, write_base
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path, base: Path) -> None:
     config = tiny_config(tmp_path, base, "training.max_steps=12", "training.learning_rate=3e-2")
     records = run_to_end(config)

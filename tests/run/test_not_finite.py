@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.model.adapters import trainable_parameters
-from qlora_trainer.run import loop
+from qlora_trainer.run import attempts
 from qlora_trainer.run.checkpoint.load import load_checkpoint, newest_verified
 from qlora_trainer.run.records import StepDone, StepSkipped
 from qlora_trainer.step.train_step import accumulate_gradients
-from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_base
+from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 OPTIONS = (
@@ -26,16 +26,6 @@ OPTIONS = (
     "output.sample_questions=0",
     "output.keep_checkpoints=9",
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def poisoned(kind: str, *, at_steps: tuple[int, ...], first_step: int = 1) -> Callable[..., Tensor]:
@@ -63,7 +53,7 @@ def test_a_bad_step_changes_nothing_and_names_its_rows(
     kind: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutation tried: with the update made all the same, step 3 is refused at its save: weights are NaN."""
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned(kind, at_steps=(3,)))
+    monkeypatch.setattr(attempts, "accumulate_gradients", poisoned(kind, at_steps=(3,)))
     records = run_to_end(tiny_config(tmp_path, base, *OPTIONS))
     (skipped,) = [record for record in records if isinstance(record, StepSkipped)]
     assert skipped.step == 3
@@ -86,7 +76,7 @@ def test_a_run_that_diverges_stops_with_exit_code_6(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Bad steps with a good one between them are no divergence; three in a row are."""
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned("loss", at_steps=(1, 2, 4, 5, 6)))
+    monkeypatch.setattr(attempts, "accumulate_gradients", poisoned("loss", at_steps=(1, 2, 4, 5, 6)))
     assert train_command(tiny_config(tmp_path, base, *OPTIONS)) == 6
     told = complaint(capsys)
     assert told.startswith("qlora-trainer: error: step 6: found loss nan")
@@ -106,12 +96,12 @@ def test_a_resume_knows_of_the_steps_that_were_skipped(
     for folder in (whole, stopped):
         folder.mkdir()
     at_steps = (1, 4, 5)
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned("gradient", at_steps=at_steps))
+    monkeypatch.setattr(attempts, "accumulate_gradients", poisoned("gradient", at_steps=at_steps))
     run_to_end(tiny_config(whole, base, *OPTIONS))
     config = tiny_config(stopped, base, *OPTIONS, "training.save_every=2")
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned("gradient", at_steps=at_steps))
+    monkeypatch.setattr(attempts, "accumulate_gradients", poisoned("gradient", at_steps=at_steps))
     run_until_step(config, 5)
-    monkeypatch.setattr(loop, "accumulate_gradients", poisoned("gradient", at_steps=at_steps, first_step=5))
+    monkeypatch.setattr(attempts, "accumulate_gradients", poisoned("gradient", at_steps=at_steps, first_step=5))
     assert train_command(config, "--resume", "auto") == 0
     assert "step 5 skipped, no weight was changed" in capsys.readouterr().out
     assert course(stopped / "run") == course(whole / "run")

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_trainer.errors import DoesNotFitError
-from qlora_trainer.run import loop, prepare
+from qlora_trainer.run import attempts, loop, prepare
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import evaluate
-from tests.run.tiny_run import run_to_end, tiny_config, write_base
+from tests.run.tiny_run import run_to_end, tiny_config
 from tests.run.told import complaint, train_command
 
 OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1", "output.sample_questions=0")
@@ -50,18 +50,6 @@ def spread(num_operations: int, num_places: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-        yield
-
-
-@pytest.fixture(scope="module")
 def session(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(folder, base, *OPTIONS)
@@ -87,7 +75,7 @@ def test_a_step_survives_it_at_every_kth_operation(session: Session) -> None:
     """Mutation tried: without `zero_gradients` at the start of `_step` the gradients of both tries add up."""
     before = state_of(session)
     with OutOfMemoryAt(-1) as counting:
-        (expected,) = follow(loop._step_or_revise(session, Progress()))
+        (expected,) = follow(attempts.step_or_revise(session, Progress()))
     after = state_of(session)
     with OutOfMemoryAt(-1) as updating:
         session.optimizer.update(0.0)
@@ -96,7 +84,7 @@ def test_a_step_survives_it_at_every_kth_operation(session: Session) -> None:
     for k in spread(num_operations, 25):
         session.optimizer.load_state_dict(before)
         with OutOfMemoryAt(k):
-            revised, done = follow(loop._step_or_revise(session, Progress()))
+            revised, done = follow(attempts.step_or_revise(session, Progress()))
         assert isinstance(revised, PlanRevised)
         assert (revised.step, revised.phase, revised.micro_batch_tokens) == (1, "step", 256)
         assert isinstance(done, StepDone)
@@ -111,10 +99,10 @@ def test_a_step_survives_it_at_every_kth_operation(session: Session) -> None:
 def test_an_evaluation_survives_it_at_every_kth_operation(session: Session) -> None:
     """Mutation tried: without the retry in `_evaluate_or_revise` the first place already ends the run."""
     with OutOfMemoryAt(-1) as counting:
-        (expected,) = follow(loop._evaluate_or_revise(session, Progress()))
+        (expected,) = follow(attempts.evaluate_or_revise(session, Progress()))
     for k in spread(counting.num_operations, 12):
         with OutOfMemoryAt(k):
-            revised, evaluated = follow(loop._evaluate_or_revise(session, Progress()))
+            revised, evaluated = follow(attempts.evaluate_or_revise(session, Progress()))
         assert isinstance(revised, PlanRevised)
         assert (revised.step, revised.phase) == (0, "evaluation")
         assert isinstance(evaluated, Evaluated)
@@ -137,7 +125,7 @@ def test_an_update_that_fails_at_any_operation_is_told(session: Session, monkeyp
 
         monkeypatch.setattr(AdapterOptimizer, "update", failing)
         with pytest.raises(DoesNotFitError, match=r"update of step 1: found no memory left.*--resume auto"):
-            follow(loop._step_or_revise(session, Progress()))
+            follow(attempts.step_or_revise(session, Progress()))
     monkeypatch.undo()
     session.optimizer.load_state_dict(before)
 
@@ -187,7 +175,7 @@ def test_a_revised_plan_is_written_and_kept_by_the_next_checkpoint(
             raise MemoryError
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "evaluate", failing)
+    monkeypatch.setattr(attempts, "evaluate", failing)
     records = run_to_end(tiny_config(tmp_path, base, *OPTIONS, "training.max_steps=3"))
     (revised,) = [record for record in records if isinstance(record, PlanRevised)]
     assert (revised.step, revised.phase) == (3, "evaluation")

@@ -14,19 +14,14 @@ from torch import Tensor
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.memory import resident_bytes
 from qlora_trainer.model.adapters import trainable_parameters
-from qlora_trainer.run import loop, prepare
+from qlora_trainer.run import attempts, loop, prepare
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.records import Planned, PlanRevised, Record, StepDone
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import accumulate_gradients
-from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
+from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +124,7 @@ def test_out_of_memory_in_a_step_halves_the_micro_batch_and_changes_nothing_else
 ) -> None:
     options = ("memory.micro_batch_tokens=512", "lora.dropout=0.1", "training.max_steps=4")
     expected = losses(run_to_end(tiny_config(tmp_path, base, *options)))
-    monkeypatch.setattr(loop, "accumulate_gradients", out_of_memory_once(accumulate_gradients, at_call=3))
+    monkeypatch.setattr(attempts, "accumulate_gradients", out_of_memory_once(accumulate_gradients, at_call=3))
     config = tiny_config(tmp_path, base, *options, f"output.dir={tmp_path / 'again'}")
     records = run_to_end(config)
     (revised,) = [record for record in records if isinstance(record, PlanRevised)]
@@ -146,7 +141,7 @@ def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
     def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 12 bytes")
 
-    monkeypatch.setattr(loop, "accumulate_gradients", failing)
+    monkeypatch.setattr(attempts, "accumulate_gradients", failing)
     with pytest.raises(DoesNotFitError, match="step 1: found no memory left for a micro-batch"):
         run_to_end(tiny_config(tmp_path, base))
 
@@ -166,7 +161,7 @@ def test_an_error_that_is_no_lack_of_memory_is_not_retried(
     def failing(*_: Any, **__: Any) -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
-    monkeypatch.setattr(loop, "accumulate_gradients", failing)
+    monkeypatch.setattr(attempts, "accumulate_gradients", failing)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         run_to_end(tiny_config(tmp_path, base))
 

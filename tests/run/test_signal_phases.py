@@ -10,23 +10,13 @@ from typing import Any
 
 import pytest
 
-from qlora_trainer.run import loop, prepare
+from qlora_trainer.run import attempts, loop, prepare
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.step.optimizer import AdapterOptimizer
-from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_base
+from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 OPTIONS = ("memory.micro_batch_tokens=96", "training.max_steps=4", "training.eval_every=2", "output.sample_questions=0")
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +47,9 @@ def signalling(function: Callable[..., Any], number: signal.Signals, *, at_call:
     [
         (prepare, "read_inputs", 1, signal.SIGTERM, 0),  # while tokenising
         (prepare, "load_quantized", 1, signal.SIGINT, 0),
-        (loop, "make_micro_batch", 4 + 3 + 2, signal.SIGTERM, 2),  # in the middle of an accumulation
+        (attempts, "make_micro_batch", 4 + 3 + 2, signal.SIGTERM, 2),  # in the middle of an accumulation
         (AdapterOptimizer, "update", 2 + 3, signal.SIGINT, 3),  # after the plan's dry run and the rehearsal
-        (loop, "evaluate", 2, signal.SIGTERM, 2),
+        (attempts, "evaluate", 2, signal.SIGTERM, 2),
         (loop, "save_checkpoint", 1, signal.SIGINT, 2),
     ],
     ids=["tokenising", "loading", "accumulating", "updating", "evaluating", "saving"],

@@ -19,20 +19,10 @@ from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME
 from qlora_trainer.run.checkpoint.storage import LocalStorage
 from qlora_trainer.run.records import StepDone
 from qlora_trainer.step.optimizer import AdapterOptimizer
-from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base
+from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 PLAIN = ("output.sample_questions=0", "training.eval_every=6")  # saves at steps 2, 4 and 6 only
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture(autouse=True)
-def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True)
