@@ -11,6 +11,7 @@ from tests.hardware.memory_group import can_limit_memory
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1200),  # six processes, each with its imports
     pytest.mark.skipif(not can_limit_memory(), reason="this user can make no memory-limited control group"),
 ]
 

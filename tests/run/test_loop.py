@@ -25,8 +25,8 @@ from tests.run.tiny_run import course, rows, run_to_end, run_until_step, tiny_co
 
 
 def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path, base: Path) -> None:
-    config = tiny_config(tmp_path, base, "training.max_steps=12", "training.learning_rate=3e-2")
-    records = run_to_end(config)
+    options = ("training.max_steps=12", "training.learning_rate=3e-2", "output.sample_questions=1")
+    records = run_to_end(tiny_config(tmp_path, base, *options))
     prepared = next(record for record in records if isinstance(record, Prepared))
     steps = [record for record in records if isinstance(record, StepDone)]
     evals = [record for record in records if isinstance(record, Evaluated)]
@@ -68,11 +68,15 @@ def test_each_document_is_seen_once_an_epoch_and_the_last_batch_may_be_short(tmp
 @pytest.mark.parametrize(
     "overrides",
     [
-        (),
+        ("output.sample_questions=1",),
         ("training.optimizer=paged_adamw_8bit", "lora.dropout=0.1", "memory.micro_batch_tokens=96"),
         ("data.packing=false", "lora.dtype=float32", "memory.activation_checkpointing=false"),
     ],
-    ids=["plain", "8-bit, paged, dropout, several micro-batches", "padded, fp32 adapters, activations kept"],
+    ids=[
+        "answers, else plain",
+        "8-bit, paged, dropout, several micro-batches",
+        "padded, fp32 adapters, activations kept",
+    ],
 )
 def test_a_run_that_stops_and_goes_on_is_the_same_run(tmp_path: Path, base: Path, overrides: tuple[str, ...]) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -23,7 +23,6 @@ from tests.run.told import complaint, train_command
 OPTIONS = (
     "training.save_every=1",
     "training.eval_every=6",
-    "output.sample_questions=0",
     "output.keep_checkpoints=9",
 )
 

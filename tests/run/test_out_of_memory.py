@@ -23,7 +23,7 @@ from qlora_trainer.step.train_step import evaluate
 from tests.run.tiny_run import run_to_end, tiny_config
 from tests.run.told import complaint, train_command
 
-OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1", "output.sample_questions=0")
+OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1")
 
 
 class OutOfMemoryAt(TorchDispatchMode):

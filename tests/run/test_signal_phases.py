@@ -16,7 +16,7 @@ from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
-OPTIONS = ("memory.micro_batch_tokens=96", "training.max_steps=4", "training.eval_every=2", "output.sample_questions=0")
+OPTIONS = ("memory.micro_batch_tokens=96", "training.max_steps=4", "training.eval_every=2")
 
 
 @pytest.fixture(scope="module")

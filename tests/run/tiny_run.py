@@ -84,7 +84,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 
 def tiny_config(folder: Path, base: Path, *overrides: str) -> RunConfig:
-    """Six steps of eight documents in fp32, saved every second step, in `folder/run`."""
+    """Six steps of eight documents in fp32, saved every second step, in `folder/run`; no question is answered."""
     data = folder / "rows.jsonl"
     if not data.exists():
         write_rows(data, 60)
@@ -101,7 +101,7 @@ def tiny_config(folder: Path, base: Path, *overrides: str) -> RunConfig:
             "training.learning_rate=5e-3",
             "training.save_every=2",
             "training.eval_every=3",
-            "output.sample_questions=1",
+            "output.sample_questions=0",
             f"output.dir={folder / 'run'}",
             *overrides,
         ],
