@@ -1,12 +1,19 @@
-"""One tiny base for all runs, and one cache of its NF4 form."""
+"""One tiny base for all runs, one cache of its NF4 form, and each plan made once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedConfig
 
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.budget import Budget
+from qlora_trainer.planning.make_plan import make_plan
+from qlora_trainer.planning.plan import Plan
+from qlora_trainer.run import planned
 from tests.run.tiny_run import write_base
 
 
@@ -19,4 +26,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def made_plans() -> dict[tuple[object, ...], Plan]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def plans_made_once(made_plans: dict[tuple[object, ...], Plan]) -> Iterator[None]:
+    """Equal configs get equal plans, whatever memory is free at the moment: planning is half of a tiny run."""
+
+    def remembered(config: RunConfig, budget: Budget, *, model_config: PreTrainedConfig, **options: Any) -> Plan:
+        asked = config.model_dump_json(exclude={"output": True, "model": True, "data": {"train", "eval"}})
+        key = (asked, budget.compute_dtype, model_config.to_json_string(), options["documents"])
+        if key not in made_plans:
+            made_plans[key] = make_plan(config, budget, model_config=model_config, **options)
+        return made_plans[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planned, "make_plan", remembered)
         yield

@@ -23,6 +23,8 @@ from qlora_trainer.run.loop import train
 from qlora_trainer.run.records import Answered, Evaluated, Finished, Prepared, Record, Resumed, StepDone
 from tests.run.tiny_run import course, rows, run_to_end, run_until_step, tiny_config, write_base
 
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
 
 def test_a_run_learns_and_leaves_a_whole_folder(tmp_path: Path, base: Path) -> None:
     options = ("training.max_steps=12", "training.learning_rate=3e-2", "output.sample_questions=1")

@@ -20,6 +20,8 @@ from qlora_trainer.step.train_step import accumulate_gradients
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
 OPTIONS = (
     "training.save_every=1",
     "training.eval_every=6",

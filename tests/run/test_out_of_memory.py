@@ -23,6 +23,8 @@ from qlora_trainer.step.train_step import evaluate
 from tests.run.tiny_run import run_to_end, tiny_config
 from tests.run.told import complaint, train_command
 
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
 OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1")
 
 

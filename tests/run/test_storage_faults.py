@@ -22,6 +22,8 @@ from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
 PLAIN = ("training.eval_every=6",)  # saves at steps 2, 4 and 6 only
 
 
