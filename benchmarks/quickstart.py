@@ -35,7 +35,7 @@ NUM_SCORED_ANSWERS = 20
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One run: its name, loss on the 319 or so held-out documents, wall seconds of the whole process, VmHWM."""
+    """One run: its name, loss on the held-out documents, wall seconds of the whole process, VmHWM."""
 
     name: str
     eval_loss: float
@@ -81,7 +81,7 @@ def _ours(folder: Path, name: str) -> Outcome:
     if name == "quickstart":
         print(f"base: eval loss {summary['eval_loss_before']:.4f}")
     seconds = time.perf_counter() - start
-    return Outcome(name, summary["eval_loss_after"], seconds, summary["measured_peak_bytes"] / 2**20)
+    return Outcome(name, summary["eval_loss_after"], seconds, summary["process_peak_bytes"] / 2**20)
 
 
 def _trl(folder: Path) -> Outcome:

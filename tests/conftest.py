@@ -14,8 +14,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
 
 # Before transformers or peft import bitsandbytes themselves: this import keeps it from asking the hub for a kernel.
 import qlora_trainer.hardware.quant_library  # noqa: F401
+from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.errors import StorageError
-from qlora_trainer.hardware.paging import require_on_disk
 
 # Where cores are shared, an example takes ten times longer now and then: no reason to fail.
 settings.register_profile("shared cores", deadline=None)

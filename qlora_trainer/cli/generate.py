@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.run.folder import find_adapter
 
 
 def generate(
@@ -31,6 +32,8 @@ def generate(
         raise ConfigError(
             where="generate --prompt", found="an empty question", expected="some text", fix="Ask something."
         )
+
+    find_adapter(target)
 
     from qlora_trainer.run.answer import answer
 

@@ -14,6 +14,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rows import read_rows_and_bad
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.run.config_changes import check_allowed
+from qlora_trainer.run.folder import RunFolder, named_checkpoint
 from qlora_trainer.run.trackers import check_trackers
 
 
@@ -44,6 +45,8 @@ def train(
     check_allowed(allow_change or (), resume=resume is not None)
     config = load_config(config_file, overrides or ())
     check_inputs(config, resume=resume is not None)
+    if resume is not None:
+        named_checkpoint(RunFolder(Path(config.output.dir)), resume)
     for name in (config.data.train, config.data.eval):
         if name is not None:
             read_rows_and_bad(Path(name), stop=config.data.on_bad_row == "stop")

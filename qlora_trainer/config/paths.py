@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from qlora_trainer.config.bases import check_base
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, DataError, StorageError
+
+_IN_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
 
 def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
@@ -20,7 +23,7 @@ def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
     Raises:
         ConfigError: the base cannot be used, or the run folder is not empty.
         DataError: a data file is missing, unreadable or empty.
-        StorageError: the run folder cannot be written.
+        StorageError: the run folder cannot be written, or `memory.paging_dir` is no folder on a disk.
     """
     _check_data_file(config.data.train, key="data.train")
     if config.data.eval is not None:
@@ -29,6 +32,42 @@ def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
     _check_run_folder(Path(config.output.dir), resume=resume)
     if config.memory.paging_dir is not None:
         _check_writable(Path(config.memory.paging_dir), key="memory.paging_dir")
+        if config.training.optimizer.startswith("paged"):
+            require_on_disk(Path(config.memory.paging_dir))
+
+
+def require_on_disk(folder: Path) -> None:
+    """Refuse a folder whose files are memory: paging to it would free nothing.
+
+    Raises:
+        StorageError: the folder is on a tmpfs or ramfs, or is not there.
+    """
+    if not folder.is_dir():
+        raise StorageError(
+            where=str(folder),
+            found="no such folder",
+            expected="a folder on a disk for the paged optimizer",
+            fix="Make it, set memory.paging_dir to another one, or use a resident optimizer (adamw_32bit).",
+        )
+    kind = file_system_kind(folder)
+    if kind in _IN_MEMORY_FILE_SYSTEMS:
+        raise StorageError(
+            where=str(folder),
+            found=f"a {kind}, whose files are kept in memory",
+            expected="a folder on a disk for the paged optimizer",
+            fix="Set memory.paging_dir to a folder on a disk, or use a resident optimizer (adamw_32bit).",
+        )
+
+
+def file_system_kind(folder: Path) -> str:
+    """The type of the file system that `folder` is on, as in /proc/self/mountinfo ("ext4", "tmpfs", ...)."""
+    device = folder.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, _, after = line.partition(" - ")  # proc(5): fields of fixed number, optional ones, " - ", type
+        if before.split()[2] == number:
+            return after.split()[0]
+    return "unknown"
 
 
 def _check_data_file(name: str, *, key: str) -> None:

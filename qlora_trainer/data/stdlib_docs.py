@@ -56,7 +56,8 @@ SOURCES = {
 }
 MIN_ANSWER_CHARS = 36  # shorter paragraphs say little ("Return self.")
 MAX_ANSWER_CHARS = 160  # one or two sentences: longer paragraphs are mostly facts that no question gives away
-EVAL_SHARE = 0.06
+EVAL_SHARE = 0.03
+MAX_MODULE_SHARE = 0.15  # of the eval file: one large module would make it a file about that module
 TRAIN_FILE = "train.jsonl"
 EVAL_FILE = "eval.jsonl"
 
@@ -180,12 +181,16 @@ def _is_sentence(paragraph: str) -> bool:
 
 
 def _choose_held_out(explained: Sequence[Explained]) -> frozenset[str]:
-    """Top-level modules for the eval file: in the order of their hashes, as long as `EVAL_SHARE` is not exceeded."""
+    """Top-level modules for the eval file: in the order of their hashes, as long as `EVAL_SHARE` is not exceeded.
+
+    Large ones (`MAX_MODULE_SHARE`) stay in the train file, so that several modules are asked about.
+    """
     num_rows = Counter(entry.top_level for entry in explained)
     room = round(EVAL_SHARE * len(explained))
+    largest = round(MAX_MODULE_SHARE * room)
     chosen: set[str] = set()
     for module in sorted(num_rows, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if num_rows[module] <= room:
+        if num_rows[module] <= min(room, largest):
             room -= num_rows[module]
             chosen.add(module)
     return frozenset(chosen)

@@ -18,6 +18,7 @@ import psutil
 import torch
 from huggingface_hub import constants, get_token
 
+from qlora_trainer.config.paths import file_system_kind
 from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.control_group import memory_limit_bytes
@@ -30,7 +31,6 @@ from qlora_trainer.hardware.device import (
     num_cpu_threads,
 )
 from qlora_trainer.hardware.memory import available_memory_bytes, total_memory_bytes
-from qlora_trainer.hardware.paging import file_system_kind
 from qlora_trainer.hardware.trials import NF4_ERROR, attention_error, is_paged_update_equal, nf4_error, update_error
 
 Verdict = Literal["ok", "warn", "bad"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,15 +66,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and _CPU_ALLOCATOR_MESSAGE in str(error)
 
 
-def forget_peak(device: torch.device) -> None:
-    """Let the peak start anew from what is in use now: what preparing took is not what training takes."""
+def forget_peak(device: torch.device) -> int:
+    """Let the peak start anew from what is in use now: what preparing took is not what training takes.
+
+    Returns:
+        Bytes: the most resident memory that this process has had until now.
+    """
+    until_now = process_peak_bytes()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current resident set
-    except OSError:  # not everywhere allowed: then the peak is that of the whole process
-        return
+    else:
+        with suppress(OSError):  # not everywhere allowed: then the peak is that of the whole process
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM to the current resident set
+    return until_now
 
 
 def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:

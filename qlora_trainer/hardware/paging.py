@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.quant_library import functional
-
-_IN_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
 
 def zeros_paged(num_elements: int, *, dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
@@ -75,40 +74,6 @@ class _ManagedMemory:
             "data": (self.paged.data_ptr(), False),  # not read-only
             "version": 3,
         }
-
-
-def require_on_disk(folder: Path) -> None:
-    """Refuse a folder whose files are memory: paging to it would free nothing.
-
-    Raises:
-        StorageError: the folder is on a tmpfs or ramfs, or is not there.
-    """
-    if not folder.is_dir():
-        raise StorageError(
-            where=str(folder),
-            found="no such folder",
-            expected="a folder on a disk for the paged optimizer",
-            fix="Make it, set memory.paging_dir to another one, or use a resident optimizer (adamw_32bit).",
-        )
-    kind = file_system_kind(folder)
-    if kind in _IN_MEMORY_FILE_SYSTEMS:
-        raise StorageError(
-            where=str(folder),
-            found=f"a {kind}, whose files are kept in memory",
-            expected="a folder on a disk for the paged optimizer",
-            fix="Set memory.paging_dir to a folder on a disk, or use a resident optimizer (adamw_32bit).",
-        )
-
-
-def file_system_kind(folder: Path) -> str:
-    """The type of the file system that `folder` is on, as in /proc/self/mountinfo ("ext4", "tmpfs", ...)."""
-    device = folder.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")  # proc(5): fields of fixed number, optional ones, " - ", type
-        if before.split()[2] == number:
-            return after.split()[0]
-    return "unknown"
 
 
 def _require_room(folder: Path, num_bytes: int) -> None:

@@ -105,7 +105,9 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def _losses(small: PreTrainedConfig) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every token that has one before it in its document: transformers' way, and ours."""
-    reference = AutoModelForCausalLM.from_config(small, attn_implementation="eager", dtype=torch.float32).eval()
+    reference = AutoModelForCausalLM.from_config(
+        small, attn_implementation="eager", dtype=torch.float32, trust_remote_code=False
+    ).eval()
     for parameter in reference.parameters():
         # Norm weights start at one and biases at zero, which would hide that one is left out.
         parameter.data += 0.1 * torch.randn_like(parameter)

@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapters import LoraSettings, select_targets
 from qlora_trainer.model.safetensors_header import require_sane_header
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -106,7 +106,7 @@ def write_adapter_folder(
         "use_rslora": False,
         "use_dora": False,
     }
-    (folder / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
 def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) -> list[str]:
@@ -126,11 +126,11 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no adapter here, only a pickled one, or a variant that this version does not compute.
     """
-    path = folder / CONFIG_FILE
+    path = folder / ADAPTER_CONFIG_FILE
     pickled = [name for name in _PICKLES if (folder / name).exists()]
     if not (folder / WEIGHTS_FILE).is_file():
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
-        raise _wrong_adapter(folder, found, f"an adapter folder with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        raise _wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
         fields = decode(read_capped(path))
         rank, alpha, targets = fields["r"], fields["lora_alpha"], fields["target_modules"]

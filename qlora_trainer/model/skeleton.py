@@ -66,7 +66,9 @@ def build_skeleton(config: PreTrainedConfig, *, with_buffers: bool) -> PreTraine
     try:
         with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
             module: PreTrainedModel = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), attn_implementation=IMPLEMENTATION
+                copy.deepcopy(config),
+                attn_implementation=IMPLEMENTATION,
+                trust_remote_code=False,  # unset, a config's auto_map makes transformers ask, and run it on "y"
             )
     except TRANSFORMERS_ERRORS as error:
         if is_out_of_memory(error):  # a RuntimeError too, and no fault of the base

@@ -13,16 +13,15 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.data.chat import prompt_ids, require_chat_template
 from qlora_trainer.data.rows import Message
-from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
-from qlora_trainer.model.adapter_folder import CONFIG_FILE, read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
 from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.attention import IMPLEMENTATION
 from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.run.folder import RunFolder
+from qlora_trainer.run.folder import RunFolder, find_adapter
 
 MAX_BATCH = 8  # answers made at once
 
@@ -43,19 +42,21 @@ def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, 
     """
     folder = find_adapter(target)
     fields = read_adapter_fields(folder)
-    resolved = resolve_base(base or fields.get("base_model_name_or_path") or "", fields.get("revision"))
+    named = fields.get("base_model_name_or_path") or ""
+    resolved = resolve_base(named, fields.get("revision")) if base is None else resolve_base(base)
     tokenizer = read_tokenizer(resolved.folder)
     require_chat_template(tokenizer, str(resolved.folder))
     require_tokenizer_fits(tokenizer, resolved)
     device = choose_device()
     model = load_quantized(
         resolved,
-        prepare_nf4_cache(resolved, double_quant=_double_quant(target)),
+        prepare_nf4_cache(resolved, double_quant=_double_quant(folder.parent)),
         compute_dtype=DTYPES[choose_compute_dtype(device)],
         device=device,
     )
     adapter = read_adapter_folder(folder, linear_names=list(model.linears))
-    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.bfloat16)
+    is_bf16 = all(weight.dtype == torch.bfloat16 for weight in adapter.weights.values())
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.bfloat16 if is_bf16 else torch.float32)
     conversation = (Message(role="user", content=prompt),)
     return answer_all(
         model,
@@ -103,28 +104,10 @@ def answer_all(
     return answers
 
 
-def find_adapter(target: Path) -> Path:
-    """The PEFT folder that `target` is, or, for a run folder, its `adapter/`.
-
-    Raises:
-        ConfigError: neither.
-    """
-    for folder in (target, RunFolder(target).adapter_path):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    unfinished = RunFolder(target).checkpoints_path.is_dir()
-    raise ConfigError(
-        where=str(target),
-        found="a run that has not finished" if unfinished else f"no {CONFIG_FILE}",
-        expected="a finished run, or a PEFT adapter folder",
-        fix="Finish it with --resume auto." if unfinished else "Give the output.dir of a run.",
-    )
-
-
-def _double_quant(target: Path) -> bool:
-    """Whether the run quantized its scales too; a plain adapter folder does not tell, so the default is taken."""
+def _double_quant(run: Path) -> bool:
+    """Whether the run quantized its scales too; an adapter that lies in no run does not tell: the default is taken."""
     try:
-        plan = json.loads(RunFolder(target).plan_path.read_text())
+        plan = json.loads(RunFolder(run).plan_path.read_text())
     except (OSError, ValueError):
         return True
     return bool(plan.get("double_quant", True))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.hardware.memory import read_memory
+from qlora_trainer.hardware.memory import process_peak_bytes, read_memory
 from qlora_trainer.model.adapter_folder import write_adapter_folder
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.checkpoint.load import load_checkpoint
@@ -41,6 +41,7 @@ def finish(session: Session, progress: Progress, *, status: Status) -> Finished:
         eval_loss_after=None if adapter_path is None else progress.best_eval_loss,
         predicted_peak_bytes=session.knobs.predicted_peak_bytes,
         measured_peak_bytes=read_memory(session.device).peak_bytes,
+        process_peak_bytes=max(session.preparing_peak_bytes, process_peak_bytes()),
         device=torch.cuda.get_device_name(session.device) if is_cuda else "cpu",
         versions=package_versions(),
     )

@@ -20,11 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run.checkpoint.storage import LOCAL, refusal, sweep, write_atomically
 from qlora_trainer.run.records import Evaluated, StepDone, StepSkipped, Summary
 
 LOCK_NAME = ".lock"
+AUTO = "auto"  # of --resume: the newest whole checkpoint
 STEP_KEYS = (
     "step",
     "loss",
@@ -285,3 +287,40 @@ def _held_by_other(path: Path, file: IO[str]) -> StorageError:
         expected="a folder that no run is using",
         fix="Wait for that run, stop it, or choose another output.dir.",
     )
+
+
+def find_adapter(target: Path) -> Path:
+    """The PEFT folder that `target` is, or, for a run folder, its `adapter/`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    for folder in (target, RunFolder(target).adapter_path):
+        if (folder / ADAPTER_CONFIG_FILE).is_file():
+            return folder
+    unfinished = RunFolder(target).checkpoints_path.is_dir()
+    raise ConfigError(
+        where=str(target),
+        found="a run that has not finished" if unfinished else f"no {ADAPTER_CONFIG_FILE}",
+        expected="a finished run, or a PEFT adapter folder",
+        fix="Finish it with --resume auto." if unfinished else "Give the output.dir of a run.",
+    )
+
+
+def named_checkpoint(folder: RunFolder, resume: str) -> Path | None:
+    """What `--resume` names: a checkpoint of this run by its path, or None for "auto".
+
+    Raises:
+        ConfigError: the path is none of a checkpoint of this run.
+    """
+    if resume == AUTO:
+        return None
+    path = None if "\0" in resume else Path(resume).resolve()
+    if path is None or path.parent != folder.checkpoints_path.resolve() or not path.is_dir():
+        raise ConfigError(
+            where="--resume",
+            found=resume,
+            expected=f"{AUTO!r} or a checkpoint in {folder.checkpoints_path}",
+            fix="Give a step of the run in output.dir.",
+        )
+    return path

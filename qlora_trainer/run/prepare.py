@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
+from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.order import Order
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
 from qlora_trainer.hardware.memory import cap_device_memory, forget_peak, is_out_of_memory
-from qlora_trainer.hardware.paging import require_on_disk
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, select_targets, trainable_parameters
 from qlora_trainer.model.base import fetch_weights
@@ -107,7 +107,7 @@ def prepare(
     model.module.train()
     optimizer = AdapterOptimizer(trainable_parameters(model), _optimizer_settings(config, knobs, paging_folder))
     release_free_memory()
-    forget_peak(device)
+    preparing_peak_bytes = forget_peak(device)
     if device.type == "cpu":
         keep_freed_blocks()
         model.resident_limit.limit_bytes = knobs.predicted_peak_bytes - UNASKED_BYTES
@@ -139,6 +139,7 @@ def prepare(
         questions=data.questions,
         fingerprints=fingerprints,
         resumed=loaded,
+        preparing_peak_bytes=preparing_peak_bytes,
     )
 
 

@@ -123,7 +123,7 @@ class StepDone:
         supervised_tokens: those that contribute to the loss.
         seconds: wall time of the step.
         tokens_per_second: `tokens / seconds`.
-        peak_bytes: most memory used since the run started: RSS on the CPU, allocated on a GPU.
+        peak_bytes: most memory used since the base was loaded: RSS on the CPU, allocated on a GPU.
         memory_bytes: memory in use now, likewise.
         samples_seen: documents since step 0.
         epoch: passes over the training data so far.
@@ -214,7 +214,10 @@ class Summary:
         eval_loss_before: held-out loss before the first step; None without held-out data.
         eval_loss_after: held-out loss of the exported adapter; None without held-out data, or when interrupted.
         predicted_peak_bytes: what the plan said; None where there was no prediction.
-        measured_peak_bytes: most memory used: RSS on the CPU, allocated on a GPU.
+        measured_peak_bytes: most memory used since the base was loaded, as a plan counts it: RSS on the CPU,
+            allocated on a GPU.
+        process_peak_bytes: most resident memory of the process since it began; converting, planning and quantizing the
+            base are part of it.
         device: "cpu", or the GPU's name.
         versions: of the packages that the numbers depend on.
     """
@@ -229,6 +232,7 @@ class Summary:
     eval_loss_after: float | None
     predicted_peak_bytes: int | None
     measured_peak_bytes: int
+    process_peak_bytes: int
     device: str
     versions: Mapping[str, str]
 

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.errors import ConfigError, StorageError
+from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint, newest_verified
 from qlora_trainer.run.checkpoint.rotate import discard_after
 from qlora_trainer.run.config_changes import Change, changes_between, merged, require_allowed
-from qlora_trainer.run.folder import RunFolder, cut_logs
+from qlora_trainer.run.folder import RunFolder, cut_logs, named_checkpoint
 from qlora_trainer.run.knobs import knobs_of
 from qlora_trainer.run.session import Progress
 from qlora_trainer.step.optimizer import AdapterOptimizer
-
-AUTO = "auto"
 
 
 def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
@@ -36,17 +33,8 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
         ConfigError: the path is not a checkpoint of this run.
         StorageError: none of the checkpoints is whole.
     """
-    if resume == AUTO:
-        return newest_verified(folder.checkpoints_path)
-    path = None if "\0" in resume else Path(resume).resolve()
-    if path is None or path.parent != folder.checkpoints_path.resolve():
-        raise ConfigError(
-            where="--resume",
-            found=resume,
-            expected=f"{AUTO!r} or a checkpoint in {folder.checkpoints_path}",
-            fix="Give a step of the run in output.dir.",
-        )
-    return load_checkpoint(path)
+    path = named_checkpoint(folder, resume)
+    return newest_verified(folder.checkpoints_path) if path is None else load_checkpoint(path)
 
 
 def rewind(folder: RunFolder, loaded: Loaded | None) -> None:

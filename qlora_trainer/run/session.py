@@ -75,6 +75,7 @@ class Session:
         knobs_at_start: before this process's first step, as `config.yaml` shows them.
         plan: what the knobs were decided by; None where a resumed run keeps the knobs it began with.
         resumed: the checkpoint the run goes on from, or None.
+        preparing_peak_bytes: most resident memory until the base was loaded.
     """
 
     run_id: str
@@ -97,3 +98,4 @@ class Session:
     questions: tuple[Question, ...]
     fingerprints: Mapping[str, str]
     resumed: Loaded | None
+    preparing_peak_bytes: int

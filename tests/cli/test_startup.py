@@ -100,6 +100,24 @@ def test_what_cannot_be_planned_is_told_at_once(work: Path, arguments: list[str]
     require_told_at_once(work, ["plan", *arguments], 2, said)
 
 
+def test_a_folder_without_an_adapter_is_told_at_once(work: Path) -> None:
+    (work / "unfinished" / "checkpoints").mkdir(parents=True)
+    for folder, found in (("full", "no adapter_config.json"), ("unfinished", "a run that has not finished")):
+        require_told_at_once(work, ["generate", folder, "--prompt", "2 + 2?"], 2, f"{folder}: found {found}")
+
+
+@pytest.mark.parametrize("path", ["none", "full", "full/checkpoints/step-00000001"])
+def test_a_checkpoint_that_is_not_there_is_told_at_once(work: Path, path: str) -> None:
+    arguments = ["train", "run.yaml", "--set", "output.dir=full", "--resume", path]
+    require_told_at_once(work, arguments, 2, f"--resume: found {path}")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no tmpfs here")
+def test_a_paging_folder_in_memory_is_told_at_once(work: Path) -> None:
+    paged = ["--set", "training.optimizer=paged_adamw_32bit", "--set", "memory.paging_dir=/dev/shm"]
+    require_told_at_once(work, ["train", "run.yaml", *paged], 5, "/dev/shm: found a tmpfs")
+
+
 def require_told_at_once(work: Path, arguments: list[str], exit_code: int, said: str) -> None:
     child, seconds = run(work, *arguments)
     assert child.returncode == exit_code

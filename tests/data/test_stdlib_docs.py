@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,13 @@ def test_no_module_and_no_answer_is_on_both_sides(written: QuickstartData) -> No
     assert not modules(train) & modules(held_out)
     assert len({*answers(train), *answers(held_out)}) == len(train) + len(held_out)
     assert len({*questions(train), *questions(held_out)}) == len(train) + len(held_out)
+
+
+def test_the_held_out_rows_ask_about_many_modules(written: QuickstartData) -> None:
+    held_out = read_rows(written.eval_path)
+    rows_by_module = Counter(question.removeprefix("What does `").split(".")[0] for question in questions(held_out))
+    assert len(rows_by_module) >= 10
+    assert max(rows_by_module.values()) <= 0.16 * len(held_out)
 
 
 def test_every_name_is_public(written: QuickstartData) -> None:

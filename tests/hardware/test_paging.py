@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_trainer.config import paths
+from qlora_trainer.config.paths import file_system_kind, require_on_disk
 from qlora_trainer.errors import StorageError
-from qlora_trainer.hardware import paging
-from qlora_trainer.hardware.paging import file_system_kind, require_on_disk, zeros_paged
+from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import functional
 from tests.hardware.kernel_memory import page_out, resident_bytes, share_in_memory
 
@@ -94,7 +95,7 @@ def test_a_folder_in_memory_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["tmpfs", "ramfs", "devtmpfs"])
 def test_every_file_system_in_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    monkeypatch.setattr(paging, "file_system_kind", lambda _folder: kind)
+    monkeypatch.setattr(paths, "file_system_kind", lambda _folder: kind)
 
     with pytest.raises(StorageError, match=f"found a {kind}"):
         require_on_disk(tmp_path)

@@ -30,11 +30,23 @@ import kernels  # hidden for the length of the import only
 """
 
 
-def test_no_kernel_is_fetched_and_nothing_is_printed(tmp_path: Path) -> None:
-    (tmp_path / "kernels.py").write_text(FAKE_KERNELS)
+# What a CPU with AVX512-BF16 answers; only there does bitsandbytes ask for a kernel at all.
+CPU_WITH_AVX512_BF16 = """
+import ctypes, sys
+load = ctypes.CDLL.__getattr__
+ctypes.CDLL.__getattr__ = lambda library, name: (lambda: True) if name == "has_avx512bf16_cpu" else load(library, name)
+"""
+PLAIN_IMPORT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import bitsandbytes
+"""
 
-    child = subprocess.run(
-        [sys.executable, "-c", IMPORT_ORDER, str(tmp_path)],
+
+def run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    (folder / "kernels.py").write_text(FAKE_KERNELS)
+    return subprocess.run(
+        [sys.executable, "-c", CPU_WITH_AVX512_BF16 + script, str(folder)],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -42,5 +54,18 @@ def test_no_kernel_is_fetched_and_nothing_is_printed(tmp_path: Path) -> None:
         check=False,
     )
 
+
+def test_no_kernel_is_fetched_and_nothing_is_printed(tmp_path: Path) -> None:
+    child = run(IMPORT_ORDER, tmp_path)
+
     assert (child.returncode, child.stdout, child.stderr) == (0, "", "")
     assert (tmp_path / "was-imported").exists()  # by the last line: the fake would have been found
+
+
+def test_a_plain_import_does_both(tmp_path: Path) -> None:
+    """What the test above is worth: on such a CPU bitsandbytes alone asks the hub, and complains on stderr."""
+    child = run(PLAIN_IMPORT, tmp_path)
+
+    assert child.returncode == 0
+    assert (tmp_path / "was-imported").exists()
+    assert "kernels-community" in child.stderr

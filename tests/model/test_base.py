@@ -6,15 +6,18 @@ import json
 import pickle
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.base import content_hash, read_tokenizer, resolve_base, weight_files
+from qlora_trainer.model import base as base_module
+from qlora_trainer.model.base import content_hash, fetch_weights, read_tokenizer, resolve_base, weight_files
 from tests.model.tiny_bases import CONFIGS, write_base
 
 
@@ -109,6 +112,20 @@ def test_remote_code_beside_a_known_type_is_not_run(folder: Path, tmp_path: Path
     assert not mark.exists()
 
 
+def test_remote_code_of_a_type_without_a_language_model_is_not_asked_about(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """transformers asks "Do you wish to run the custom code?" where nobody has said no, and runs it on a "y"."""
+    mark = tmp_path / "mark"
+    (folder / "modeling_evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: ...\n")
+    fields = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}}
+    (folder / "config.json").write_text(json.dumps(fields))
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    _refusal(str(folder))
+    assert not mark.exists()
+    assert "custom code" not in capsys.readouterr().out
+
+
 def test_a_folder_with_pickled_weights_only_is_refused(folder: Path) -> None:
     for path in folder.glob("*.safetensors*"):
         path.unlink()
@@ -161,6 +178,62 @@ def test_a_hub_id_without_a_network_is_refused_at_once(
     assert time.monotonic() - start < 5.0
     assert "'nobody/no-such-model'" in message
     assert "smollm2-135m" in message
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked of the hub: repository, revision, and which files."""
+
+    name: str
+    revision: str | None
+    files: tuple[str, ...]
+
+
+@pytest.fixture
+def hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """A hub with one repository, in the place of huggingface_hub's two calls; returns what is asked of it."""
+    asked: list[Asked] = []
+    fetched = tmp_path / "fetched"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    (folder / "modeling_evil.py").write_text("")
+
+    def fetch(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+        asked.append(Asked(name, revision, tuple(patterns)))
+        fetched.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in patterns):
+                shutil.copy(path, fetched)
+        return fetched
+
+    def download(name: str, file_name: str, *, revision: str | None) -> str:
+        return str(fetch(name, revision, [file_name]) / file_name)
+
+    def snapshot(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        return str(fetch(name, revision, allow_patterns))
+
+    monkeypatch.setattr(base_module, "hf_hub_download", download)
+    monkeypatch.setattr(base_module, "snapshot_download", snapshot)
+    return asked
+
+
+def test_a_hub_id_is_fetched_at_its_revision_and_without_pickles(hub: list[Asked], tmp_path: Path) -> None:
+    base = resolve_base("owner/name", "v1.2", with_weights=False)
+    assert not list((tmp_path / "fetched").glob("*.safetensors"))
+    assert (tmp_path / "fetched" / "model.safetensors.index.json").is_file()
+    whole = fetch_weights(base)
+    assert (whole.name, whole.revision) == ("owner/name", "v1.2")
+    assert weight_files(whole.folder)
+    assert {asked.revision for asked in hub} == {"v1.2"}
+    assert {asked.name for asked in hub} == {"owner/name"}
+    fetched = {path.suffix for path in (tmp_path / "fetched").iterdir()}
+    assert fetched <= {".json", ".safetensors", ".jinja", ".txt"}
+
+
+def test_a_base_that_is_refused_costs_one_small_file(hub: list[Asked], folder: Path) -> None:
+    MixtralConfig(num_hidden_layers=2).save_pretrained(folder)
+    with pytest.raises(ConfigError, match="mixtral"):
+        resolve_base("owner/name")
+    assert [asked.files for asked in hub] == [("config.json",)]
 
 
 @pytest.mark.parametrize("name", ["", "no-such-alias", "a/b/c", "../nowhere", "nobody/bad name", "x" * 300])

@@ -80,6 +80,7 @@ def finished(status: Status = "done", *, steps: int = 100) -> Finished:
         eval_loss_after=None if status == "interrupted" else 1.8212,
         predicted_peak_bytes=int(1.38 * 2**30),
         measured_peak_bytes=int(1.42 * 2**30),
+        process_peak_bytes=int(1.61 * 2**30),
         device="cpu",
         versions={"torch": "2"},
     )
