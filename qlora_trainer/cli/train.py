@@ -57,10 +57,11 @@ def train(
         return
 
     from qlora_trainer.report.progress import show
+    from qlora_trainer.report.run_report import reported
     from qlora_trainer.report.screen import stdout_console
     from qlora_trainer.run.loop import train as run
 
-    show(run(config, resume=resume, allow_change=allow_change or ()), stdout_console())
+    show(reported(run(config, resume=resume, allow_change=allow_change or ())), stdout_console())
 
 
 def _dry_run(config: RunConfig) -> None:

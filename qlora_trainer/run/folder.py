@@ -1,6 +1,6 @@
 """The run folder: one place that tells what a run was asked, what it did and where it can go on.
 
-    RUN/config.yaml    plan.json      metrics.jsonl  evals.jsonl  skipped.jsonl  summary.json
+    RUN/config.yaml    plan.json      metrics.jsonl  evals.jsonl  skipped.jsonl  summary.json  report.html
     RUN/checkpoints/   step-00000120/ best  last     RUN/adapter/   (a PEFT folder)
 
 Whole files are replaced atomically. The logs are appended to, one line a record; `sync_logs` is called before a
@@ -77,6 +77,10 @@ class RunFolder:
     @property
     def checkpoints_path(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def adapter_path(self) -> Path:

@@ -189,6 +189,7 @@ def test_generate_prints_the_answer(
         asked.append({"target": target, "prompt": prompt, **settings})
         return "Four."
 
+    (work / "adapter_config.json").touch()
     stand_in(monkeypatch, "qlora_trainer.run.answer", answer=answer)
     assert main(["generate", str(work), "--prompt", "2 + 2?"]) == 0
     assert capsys.readouterr().out == "Four.\n"
