@@ -37,8 +37,6 @@ def gave_up(chosen: Candidate, space: Space) -> tuple[str, ...]:
         words.append(
             f"{num_given_up} {'layer recomputes its' if num_given_up == 1 else 'layers recompute their'} activations"
         )
-    if chosen.optimizer != space.optimizers[0]:
-        words.append("the AdamW state is 8 bits wide instead of 32")
     return tuple(words)
 
 

@@ -165,7 +165,7 @@ class _Planner:
             if self.is_within(chosen.usage):
                 return self._plan(chosen, [chosen, *found[1:]], space)
             slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
-        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate, self.needed_bytes)), space)
+        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate)), space)
 
     def rank(self) -> int:
         """What was asked for; `max` is the largest that costs little speed, the smallest if not even that fits."""
@@ -190,10 +190,9 @@ class _Planner:
             tokens = token_steps(memory.micro_batch_tokens, memory.micro_batch_tokens)
         chunk = memory.loss_chunk_tokens
         policy = memory.activation_checkpointing
-        optimizers: tuple[str, ...] = (self.config.training.optimizer,)
-        if optimizers == ("auto",):
-            prefix = "paged_" if self.budget.kind == "cuda" else ""
-            optimizers = (f"{prefix}adamw_32bit", f"{prefix}adamw_8bit")
+        asked = self.config.training.optimizer
+        # Only where the state lives is decided here: 8 bits would learn something else, and are never chosen unasked.
+        decided = "paged_adamw_32bit" if self.budget.kind == "cuda" else "adamw_32bit"
         return Space(
             rank=rank,
             seq_len=seq_len,
@@ -201,7 +200,7 @@ class _Planner:
             tokens=tokens,
             loss_chunks=chunk_steps(tokens[-1]) if chunk == "auto" else (chunk,),
             recompute=(0, num_layers) if policy == "auto" else (_pinned(policy, num_layers),) * 2,
-            optimizers=optimizers,
+            optimizer=decided if asked == "auto" else asked,
         )
 
     def price(self, layout: Layout, optimizer: str) -> Usage:

@@ -199,7 +199,7 @@ def _decide(
                 num_steps=order.num_steps,
             )
             return knobs, None
-        # What the saved state is the state of is not planned anew: another budget would choose another optimizer.
+        # What the saved state is the state of is not planned anew: another budget could choose another rank.
         config = with_values(
             config, {key: began_with.resolved()[key] for key in REFUSED_KEYS & began_with.resolved().keys()}
         )

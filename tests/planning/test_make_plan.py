@@ -100,9 +100,9 @@ def require_consistent(plan: Plan) -> None:
 
 @pytest.fixture(scope="module")
 def traced_on() -> Callable[[str], Traced]:
-    """A planner on each device, with the AdamW of 32 bits: a smaller state is another choice, not a slower one."""
+    """A planner on each device."""
     budgets = {"gpu": BARE_GPU, "cpu": CPU}
-    return cache(lambda device: Traced(budgets[device], "training.optimizer=adamw_32bit"))
+    return cache(lambda device: Traced(budgets[device]))
 
 
 @pytest.mark.parametrize("device", [pytest.param("gpu", marks=pytest.mark.slow), "cpu"])
@@ -127,8 +127,22 @@ def test_more_memory_is_never_slower_and_is_used(device: str, traced_on: Callabl
 def test_what_fits_just_so_fits(traced_on: Callable[[str], Traced]) -> None:
     traced = traced_on("cpu")
     least = traced.least_bytes()
-    assert traced.plan(least).fits
+    plan = traced.plan(least)
+    assert plan.fits
+    assert plan.knobs.optimizer == "adamw_32bit"
     assert not traced.plan(least - 1).fits
+
+
+def test_eight_bits_are_offered_and_never_taken_unasked() -> None:
+    """The width of the state changes what is learned; where it lives does not, and is paged on a GPU."""
+    traced = Traced(BARE_GPU, "lora.rank=64", num_layers=2)
+    least = traced.least_bytes()
+    too_little, just_enough = traced.plan(least - MIB), traced.plan(least)
+    assert just_enough.fits
+    assert too_little.knobs.optimizer == just_enough.knobs.optimizer == "paged_adamw_32bit"
+    offered = [(change.knob, change.before, change.after) for change in too_little.would_fit]
+    assert offered[0] == ("training.optimizer", "paged_adamw_32bit", "paged_adamw_8bit")
+    assert [knob for knob, _, _ in offered[1:]] == ["data.seq_len", "lora.rank", "memory.budget"]
 
 
 PINS = [
