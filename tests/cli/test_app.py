@@ -51,10 +51,10 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("train", "runs", "generate", "doctor", "config", "quickstart-data"))
+    assert all(verb in out for verb in ("plan", "train", "runs", "generate", "doctor", "config", "quickstart-data"))
 
 
-@pytest.mark.parametrize("verb", ["train", "runs", "generate", "doctor", "config", "quickstart-data"])
+@pytest.mark.parametrize("verb", ["plan", "train", "runs", "generate", "doctor", "config", "quickstart-data"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"Usage: qlora-trainer {verb}" in capsys.readouterr().out
