@@ -165,7 +165,9 @@ class _Planner:
             if self.is_within(chosen.usage):
                 return self._plan(chosen, [chosen, *found[1:]], space)
             slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
-        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate)), space)
+        # Prices that are too low several times in a row say nothing of the smallest plan.
+        least = self.confirmed(smallest(space, self.price, self.estimate))
+        return self._plan(least, [least], space) if self.is_within(least.usage) else self._does_not_fit(least, space)
 
     def rank(self) -> int:
         """What was asked for; `max` is the largest that costs little speed, the smallest if not even that fits."""
@@ -332,7 +334,7 @@ class _Planner:
     def _does_not_fit(self, least: Candidate, space: Space) -> Plan:
         process = self.needed_bytes(least)
         host = self.budget.memory.host_peak_bytes(process)
-        missing = max(process - self.budget.budget_bytes, host - self.budget.host_budget_bytes, 1)
+        missing = max(process - self.budget.budget_bytes, host - self.budget.host_budget_bytes)
         # Prices are not confirmed here, so what is promised has room for what a confirmation may add.
         bound = Bound(self.space, self.price, self._is_well_within, self.config, self.dry.num_layers)
         return replace(
@@ -340,7 +342,7 @@ class _Planner:
             fits=False,
             alternatives=(),
             missing_bytes=missing,
-            would_fit=would_fit(least, space, bound, needed_bytes=process, budget_bytes=self.budget.budget_bytes),
+            would_fit=would_fit(least, bound, self.budget, process_bytes=process, host_bytes=host),
         )
 
     def frontier(self, plan: Plan) -> tuple[FrontierCell, ...]:

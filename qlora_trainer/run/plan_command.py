@@ -28,7 +28,8 @@ def _budget(config: RunConfig, gpu: str | None, vram_bytes: int | None, ram_byte
     asked = None if config.memory.budget == "auto" else config.memory.budget
     host = None if config.memory.host_budget == "auto" else config.memory.host_budget
     if gpu is not None or vram_bytes is not None:
-        return gpu_budget(gpu, vram_bytes if vram_bytes is not None else asked, host)
+        limit, where = (asked, "memory.budget") if vram_bytes is None else (vram_bytes, "--vram")
+        return gpu_budget(gpu, limit, host, where=where)
     if ram_bytes is not None:
         return cpu_budget(ram_bytes)
     return machine_budget(asked, host)

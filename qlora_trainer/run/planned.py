@@ -47,10 +47,15 @@ def require_fit(plan: Plan, config: RunConfig) -> Plan:
     if plan.fits:
         return plan
     changes = [f"{change.knob} {change.before} -> {change.after}" for change in plan.would_fit]
+    where, place, budget_bytes = "memory.budget", plan.device, plan.budget_bytes
+    needed_bytes = plan.predicted.process_peak_bytes
+    if needed_bytes <= budget_bytes:  # then it is the host's memory that is short
+        where, place, budget_bytes = "memory.host_budget", "the host", plan.host_budget_bytes
+        needed_bytes = plan.predicted.host_peak_bytes
     raise DoesNotFitError(
-        where="memory.budget",
-        found=f"{_gib(plan.budget_bytes)} on {plan.device}, {_gib(plan.missing_bytes)} too little",
-        expected=f"{_gib(plan.predicted.process_peak_bytes)} for the smallest plan{_with_pins(config)}",
+        where=where,
+        found=f"{_gib(budget_bytes)} on {place}, {_gib(plan.missing_bytes)} too little",
+        expected=f"{_gib(needed_bytes)} for the smallest plan{_with_pins(config)}",
         fix=f"Any one of these would fit: {'; '.join(changes)}." if changes else "Choose a smaller base.",
     )
 
