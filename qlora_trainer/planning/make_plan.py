@@ -21,6 +21,7 @@ from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.explain import Bound, gave_up, would_fit
 from qlora_trainer.planning.frontier import frontier_cells
 from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training, without_collector
+from qlora_trainer.planning.model_config import read_model_config
 from qlora_trainer.planning.plan import Alternative, FrontierCell, Optimizer, Plan, PlanKnobs, Prediction
 from qlora_trainer.planning.price import Layout, Prices, Usage, evaluation_level, training_levels, usage
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, find, smallest, token_steps
@@ -69,7 +70,7 @@ def make_plan(
     config: RunConfig,
     budget: Budget,
     *,
-    model_config: PreTrainedConfig,
+    model_config: PreTrainedConfig | None = None,
     documents: Documents | None = None,
     interpreter_bytes: Callable[[], int] | None = None,
     with_frontier: bool = False,
@@ -79,7 +80,7 @@ def make_plan(
     Args:
         config: what was asked for; what it pins stays.
         budget: the device and its memory.
-        model_config: the architecture of `config.model.base`.
+        model_config: the architecture of `config.model.base`; None reads it (see `read_model_config`).
         documents: lengths of the data; None plans for global batches of documents of full length.
         interpreter_bytes: asked once the traces are made: what the process takes without a model. None for what a
             process of this kind usually takes.
@@ -89,8 +90,9 @@ def make_plan(
         The plan; if nothing fits, the smallest, with `fits` false.
 
     Raises:
-        ConfigError: documents longer than the model's positions, or an architecture that cannot be trained.
+        ConfigError: documents longer than the model's positions, or a base that is unknown or cannot be trained.
     """
+    model_config = model_config or read_model_config(config.model.base, config.model.revision)
     asked_len = config.data.seq_len
     seq_len = documents.seq_len if documents is not None else DEFAULT_SEQ_LEN if asked_len == "auto" else asked_len
     _require_positions(seq_len, model_config, config.model.base)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -311,6 +312,17 @@ def test_the_largest_batch_of_documents(lengths: list[int], size: int) -> None:
     assert found.largest_batch_tokens >= sum(sorted(lengths)[-size:])
     assert found.largest_batch_tokens <= size * max(lengths)
     assert size > len(lengths) or found.largest_batch_tokens == sum(sorted(lengths)[-size:])
+
+
+def test_a_config_and_a_budget_are_enough(tmp_path: Path) -> None:
+    """The call that README shows: the base is read by its name."""
+    architecture().save_pretrained(tmp_path)
+    config = run_config(f"model.base={tmp_path}")
+    plan = make_plan(config, within(CPU, GIB))
+    assert plan.fits
+    assert plan.trainable_parameters == planned(within(CPU, GIB)).trainable_parameters
+    with pytest.raises(ConfigError, match=r"no folder \./none"):
+        make_plan(run_config("model.base=./none"), CPU)
 
 
 def test_the_interpreter_is_asked_for_after_the_traces_and_counted() -> None:
