@@ -203,8 +203,7 @@ def _decide(
         config = with_values(
             config, {key: began_with.resolved()[key] for key in REFUSED_KEYS & began_with.resolved().keys()}
         )
-    lengths = [document.num_tokens for document in inputs.data.train.documents]
-    plan = require_fit(plan_run(config, inputs.base, machine, lengths=lengths, seq_len=inputs.data.seq_len), config)
+    plan = require_fit(plan_run(config, inputs, machine), config)
     is_cpu = choose_device().type == "cpu"
     predicted_bytes = plan.predicted.process_peak_bytes if is_cpu else plan.predicted.allocated_peak_bytes
     knobs = decide_knobs(config, machine, plan.knobs, predicted_peak_bytes=predicted_bytes, num_steps=order.num_steps)

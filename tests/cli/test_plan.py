@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from qlora_trainer.cli.app import main
+from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.python_accelerator import python_accelerator
+from qlora_trainer.run.inputs import read_inputs
 from tests.model.tiny_bases import small_config
 from tests.run.tiny_run import write_base, write_rows
 
@@ -117,6 +119,23 @@ def test_a_config_with_overrides_on_this_machines_cpu(
     assert (plan["knobs"]["rank"], plan["knobs"]["alpha"], plan["knobs"]["seq_len"]) == (8, 4, 64)
     assert plan["knobs"]["optimizer"] == "adamw_32bit"
     assert plan["predicted"]["host_peak_bytes"] == plan["predicted"]["process_peak_bytes"]
+
+
+def test_a_config_is_planned_for_the_lengths_of_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As `train --dry-run` does it; a base without a tokenizer, and one that --model names, get full documents."""
+    base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 40)
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: {{base: {base}}}\ndata: {{train: {rows}}}\n")
+    capsys.readouterr()
+    out, err = called(capsys, "plan", str(config), "--vram", "8GiB")
+    assert err == ""
+    assert "38 documents, " in out
+    assert f"{read_inputs(load_config(config)).data.seq_len} tokens at most (seq_len)" in out
+    (base / "tokenizer.json").unlink()
+    out, err = called(capsys, "plan", str(config), "--vram", "8GiB", "--set", "data.seq_len=200")
+    assert f"documents of 200 tokens each (no tokenizer to count the tokens of {rows}" in " ".join(out.split())
+    out, err = called(capsys, "plan", str(config), "--model", str(base), "--vram", "8GiB", "--set", "data.seq_len=200")
+    assert "documents of 200 tokens each (no data)" in out
 
 
 @pytest.mark.parametrize("budget, exit_code", [("auto", 0), ("10MiB", 3)])
