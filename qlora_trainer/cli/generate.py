@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_trainer.cli.allocator import expand_segments
 from qlora_trainer.errors import ConfigError
 
 
@@ -32,6 +33,7 @@ def generate(
             where="generate --prompt", found="an empty question", expected="some text", fix="Ask something."
         )
 
+    expand_segments()
     from qlora_trainer.run.answer import answer
 
     text = answer(target, prompt, base=base, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

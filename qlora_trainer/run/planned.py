@@ -11,7 +11,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import is_out_of_memory, resident_bytes
-from qlora_trainer.planning.budget import machine_budget
+from qlora_trainer.planning.budget import Budget, machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
 from qlora_trainer.planning.plan import Plan, PlanKnobs
 from qlora_trainer.run.inputs import Inputs
@@ -24,6 +24,16 @@ def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
     return Documents.of(lengths, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size)
 
 
+def budget_of(config: RunConfig, machine: MachineKnobs) -> Budget:
+    """What is asked for, or free, on this machine.
+
+    Raises:
+        ConfigError: more is asked for than there is.
+        DoesNotFitError: nothing is free.
+    """
+    return machine_budget(_asked(config.memory.budget), _asked(config.memory.host_budget), machine.compute_dtype)
+
+
 def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
     """Plan for what is free here, for the documents that are trained on.
 
@@ -34,7 +44,7 @@ def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
     """
     return make_plan(
         config,
-        machine_budget(_asked(config.memory.budget), _asked(config.memory.host_budget), machine.compute_dtype),
+        budget_of(config, machine),
         model_config=inputs.base.config,
         documents=documents_of(inputs, config.training.global_batch_size),
         interpreter_bytes=_process_bytes,

@@ -239,6 +239,14 @@ def test_each_change_that_would_fit_fits(overrides: list[str], share: float) -> 
         assert changed.fits, change
 
 
+def test_what_is_paged_counts_as_resident(traced_on: Callable[[str], Traced]) -> None:
+    """Master and two moments of 4 bytes an element lie beyond torch's allocator, and within the budget."""
+    plan = traced_on("gpu").plan(GIB)
+    paged_bytes = plan.predicted.process_peak_bytes - BARE_GPU.memory.process_bytes(plan.predicted.allocated_peak_bytes)
+    assert plan.knobs.optimizer_residency == "paged"
+    assert 12 * plan.trainable_parameters <= paged_bytes <= 12.5 * plan.trainable_parameters
+
+
 def offers_of_memory(plan: Plan) -> list[tuple[str, int | str]]:
     return [(change.knob, change.after) for change in plan.would_fit if change.knob.startswith("memory.")]
 

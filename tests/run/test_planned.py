@@ -16,10 +16,13 @@ from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.planning import make_plan as planning
+from qlora_trainer.planning.budget import gpu_budget
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run import attempts, loop, prepare
+from qlora_trainer.run import planned as plans
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
+from qlora_trainer.run.knobs import MachineKnobs
 from qlora_trainer.run.records import Planned, PlanRevised, Record, StepDone
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.step.optimizer import AdapterOptimizer
@@ -68,6 +71,33 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_quantized(
     assert caught.value.exit_code == 3
     assert not (cache_home / "nf4").exists()
     assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_is_capped_at_what_the_plan_counts_with(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no budget was asked for: then it is what is free. Faked up to the cap, which comes before all else."""
+
+    class Capped(Exception):
+        pass
+
+    def cap(device: torch.device, budget_bytes: int) -> None:
+        raise Capped(device.type, budget_bytes)
+
+    free = replace(gpu_budget("rtx-4060", None), budget_bytes=5 * 2**30)
+    monkeypatch.setattr(prepare, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(
+        prepare, "decide_machine_knobs", lambda *_: MachineKnobs(compute_dtype="float32", num_threads=1)
+    )
+    monkeypatch.setattr(
+        plans, "machine_budget", lambda asked, host, dtype: replace(free, budget_bytes=asked or 5 * 2**30)
+    )
+    monkeypatch.setattr(prepare, "cap_device_memory", cap)
+    for budget, expected in (("auto", 5 * 2**30), ("3GiB", 3 * 2**30)):
+        config = tiny_config(tmp_path, base, f"memory.budget={budget}", f"output.dir={tmp_path / budget}")
+        with open_run_folder(tmp_path / budget, resume=False) as folder, pytest.raises(Capped) as caught:
+            list(prepare.prepare(config, folder, resume=None))
+        assert caught.value.args == ("cuda", expected)
 
 
 def test_a_pin_that_cannot_fit_is_named(tmp_path: Path, base: Path) -> None:
