@@ -18,7 +18,7 @@ from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.planning import make_plan as planning
 from qlora_trainer.planning.budget import gpu_budget
 from qlora_trainer.planning.plan import Plan
-from qlora_trainer.run import attempts, loop, prepare
+from qlora_trainer.run import attempts, knobs, loop, prepare
 from qlora_trainer.run import planned as plans
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
@@ -246,18 +246,18 @@ def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) 
     *_, nothing_fits = dry_run(tiny_config(tmp_path, base, *options, "memory.budget=1B"))
     assert isinstance(nothing_fits, Plan)
     least = nothing_fits.budget_bytes + nothing_fits.missing_bytes
-    found, knobs = [], []
+    found, decided = [], []
     for factor in (1, 2, 4):
         folder = tmp_path / f"x{factor}"
         config = tiny_config(tmp_path, base, *options, f"memory.budget={factor * least}B", f"output.dir={folder}")
         steps = [record for record in run_to_end(config) if isinstance(record, StepDone)]
         assert all(step.lr > 0 for step in steps)
         found.append([step.loss for step in steps])
-        knobs.append(json.loads((folder / "plan.json").read_text())["knobs"])
-    tokens, kept = ([one[key] for one in knobs] for key in ("micro_batch_tokens", "activation_keep_layers"))
+        decided.append(json.loads((folder / "plan.json").read_text())["knobs"])
+    tokens, kept = ([one[key] for one in decided] for key in ("micro_batch_tokens", "activation_keep_layers"))
     assert tokens[0] < tokens[1]
     assert kept[1] < kept[2]
-    assert {one["optimizer"] for one in knobs} == {"adamw_32bit"}
+    assert {one["optimizer"] for one in decided} == {"adamw_32bit"}
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 
@@ -265,6 +265,27 @@ def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) 
     config = tiny_config(tmp_path, base, *options, f"memory.budget={4 * least}B", f"output.dir={small}")
     resumed = run_to_end(config, resume=str(small / "checkpoints" / "step-00000002"))
     assert losses(resumed) == pytest.approx(found[0][2:], rel=1e-5)
+
+
+def test_a_resume_computes_as_the_run_began(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that would now choose another dtype and another number of threads, which change the sums."""
+    config = tiny_config(tmp_path, base, "quantization.compute_dtype=auto", "training.max_steps=3")
+
+    def machine_with(dtype: str, num_threads: int) -> None:
+        monkeypatch.setattr(knobs, "choose_compute_dtype", lambda _: dtype)
+        monkeypatch.setattr(knobs, "num_cpu_threads", lambda: num_threads)
+
+    machine_with("float32", 2)
+    run_until_step(config, 3)
+    machine_with("bfloat16", 1)
+    (step,) = [record for record in run_to_end(config, resume="auto") if isinstance(record, StepDone)]
+    assert step.step == 3
+    assert torch.get_num_threads() == 2
+    kept = json.loads((tmp_path / "run" / "plan.json").read_text())
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    for machine in (kept["in_force"]["machine"], saved["plan"]["machine"]):
+        assert machine == {"compute_dtype": "float32", "num_threads": 2}
+    assert "compute_dtype: float32" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_other_micro_batches_at_a_resume_need_the_flag_and_change_nothing(tmp_path: Path, base: Path) -> None:
