@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import peer_model
-from benchmarks.published_memory import DEPTHS, GIB, NUM_WORKSPACES, PHASES, WORKSPACE_BYTES, extrapolate
+from benchmarks.published_memory import DEPTHS, GIB, PHASES, WORKSPACE_BYTES, extrapolate
+from qlora_trainer.hardware.device_memory import NUM_CUBLAS_WORKSPACES
 
 CONTEXTS = {12: 932, 16: 2551, 24: 5789, 40: 12264, 48: 15502, 80: 28454}  # GB -> tokens
 # A CUDA 12.1 context on an A100: row pm0177 (nothing large is ever free there) says 13.839 GiB by the driver, and the
@@ -75,4 +76,4 @@ def _peak_bytes(context: int) -> float:
     row = {**ROW, "seq_len": context}
     traces = [peer_model.trace(row, num_layers).as_dict() for num_layers in DEPTHS]
     figures = extrapolate(traces, row["config"]["num_hidden_layers"])
-    return max(figures[phase] for phase in PHASES) + NUM_WORKSPACES * WORKSPACE_BYTES["A100-80GB"]
+    return max(figures[phase] for phase in PHASES) + NUM_CUBLAS_WORKSPACES * WORKSPACE_BYTES["A100-80GB"]

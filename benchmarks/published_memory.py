@@ -28,13 +28,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.hardware.device_memory import (
+    CUBLAS_WORKSPACE_BYTES,
+    CUBLAS_WORKSPACE_HOPPER_BYTES,
+    NUM_CUBLAS_WORKSPACES,
+)
+
 REPOSITORY = Path(__file__).parents[1]
 GIB = 2**30
 DEPTHS = (2, 3)
 PHASES = ("forward_bytes", "backward_bytes", "optimizer_bytes")
-# aten/src/ATen/cuda/CublasHandlePool.cpp, parseChosenWorkspaceSize: 2 x 4 MiB and 8 x 16 KiB, and more on Hopper.
-WORKSPACE_BYTES = {"A100-80GB": 8_519_680, "H100-80GB": 33_554_432}
-NUM_WORKSPACES = 2
+WORKSPACE_BYTES = {"A100-80GB": CUBLAS_WORKSPACE_BYTES, "H100-80GB": CUBLAS_WORKSPACE_HOPPER_BYTES}
 # A prediction's error as a fraction: (at least, at most).
 STATIC_BOUND, SPEED_BOUND = (-0.005, 0.005), (-0.25, 0.25)
 PEAK_BOUNDS = {"stock": (-0.01, 0.02), "fused": (-0.05, 0.05)}
@@ -158,7 +162,8 @@ def _finish(
     static_bytes = peak_bytes = speed = None
     if traced is not None:
         figures = extrapolate(traced[1], row["config"]["num_hidden_layers"])
-        beside = NUM_WORKSPACES * WORKSPACE_BYTES.get(row["gpu"], WORKSPACE_BYTES["A100-80GB"]) + _unsplit_bytes(row)
+        workspace_bytes = WORKSPACE_BYTES.get(row["gpu"], WORKSPACE_BYTES["A100-80GB"])
+        beside = NUM_CUBLAS_WORKSPACES * workspace_bytes + _unsplit_bytes(row)
         static_bytes = round(figures["static_bytes"]) + beside
         peak_bytes = round(max(figures[phase] for phase in PHASES)) + beside
         speed = peer_speed.tokens_per_second(row["gpu"], row["micro_batch"] * row["seq_len"], figures)

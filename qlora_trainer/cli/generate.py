@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_trainer.cli.allocator import expand_segments
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.run.folder import find_adapter
 
@@ -35,6 +36,7 @@ def generate(
 
     find_adapter(target)
 
+    expand_segments()
     from qlora_trainer.run.answer import answer
 
     text = answer(target, prompt, base=base, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)

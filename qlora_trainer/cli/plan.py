@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -54,7 +55,9 @@ def plan(
     from qlora_trainer.run.plan_command import plan_on
     from qlora_trainer.run.planned import require_fit
 
-    made = plan_on(config, gpu=gpu, vram_bytes=vram_bytes, ram_bytes=ram_bytes)
+    # A base that --model puts in place has other tokens: data counts with the config's own.
+    with_data = model is None and os.path.isfile(config.data.train)
+    made, documents = plan_on(config, gpu=gpu, vram_bytes=vram_bytes, ram_bytes=ram_bytes, with_data=with_data)
     if as_json:
         typer.echo(json.dumps(made.as_json(), indent=2))
     else:
@@ -63,6 +66,7 @@ def plan(
         from qlora_trainer.report.screen import stdout_console
 
         console = stdout_console()
+        console.print(documents, markup=False)
         console.print(plan_report(made))
         console.print()
         console.print(frontier_table(made))

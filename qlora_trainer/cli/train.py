@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qlora_trainer.cli.allocator import expand_segments
 from qlora_trainer.cli.options import ConfigFile, Overrides
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import check_inputs
@@ -56,6 +57,7 @@ def train(
         _dry_run(config)
         return
 
+    expand_segments()
     from qlora_trainer.report.progress import show
     from qlora_trainer.report.run_report import reported
     from qlora_trainer.report.screen import stdout_console

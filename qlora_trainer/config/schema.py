@@ -93,7 +93,9 @@ class LoraSection(Section):
     """The adapters that are trained."""
 
     rank: Annotated[int, Field(ge=1)] | Literal["max"] = Field(
-        16, description="Rank of every adapter; max = the largest of 8 to 256 that costs under 5 % of the speed."
+        16,
+        description="Rank of every adapter; max = the largest of 8 to 256 that costs under 5 % of the speed: what is "
+        "learned then depends on memory.budget.",
     )
     alpha: Annotated[float, Field(gt=0)] | Auto = Field(
         "auto", description="The update is scaled by alpha / rank; auto = 2 x rank."
@@ -150,7 +152,7 @@ class TrainingSection(Section):
     optimizer: Literal["auto", "adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = Field(
         "auto",
         description="AdamW with moments of 32 or 8 bits, resident or paged: one of auto, adamw_32bit, "
-        "adamw_8bit, paged_adamw_32bit, paged_adamw_8bit.",
+        "adamw_8bit, paged_adamw_32bit, paged_adamw_8bit; auto = 32 bits, paged on a GPU.",
     )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
@@ -165,7 +167,7 @@ class TrainingSection(Section):
 
 
 class MemorySection(Section):
-    """What the run may use, and what it may trade for it. None of it changes what is learned."""
+    """What the run may use and trade for it. It changes what is learned only through `lora.rank: max`."""
 
     budget: Budget = Field(
         "auto", description='Memory of the device for the whole run, such as "8GiB"; auto = what is free.'

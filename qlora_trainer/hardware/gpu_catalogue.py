@@ -162,6 +162,8 @@ CATALOGUE: tuple[Gpu, ...] = (
     _gpu("mi300x", "AMD Instinct MI300X", 192, 1307.4, 5300, _GFX_942, _PCIE_5_X16, total_gib=191.68, note=_ROCM),
 )
 
+LARGEST_NOMINAL_GIB = max(gpu.nominal_gib for gpu in CATALOGUE)
+
 _MEMORY_SIZE = re.compile(r"(?<![0-9])([0-9]{1,3})[ -]?gi?b(?![a-z0-9])")
 _BRANDS = {"nvidia", "amd", "geforce", "tesla", "instinct", "blackwell"}
 _SAYS_NOTHING = {"gpu", "generation", "workstation", "server", "edition"} | _BRANDS
@@ -193,12 +195,13 @@ def find_gpu(name: str) -> Gpu:
     )
 
 
-def choose_gpu(name: str | None, vram_bytes: int | None) -> Gpu:
+def choose_gpu(name: str | None, vram_bytes: int | None, *, where: str = "--vram") -> Gpu:
     """The card that is meant, or the smallest one with that much memory.
 
     Args:
         name: see `find_gpu`; None leaves the choice.
         vram_bytes: what of it may be used; None is all of it.
+        where: who asks for `vram_bytes`, for the message.
 
     Raises:
         ConfigError: no such card, less memory than that, or neither is given.
@@ -207,10 +210,10 @@ def choose_gpu(name: str | None, vram_bytes: int | None) -> Gpu:
         gpu = find_gpu(name)
         if vram_bytes is not None and vram_bytes > gpu.nominal_gib * 2**30:
             raise ConfigError(
-                where="--vram",
+                where=where,
                 found=format_size(vram_bytes),
                 expected=f"at most the {gpu.nominal_gib} GiB of the {gpu.name}",
-                fix="Lower --vram or choose another --gpu.",
+                fix=f"Lower {where} or choose another --gpu.",
             )
         return gpu
     if vram_bytes is None:
@@ -219,12 +222,11 @@ def choose_gpu(name: str | None, vram_bytes: int | None) -> Gpu:
         )
     fitting = [gpu for gpu in CATALOGUE if gpu.nominal_gib * 2**30 >= vram_bytes]
     if not fitting:
-        most = max(CATALOGUE, key=lambda gpu: gpu.nominal_gib)
         raise ConfigError(
-            where="--vram",
+            where=where,
             found=format_size(vram_bytes),
-            expected=f"at most {most.nominal_gib} GiB, what the largest card has ({most.name})",
-            fix="Lower --vram: a run uses one card.",
+            expected=f"at most {LARGEST_NOMINAL_GIB} GiB, what the largest card has",
+            fix=f"Lower {where}: a run uses one card.",
         )
     return min(fitting, key=lambda gpu: (gpu.nominal_gib, gpu.tensor_tflops))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from qlora_trainer.hardware.device_memory import CUDA_CONTEXT_BYTES
+
 # c10's CPU allocator raises a plain RuntimeError; this is the fixed part of its message (c10/core/impl/alloc_cpu.cpp).
 _CPU_ALLOCATOR_MESSAGE = "DefaultCPUAllocator: can't allocate memory"
 
@@ -81,8 +83,10 @@ def forget_peak(device: torch.device) -> int:
     return until_now
 
 
-def cap_device_memory(device: torch.device, budget_bytes: int | None) -> None:
-    """Let torch take at most `budget_bytes` of a CUDA device; a CPU has no such cap (see `memory.budget`)."""
-    if device.type == "cuda" and budget_bytes is not None:
-        share = min(1.0, budget_bytes / total_memory_bytes(device))
-        torch.cuda.set_per_process_memory_fraction(share, device)
+def cap_device_memory(device: torch.device, budget_bytes: int) -> None:
+    """Keep this process within `budget_bytes` of a CUDA device.
+
+    The cap is the allocator's, which knows nothing of the context.
+    """
+    share = (budget_bytes - CUDA_CONTEXT_BYTES) / total_memory_bytes(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, share)), device)

@@ -14,6 +14,7 @@ from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.memory import is_out_of_memory
@@ -86,11 +87,15 @@ def find_parts(module: PreTrainedModel) -> Parts:
     """Sort a skeleton's parameters into linears, embeddings, head and the rest.
 
     Raises:
-        ConfigError: a weight that is neither (fused experts, convolutions, 1-D convolution style linears), by name.
+        ConfigError: a weight that is neither (fused experts, convolutions, 1-D convolution style linears), by name, or
+            whose name in a checkpoint is another than in the model.
     """
     model_type = module.config.model_type
     if module.config.get_text_config() is not module.config:
         raise _refuse(model_type, "more than a text decoder in one model (vision or audio parts)")
+    renamed = get_model_conversion_mapping(module, add_legacy=False)
+    if renamed:
+        raise _refuse(model_type, f"weights whose files name them otherwise ({renamed[0].source_patterns[0]})")
     head_module = module.get_output_embeddings()
     if not isinstance(head_module, nn.Linear):
         raise _refuse(model_type, "no linear output projection onto the vocabulary")

@@ -12,9 +12,11 @@ from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
 from qlora_trainer.hardware.device import BF16_COMPUTE_CAPABILITY, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
-from qlora_trainer.hardware.gpu_catalogue import choose_gpu, nearest_by_name
+from qlora_trainer.hardware.gpu_catalogue import LARGEST_NOMINAL_GIB, choose_gpu, nearest_by_name
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
 from qlora_trainer.planning.throughput import Speed, gpu_speed
+
+NO_LIMIT_BYTES = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +28,7 @@ class Budget:
         device_name: as a person would call it.
         budget_bytes: of the device, for the whole run: context, libraries and margins included.
         host_budget_bytes: of the host; on a CPU the same memory.
+        most_bytes, most_host_bytes: what of either could be asked for at most.
         compute_dtype: what the device multiplies in.
         memory: from allocated bytes to used ones.
         speed: for the estimate of time.
@@ -35,28 +38,38 @@ class Budget:
     device_name: str
     budget_bytes: int
     host_budget_bytes: int
+    most_bytes: int
+    most_host_bytes: int
     compute_dtype: ComputeDtype
     memory: DeviceMemory
     speed: Speed
 
 
-def gpu_budget(gpu_name: str | None, vram_bytes: int | None, host_bytes: int | None = None) -> Budget:
+def gpu_budget(
+    gpu_name: str | None, vram_bytes: int | None, host_bytes: int | None = None, *, where: str = "--vram"
+) -> Budget:
     """A GPU that need not be here.
 
     Args:
         gpu_name: of the catalogue; None stands for the smallest card with that much memory.
-        vram_bytes: what the run may use of it; None is all of it.
+        vram_bytes: what the run may use of it, if the driver leaves that much; None is all of it.
         host_bytes: what it may use of the host; None is no limit.
+        where: who asks for `vram_bytes`, for the message.
 
     Raises:
         ConfigError: no such card, or more memory than it has.
     """
-    gpu = choose_gpu(gpu_name, vram_bytes)
+    gpu = choose_gpu(gpu_name, vram_bytes, where=where)
+    budget_bytes, most_bytes = vram_bytes or gpu.memory_bytes, LARGEST_NOMINAL_GIB * 2**30
+    if gpu_name is not None:
+        budget_bytes, most_bytes = min(budget_bytes, gpu.memory_bytes), gpu.memory_bytes
     return Budget(
         kind="cuda",
-        device_name=gpu.name if gpu_name is not None else f"GPU with {format_size(vram_bytes or gpu.memory_bytes)}",
-        budget_bytes=gpu.memory_bytes if vram_bytes is None else vram_bytes,
-        host_budget_bytes=host_bytes or 2**62,
+        device_name=gpu.name if gpu_name is not None else f"GPU with {format_size(budget_bytes)}",
+        budget_bytes=budget_bytes,
+        host_budget_bytes=host_bytes or NO_LIMIT_BYTES,
+        most_bytes=most_bytes,
+        most_host_bytes=NO_LIMIT_BYTES,
         compute_dtype="bfloat16" if gpu.compute_capability >= BF16_COMPUTE_CAPABILITY else "float16",
         memory=cuda_memory(gpu.compute_capability),
         speed=gpu_speed(gpu),
@@ -83,6 +96,8 @@ def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = No
         device_name="cpu",
         budget_bytes=budget_bytes,
         host_budget_bytes=budget_bytes,
+        most_bytes=total_memory_bytes(cpu),
+        most_host_bytes=total_memory_bytes(cpu),
         compute_dtype=dtype,
         memory=cpu_memory(),
         speed=Speed(
@@ -108,8 +123,9 @@ def machine_budget(
         ConfigError: more is asked for than the device has.
         DoesNotFitError: nothing is free on the device.
     """
-    device = choose_device()
+    device, host = choose_device(), torch.device("cpu")
     _require_machine_has(budget_bytes, device, where="memory.budget")
+    _require_machine_has(host_bytes, host, where="memory.host_budget")
     if device.type == "cpu":
         limits = [limit for limit in (budget_bytes, host_bytes) if limit is not None]
         return cpu_budget(min(limits, default=None), compute_dtype=compute_dtype)
@@ -123,16 +139,18 @@ def machine_budget(
         )
     name = torch.cuda.get_device_name(device)
     known = nearest_by_name(name, total_bytes=total_memory_bytes(device))
-    budget = gpu_budget(None if known is None else known.key, min(free, budget_bytes or free), host_bytes)
+    like = known or choose_gpu(None, min(free, LARGEST_NOMINAL_GIB * 2**30))
     capability = torch.cuda.get_device_capability(device)
     return Budget(
         kind="cuda",
         device_name=name,
-        budget_bytes=budget.budget_bytes,
-        host_budget_bytes=host_bytes or available_memory_bytes(torch.device("cpu")),
+        budget_bytes=min(free, budget_bytes or free),
+        host_budget_bytes=host_bytes or available_memory_bytes(host),
+        most_bytes=free,
+        most_host_bytes=total_memory_bytes(host),
         compute_dtype=compute_dtype or choose_compute_dtype(device),
         memory=cuda_memory(capability),
-        speed=budget.speed,
+        speed=gpu_speed(like),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.model import nf4
 from qlora_trainer.model.activation_policy import decoder_layers
 from qlora_trainer.model.adapters import LoraSettings, attach_adapters
@@ -43,6 +44,7 @@ class DryModel:
         model: as training uses it, without adapters.
         fake_mode: under which everything of it lives.
         layers: its decoder layers.
+        final_norm: what comes after the last of them.
         resident: category -> sizes in bytes of the storages that stay for the whole run.
         load_peak_bytes: most that was alive while it was loaded.
     """
@@ -50,15 +52,9 @@ class DryModel:
     model: QuantizedModel
     fake_mode: FakeTensorMode
     layers: tuple[nn.Module, ...]
+    final_norm: nn.Module
     resident: Mapping[str, tuple[int, ...]]
     load_peak_bytes: int
-
-    @property
-    def final_norm(self) -> nn.Module:
-        """What comes after the last layer; every decoder of transformers calls it so."""
-        base_model: Any = self.model.module.base_model
-        norm: nn.Module = base_model.norm
-        return norm
 
     @property
     def num_layers(self) -> int:
@@ -82,7 +78,7 @@ def build_dry_model(
         alignment_bytes: of the device's allocator.
 
     Raises:
-        ConfigError: the architecture cannot be trained (see `find_parts`).
+        ConfigError: the architecture cannot be trained (see `find_parts`), or has no norm after its layers.
     """
     skeleton = build_skeleton(config, with_buffers=False)
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
@@ -96,7 +92,7 @@ def build_dry_model(
         _tag(model, tracker)
     # find_parts has refused models whose layers are none of transformers' own.
     layers = tuple(decoder_layers(model))
-    return DryModel(model, fake_mode, layers, _resident(tracker), tracker.peak_bytes)
+    return DryModel(model, fake_mode, layers, _final_norm(model, layers), _resident(tracker), tracker.peak_bytes)
 
 
 def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.dtype) -> None:
@@ -112,7 +108,7 @@ def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.d
 @contextmanager
 def only_layers(dry: DryModel, indices: Sequence[int]) -> Iterator[list[nn.Module]]:
     """For a while, the model consists of these of its layers."""
-    parent, name = _owner_of_layers(dry)
+    parent, name = _owner_of_layers(dry.model, dry.layers)
     config: Any = dry.model.module.base_model.config
     all_layers = getattr(parent, name)
     before = {"num_hidden_layers": config.num_hidden_layers, **_per_layer_fields(config, dry.num_layers)}
@@ -147,12 +143,29 @@ def _per_layer_fields(config: Any, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _owner_of_layers(dry: DryModel) -> tuple[nn.Module, str]:
-    for part in dry.model.module.modules():
+def _owner_of_layers(model: QuantizedModel, layers: Sequence[nn.Module]) -> tuple[nn.Module, str]:
+    for part in model.module.modules():
         for name, child in part.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == dry.num_layers and child[0] is dry.layers[0]:
+            if isinstance(child, nn.ModuleList) and len(child) == len(layers) and child[0] is layers[0]:
                 return part, name
-    raise RuntimeError(f"{type(dry.model.module).__name__} keeps its layers in no list")
+    raise RuntimeError(f"{type(model.module).__name__} keeps its layers in no list")
+
+
+def _final_norm(model: QuantizedModel, layers: Sequence[nn.Module]) -> nn.Module:
+    """The last norm beside the list of layers.
+
+    By its class: its name differs (norm, final_layernorm, ln_f), and not every norm has a weight.
+    """
+    owner, _ = _owner_of_layers(model, layers)
+    norms = [child for child in owner.children() if "norm" in type(child).__name__.lower()]
+    if not norms:
+        raise ConfigError(
+            where=f"model type {model.module.config.model_type!r}",
+            found="no norm after its layers",
+            expected="a decoder that ends with a norm, by which a plan knows where the loss begins",
+            fix="Choose another base, or report this model type.",
+        )
+    return norms[-1]
 
 
 def _materialize_buffers(skeleton: PreTrainedModel, device: torch.device) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.plan import WouldFit
 from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
@@ -37,22 +38,19 @@ def gave_up(chosen: Candidate, space: Space) -> tuple[str, ...]:
         words.append(
             f"{num_given_up} {'layer recomputes its' if num_given_up == 1 else 'layers recompute their'} activations"
         )
-    if chosen.optimizer != space.optimizers[0]:
-        words.append("the AdamW state is 8 bits wide instead of 32")
     return tuple(words)
 
 
 def would_fit(
-    least: Candidate, space: Space, bound: Bound, *, needed_bytes: int, budget_bytes: int
+    least: Candidate, bound: Bound, budget: Budget, *, process_bytes: int, host_bytes: int
 ) -> tuple[WouldFit, ...]:
     """Single changes to the smallest plan that make it fit, in the order in which they should be given up.
 
     Args:
         least: the smallest plan, which does not fit.
-        space: it was found in.
         bound: to price others.
-        needed_bytes: what the smallest plan needs of the device.
-        budget_bytes: what there is.
+        budget: what there is.
+        process_bytes, host_bytes: what the smallest plan needs of the device and of the host.
     """
     layout, optimizer = least.layout, least.optimizer
     found: list[WouldFit | None] = [
@@ -62,14 +60,36 @@ def would_fit(
         _optimizer(layout, optimizer, bound),
         _seq_len(layout, optimizer, bound),
         _rank(layout, optimizer, bound),
-        WouldFit(
-            knob="memory.budget",
-            before=f"{budget_bytes / _GIB:.2f}GiB",
-            after=f"{math.ceil(100 * needed_bytes / _GIB) / 100:.2f}GiB",
-            allocated_peak_bytes=least.usage.peak_bytes,
-        ),
+        _memory(least, bound.config, budget, process_bytes=process_bytes, host_bytes=host_bytes),
     ]
     return tuple(change for change in found if change is not None)
+
+
+def _memory(
+    least: Candidate, config: RunConfig, budget: Budget, *, process_bytes: int, host_bytes: int
+) -> WouldFit | None:
+    """More memory of the one kind that is short, where there can be that much."""
+    device, host = ("memory.budget", budget.most_bytes), ("memory.host_budget", budget.most_host_bytes)
+    if budget.kind == "cpu":  # both keys limit the same memory
+        asked = {device: config.memory.budget, host: config.memory.host_budget}
+        short = {key: size for key, size in asked.items() if isinstance(size, int) and size < process_bytes}
+        short = short or {device: budget.budget_bytes}
+    else:
+        of_device = {device: budget.budget_bytes} if process_bytes > budget.budget_bytes else {}
+        of_host = {host: budget.host_budget_bytes} if host_bytes > budget.host_budget_bytes else {}
+        short = of_device | of_host
+    if len(short) != 1:  # one change alone is not enough
+        return None
+    (((knob, most_bytes), before_bytes),) = short.items()
+    hundredths = math.ceil(100 * (host_bytes if knob == "memory.host_budget" else process_bytes) / _GIB)
+    if hundredths * _GIB > 100 * most_bytes:
+        return None
+    return WouldFit(
+        knob=knob,
+        before=f"{before_bytes / _GIB:.2f}GiB",
+        after=f"{hundredths / 100:.2f}GiB",
+        allocated_peak_bytes=least.usage.peak_bytes,
+    )
 
 
 def _tried(

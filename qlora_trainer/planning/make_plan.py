@@ -21,6 +21,7 @@ from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.explain import Bound, gave_up, would_fit
 from qlora_trainer.planning.frontier import frontier_cells
 from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training, without_collector
+from qlora_trainer.planning.model_config import read_model_config
 from qlora_trainer.planning.plan import Alternative, FrontierCell, Optimizer, Plan, PlanKnobs, Prediction
 from qlora_trainer.planning.price import Layout, Prices, Usage, evaluation_level, training_levels, usage
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, find, smallest, token_steps
@@ -69,7 +70,7 @@ def make_plan(
     config: RunConfig,
     budget: Budget,
     *,
-    model_config: PreTrainedConfig,
+    model_config: PreTrainedConfig | None = None,
     documents: Documents | None = None,
     interpreter_bytes: Callable[[], int] | None = None,
     with_frontier: bool = False,
@@ -79,7 +80,7 @@ def make_plan(
     Args:
         config: what was asked for; what it pins stays.
         budget: the device and its memory.
-        model_config: the architecture of `config.model.base`.
+        model_config: the architecture of `config.model.base`; None reads it (see `read_model_config`).
         documents: lengths of the data; None plans for global batches of documents of full length.
         interpreter_bytes: asked once the traces are made: what the process takes without a model. None for what a
             process of this kind usually takes.
@@ -89,8 +90,9 @@ def make_plan(
         The plan; if nothing fits, the smallest, with `fits` false.
 
     Raises:
-        ConfigError: documents longer than the model's positions, or an architecture that cannot be trained.
+        ConfigError: documents longer than the model's positions, or a base that is unknown or cannot be trained.
     """
+    model_config = model_config or read_model_config(config.model.base, config.model.revision)
     asked_len = config.data.seq_len
     seq_len = documents.seq_len if documents is not None else DEFAULT_SEQ_LEN if asked_len == "auto" else asked_len
     _require_positions(seq_len, model_config, config.model.base)
@@ -165,7 +167,9 @@ class _Planner:
             if self.is_within(chosen.usage):
                 return self._plan(chosen, [chosen, *found[1:]], space)
             slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
-        return self._does_not_fit(self.confirmed(smallest(space, self.price, self.estimate, self.needed_bytes)), space)
+        # Prices that are too low several times in a row say nothing of the smallest plan.
+        least = self.confirmed(smallest(space, self.price, self.estimate))
+        return self._plan(least, [least], space) if self.is_within(least.usage) else self._does_not_fit(least, space)
 
     def rank(self) -> int:
         """What was asked for; `max` is the largest that costs little speed, the smallest if not even that fits."""
@@ -190,10 +194,9 @@ class _Planner:
             tokens = token_steps(memory.micro_batch_tokens, memory.micro_batch_tokens)
         chunk = memory.loss_chunk_tokens
         policy = memory.activation_checkpointing
-        optimizers: tuple[str, ...] = (self.config.training.optimizer,)
-        if optimizers == ("auto",):
-            prefix = "paged_" if self.budget.kind == "cuda" else ""
-            optimizers = (f"{prefix}adamw_32bit", f"{prefix}adamw_8bit")
+        asked = self.config.training.optimizer
+        # Only where the state lives is decided here: 8 bits would learn something else, and are never chosen unasked.
+        decided = "paged_adamw_32bit" if self.budget.kind == "cuda" else "adamw_32bit"
         return Space(
             rank=rank,
             seq_len=seq_len,
@@ -201,7 +204,7 @@ class _Planner:
             tokens=tokens,
             loss_chunks=chunk_steps(tokens[-1]) if chunk == "auto" else (chunk,),
             recompute=(0, num_layers) if policy == "auto" else (_pinned(policy, num_layers),) * 2,
-            optimizers=optimizers,
+            optimizer=decided if asked == "auto" else asked,
         )
 
     def price(self, layout: Layout, optimizer: str) -> Usage:
@@ -333,7 +336,7 @@ class _Planner:
     def _does_not_fit(self, least: Candidate, space: Space) -> Plan:
         process = self.needed_bytes(least)
         host = self.budget.memory.host_peak_bytes(process)
-        missing = max(process - self.budget.budget_bytes, host - self.budget.host_budget_bytes, 1)
+        missing = max(process - self.budget.budget_bytes, host - self.budget.host_budget_bytes)
         # Prices are not confirmed here, so what is promised has room for what a confirmation may add.
         bound = Bound(self.space, self.price, self._is_well_within, self.config, self.dry.num_layers)
         return replace(
@@ -341,7 +344,7 @@ class _Planner:
             fits=False,
             alternatives=(),
             missing_bytes=missing,
-            would_fit=would_fit(least, space, bound, needed_bytes=process, budget_bytes=self.budget.budget_bytes),
+            would_fit=would_fit(least, bound, self.budget, process_bytes=process, host_bytes=host),
         )
 
     def frontier(self, plan: Plan) -> tuple[FrontierCell, ...]:

@@ -1,7 +1,7 @@
 """The choice: which knobs stay within a budget, and which of those train fastest.
 
-Sequence length and rank are settled before; among what fits the fastest is taken (micro-batch, layers kept, loss
-chunk), and a budget that is used is no defect: recomputing what could have been kept is.
+Sequence length, rank and optimizer are settled before; among what fits the fastest is taken (micro-batch, layers kept,
+loss chunk), and a budget that is used is no defect: recomputing what could have been kept is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Space:
         tokens: micro-batches to try, ascending.
         loss_chunks: ascending.
         recompute: fewest and most layers that may be recomputed.
-        optimizers: in order of preference.
+        optimizer: settled, as the config names it.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Space:
     tokens: tuple[int, ...]
     loss_chunks: tuple[int, ...]
     recompute: tuple[int, int]
-    optimizers: tuple[str, ...]
+    optimizer: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +62,15 @@ Estimator = Callable[[Layout], float]
 
 
 def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]) -> list[Candidate]:
-    """What fits, fastest first, with the first optimizer that lets anything fit; empty if nothing does."""
-    for optimizer in space.optimizers:
-        found = list(_fitting(space, optimizer, price, estimate, fits))
-        if found:
-            return sorted(found, key=lambda one: (-one.tokens_per_second, one.usage.peak_bytes))
-    return []
+    """What fits, fastest first; empty if nothing does."""
+    found = _fitting(space, price, estimate, fits)
+    return sorted(found, key=lambda one: (-one.tokens_per_second, one.usage.peak_bytes))
 
 
-def smallest(space: Space, price: Pricer, estimate: Estimator, needed_bytes: Callable[[Candidate], int]) -> Candidate:
+def smallest(space: Space, price: Pricer, estimate: Estimator) -> Candidate:
     """The knobs that need least: everything given up that may be."""
     layout = layout_of(space, space.tokens[0], space.loss_chunks[0], space.recompute[1])
-    candidates = [
-        Candidate(layout, optimizer, price(layout, optimizer), estimate(layout)) for optimizer in space.optimizers
-    ]
-    return min(candidates, key=needed_bytes)
+    return Candidate(layout, space.optimizer, price(layout, space.optimizer), estimate(layout))
 
 
 def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int) -> Layout:
@@ -126,9 +120,7 @@ def largest_that(is_fine: Callable[[int], bool], values: Sequence[int]) -> int |
     return values[low]
 
 
-def _fitting(
-    space: Space, optimizer: str, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]
-) -> Iterator[Candidate]:
+def _fitting(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]) -> Iterator[Candidate]:
     fewest, most = space.recompute
     kept = range(most - fewest + 1)  # layers kept beyond those that must be
     for loss_chunk in space.loss_chunks:
@@ -137,13 +129,13 @@ def _fitting(
                 continue
 
             def is_fine(num_kept: int, tokens: int = tokens, loss_chunk: int = loss_chunk) -> bool:
-                return fits(price(layout_of(space, tokens, loss_chunk, most - num_kept), optimizer))
+                return fits(price(layout_of(space, tokens, loss_chunk, most - num_kept), space.optimizer))
 
             num_kept = largest_that(is_fine, kept)
             if num_kept is None:
                 break  # more tokens need more
             layout = layout_of(space, tokens, loss_chunk, most - num_kept)
-            yield Candidate(layout, optimizer, price(layout, optimizer), estimate(layout))
+            yield Candidate(layout, space.optimizer, price(layout, space.optimizer), estimate(layout))
 
 
 def _whole_rows(tokens: int) -> int:

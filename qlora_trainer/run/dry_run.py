@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device import choose_device
 from qlora_trainer.planning.plan import Plan
-from qlora_trainer.run.inputs import read_inputs
+from qlora_trainer.run.inputs import Inputs, read_inputs
 from qlora_trainer.run.knobs import decide_machine_knobs
 from qlora_trainer.run.planned import plan_run
 from qlora_trainer.run.records import Preparing
@@ -22,10 +22,15 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Plan]:
     machine = decide_machine_knobs(config, choose_device())
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = read_inputs(config)
+    yield Preparing(what=counted_documents(inputs))
+    yield plan_run(config, inputs, machine)
+
+
+def counted_documents(inputs: Inputs) -> str:
+    """In words, what is trained on."""
     lengths = [document.num_tokens for document in inputs.data.train.documents]
-    yield Preparing(
-        what=f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
+    return (
+        f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
         f"{inputs.data.train.num_supervised_tokens:,} of them supervised; longest {max(lengths):,}; "
         f"{inputs.data.train.num_rows - len(lengths):,} rows dropped"
     )
-    yield plan_run(config, inputs.base, machine, lengths=lengths, seq_len=inputs.data.seq_len)

@@ -140,8 +140,17 @@ def write_config(folder: RunFolder, text: str) -> None:
 
 
 def write_plan(folder: RunFolder, plan: Mapping[str, Any]) -> None:
-    """Write `plan.json`; values must be JSON's."""
-    write_atomically(folder.plan_path, (json.dumps(plan, indent=2, allow_nan=False) + "\n").encode())
+    """Write `plan.json`; values must be JSON's.
+
+    What it has and `plan` lacks stays: a resumed run that keeps its knobs has made no plan, but the prediction still
+    belongs to it.
+    """
+    try:
+        before = json.loads(folder.plan_path.read_bytes())
+    except (OSError, ValueError):  # none yet, or none that can be read: then there is nothing to keep
+        before = {}
+    kept = before if isinstance(before, dict) else {}
+    write_atomically(folder.plan_path, (json.dumps(kept | dict(plan), indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_summary(folder: RunFolder, summary: Summary) -> None:

@@ -63,8 +63,25 @@ def read_inputs(config: RunConfig) -> Inputs:
     Raises:
         QloraTrainerError: see the rooms that are called.
     """
+    return read_documents(config, *find_base(config))
+
+
+def find_base(config: RunConfig) -> tuple[Base, PreTrainedTokenizerBase]:
+    """The base without its weights, and its tokenizer.
+
+    Raises:
+        ConfigError: no such base, one that cannot be trained, or no tokenizer beside it.
+    """
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
-    tokenizer = read_tokenizer(base.folder)
+    return base, read_tokenizer(base.folder)
+
+
+def read_documents(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+    """Read and tokenise the data for a base.
+
+    Raises:
+        QloraTrainerError: see the rooms that are called.
+    """
     require_chat_template(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
     data = _read_data(config, base, tokenizer)

@@ -1,34 +1,57 @@
-"""Plans without a run: for a card that is not here, for this machine, and the dry run of a config with its data."""
+"""Plans without a run: for a card that is not here or for this machine, with the data of the config or without."""
 
 from __future__ import annotations
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.planning.budget import Budget, cpu_budget, gpu_budget, machine_budget
 from qlora_trainer.planning.make_plan import make_plan
-from qlora_trainer.planning.model_config import read_model_config
 from qlora_trainer.planning.plan import Plan
+from qlora_trainer.run.dry_run import counted_documents
+from qlora_trainer.run.inputs import find_base, read_documents
+from qlora_trainer.run.planned import documents_of
 
 
-def plan_on(config: RunConfig, *, gpu: str | None, vram_bytes: int | None, ram_bytes: int | None) -> Plan:
+def plan_on(
+    config: RunConfig, *, gpu: str | None, vram_bytes: int | None, ram_bytes: int | None, with_data: bool
+) -> tuple[Plan, str]:
     """Plan `config` for a device, with its frontier.
 
     Args:
-        config: what is asked for; its data is not read.
+        config: what is asked for.
         gpu, vram_bytes: a card of the catalogue, and what of it may be used.
         ram_bytes: of this machine's CPU.
+        with_data: plan for the documents of `data.train`, if the base has a tokenizer; else for full ones.
+
+    Returns:
+        The plan, and the documents that it is for, in words.
 
     Raises:
-        ConfigError: an unknown card or model, or more memory than there is.
+        QloraTrainerError: an unknown card or model, more memory than there is, or data that cannot be trained on.
     """
-    model_config = read_model_config(config.model.base, config.model.revision)
-    return make_plan(config, _budget(config, gpu, vram_bytes, ram_bytes), model_config=model_config, with_frontier=True)
+    budget = _budget(config, gpu, vram_bytes, ram_bytes)
+    reason = "no data"
+    if with_data:
+        try:
+            found = find_base(config)
+        except ConfigError as error:  # a well-known name needs no files; what is no base at all is refused below
+            reason = f"no tokenizer to count the tokens of {config.data.train}: {error.found}"
+        else:
+            inputs = read_documents(config, *found)
+            documents = documents_of(inputs, config.training.global_batch_size)
+            model_config = inputs.base.config
+            plan = make_plan(config, budget, model_config=model_config, documents=documents, with_frontier=True)
+            return plan, counted_documents(inputs)
+    plan = make_plan(config, budget, with_frontier=True)
+    return plan, f"documents of {plan.knobs.seq_len:,} tokens each ({reason})"
 
 
 def _budget(config: RunConfig, gpu: str | None, vram_bytes: int | None, ram_bytes: int | None) -> Budget:
     asked = None if config.memory.budget == "auto" else config.memory.budget
     host = None if config.memory.host_budget == "auto" else config.memory.host_budget
     if gpu is not None or vram_bytes is not None:
-        return gpu_budget(gpu, vram_bytes if vram_bytes is not None else asked, host)
+        limit, where = (asked, "memory.budget") if vram_bytes is None else (vram_bytes, "--vram")
+        return gpu_budget(gpu, limit, host, where=where)
     if ram_bytes is not None:
         return cpu_budget(ram_bytes)
     return machine_budget(asked, host)

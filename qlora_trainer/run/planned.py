@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,29 +11,42 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import is_out_of_memory, resident_bytes
-from qlora_trainer.model.base import Base
-from qlora_trainer.planning.budget import machine_budget
+from qlora_trainer.planning.budget import Budget, machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
 from qlora_trainer.planning.plan import Plan, PlanKnobs
+from qlora_trainer.run.inputs import Inputs
 from qlora_trainer.run.knobs import Knobs, MachineKnobs
 
 
-def plan_run(config: RunConfig, base: Base, machine: MachineKnobs, *, lengths: Sequence[int], seq_len: int) -> Plan:
-    """Plan for what is free here, for documents of these lengths.
+def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
+    """What a plan needs to know of the data."""
+    lengths = [document.num_tokens for document in inputs.data.train.documents]
+    return Documents.of(lengths, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size)
+
+
+def budget_of(config: RunConfig, machine: MachineKnobs) -> Budget:
+    """What is asked for, or free, on this machine.
+
+    Raises:
+        ConfigError: more is asked for than there is.
+        DoesNotFitError: nothing is free.
+    """
+    return machine_budget(_asked(config.memory.budget), _asked(config.memory.host_budget), machine.compute_dtype)
+
+
+def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
+    """Plan for what is free here, for the documents that are trained on.
 
     Args:
         config: what was asked for.
-        base: its config; no weights are needed.
+        inputs: the base, of which no weights are needed, and the data.
         machine: its compute dtype is kept.
-        lengths: tokens of every document that is trained on.
-        seq_len: of the longest of them.
     """
-    size = config.training.global_batch_size
     return make_plan(
         config,
-        machine_budget(_asked(config.memory.budget), _asked(config.memory.host_budget), machine.compute_dtype),
-        model_config=base.config,
-        documents=Documents.of(lengths, seq_len=seq_len, global_batch_size=size),
+        budget_of(config, machine),
+        model_config=inputs.base.config,
+        documents=documents_of(inputs, config.training.global_batch_size),
         interpreter_bytes=_process_bytes,
     )
 
@@ -47,10 +60,15 @@ def require_fit(plan: Plan, config: RunConfig) -> Plan:
     if plan.fits:
         return plan
     changes = [f"{change.knob} {change.before} -> {change.after}" for change in plan.would_fit]
+    where, place, budget_bytes = "memory.budget", plan.device, plan.budget_bytes
+    needed_bytes = plan.predicted.process_peak_bytes
+    if needed_bytes <= budget_bytes:  # then it is the host's memory that is short
+        where, place, budget_bytes = "memory.host_budget", "the host", plan.host_budget_bytes
+        needed_bytes = plan.predicted.host_peak_bytes
     raise DoesNotFitError(
-        where="memory.budget",
-        found=f"{_gib(plan.budget_bytes)} on {plan.device}, {_gib(plan.missing_bytes)} too little",
-        expected=f"{_gib(plan.predicted.process_peak_bytes)} for the smallest plan{_with_pins(config)}",
+        where=where,
+        found=f"{_gib(budget_bytes)} on {place}, {_gib(plan.missing_bytes)} too little",
+        expected=f"{_gib(needed_bytes)} for the smallest plan{_with_pins(config)}",
         fix=f"Any one of these would fit: {'; '.join(changes)}." if changes else "Choose a smaller base.",
     )
 

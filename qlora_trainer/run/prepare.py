@@ -38,7 +38,7 @@ from qlora_trainer.run.knobs import (
     machine_knobs_of,
     with_values,
 )
-from qlora_trainer.run.planned import halved_or_refused, plan_run, require_fit
+from qlora_trainer.run.planned import budget_of, halved_or_refused, plan_run, require_fit
 from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind
@@ -71,7 +71,8 @@ def prepare(
         loaded = replace(loaded, adapter={}, optimizer={})  # its files are mapped again once they are needed
     machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
     torch.set_num_threads(machine.num_threads)
-    cap_device_memory(device, None if config.memory.budget == "auto" else config.memory.budget)
+    if device.type == "cuda":  # a CPU has no cap of this kind; there the plan alone keeps a run within its budget
+        cap_device_memory(device, budget_of(config, machine).budget_bytes)
     paging_folder = Path(config.memory.paging_dir) if config.memory.paging_dir else folder.path
     if config.training.optimizer.startswith("paged") and device.type == "cpu":
         require_on_disk(paging_folder)
@@ -200,12 +201,11 @@ def _decide(
                 num_steps=order.num_steps,
             )
             return knobs, None
-        # What the saved state is the state of is not planned anew: another budget would choose another optimizer.
+        # What the saved state is the state of is not planned anew: another budget could choose another rank.
         config = with_values(
             config, {key: began_with.resolved()[key] for key in REFUSED_KEYS & began_with.resolved().keys()}
         )
-    lengths = [document.num_tokens for document in inputs.data.train.documents]
-    plan = require_fit(plan_run(config, inputs.base, machine, lengths=lengths, seq_len=inputs.data.seq_len), config)
+    plan = require_fit(plan_run(config, inputs, machine), config)
     is_cpu = choose_device().type == "cpu"
     predicted_bytes = plan.predicted.process_peak_bytes if is_cpu else plan.predicted.allocated_peak_bytes
     knobs = decide_knobs(config, machine, plan.knobs, predicted_peak_bytes=predicted_bytes, num_steps=order.num_steps)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Collection, Iterator
 from dataclasses import make_dataclass
@@ -51,10 +52,10 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("train", "runs", "generate", "doctor", "config", "quickstart-data"))
+    assert all(verb in out for verb in ("plan", "train", "runs", "generate", "doctor", "config", "quickstart-data"))
 
 
-@pytest.mark.parametrize("verb", ["train", "runs", "generate", "doctor", "config", "quickstart-data"])
+@pytest.mark.parametrize("verb", ["plan", "train", "runs", "generate", "doctor", "config", "quickstart-data"])
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"Usage: qlora-trainer {verb}" in capsys.readouterr().out
@@ -127,6 +128,32 @@ def test_train_hands_the_run_to_the_report(work: Path, monkeypatch: pytest.Monke
     assert shown == ["record"]
     assert started[0][0] == load_config(work / "run.yaml", ["lora.rank=8", "lora.dropout=0.5"])
     assert started[0][1:] == (None, ())
+
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+@pytest.mark.parametrize("given", [{}, {ALLOCATOR[0]: "backend:native"}, {ALLOCATOR[1]: "max_split_size_mb:64"}])
+def test_segments_expand_unless_the_user_said_otherwise(
+    given: dict[str, str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Set before the room that imports torch is entered."""
+    seen: list[dict[str, str]] = []
+
+    def run(*_: Any, **__: Any) -> str:
+        seen.append({name: os.environ[name] for name in ALLOCATOR if name in os.environ})
+        return ""
+
+    stand_in(monkeypatch, "qlora_trainer.run.loop", train=run)
+    stand_in(monkeypatch, "qlora_trainer.report.progress", show=lambda records, console: None)
+    stand_in(monkeypatch, "qlora_trainer.run.answer", answer=run)
+    for arguments in (["train", "run.yaml"], ["generate", str(work), "--prompt", "2 + 2?"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                os, "environ", {name: os.environ[name] for name in os.environ if name not in ALLOCATOR} | given
+            )
+            assert main(arguments) == 0
+    assert seen == [given or {ALLOCATOR[0]: "expandable_segments:True"}] * 2
 
 
 def test_train_resumes_in_a_folder_that_is_not_empty(

@@ -43,7 +43,7 @@ def test_the_worst_covers_what_was_published_for_an_a100(allocated: int) -> None
 )
 def test_products_have_a_workspace_by_generation(compute_capability: tuple[int, int], workspace_bytes: int) -> None:
     memory = cuda_memory(compute_capability)
-    assert memory.workspace_bytes == workspace_bytes
+    assert memory.workspace_bytes == 2 * workspace_bytes  # one for each thread that multiplies
     assert (memory.kind, memory.alignment_bytes) == ("cuda", 512)
 
 

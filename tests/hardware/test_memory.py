@@ -6,14 +6,17 @@ import psutil
 import pytest
 import torch
 
+from qlora_trainer.hardware import memory
 from qlora_trainer.hardware.memory import (
     available_memory_bytes,
+    cap_device_memory,
     is_out_of_memory,
     process_peak_bytes,
     read_memory,
     total_memory_bytes,
 )
 
+GIB = 2**30
 CPU = torch.device("cpu")
 PETABYTE = 10**15
 
@@ -63,3 +66,19 @@ def test_the_machine_has_more_than_this_process_takes() -> None:
     assert total_bytes == psutil.virtual_memory().total
     assert 0 < available_bytes < total_bytes
     assert read_memory(CPU).now_bytes < total_bytes
+
+
+@pytest.mark.parametrize(
+    "budget_bytes, share", [(5 * GIB, 4.6 / 8), (8 * GIB, 7.6 / 8), (80 * GIB, 1.0), (GIB // 4, 0.0)]
+)
+def test_the_cap_is_the_budget_without_the_context(
+    budget_bytes: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card of 8 GiB, of which a context takes 0.4 GiB beside torch's allocator."""
+    capped: list[tuple[float, torch.device]] = []
+    monkeypatch.setattr(memory, "total_memory_bytes", lambda _: 8 * GIB)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: capped.append(given))
+    cap_device_memory(torch.device("cuda"), budget_bytes)
+    ((found, device),) = capped
+    assert found == pytest.approx(share)
+    assert device.type == "cuda"

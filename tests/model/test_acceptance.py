@@ -97,6 +97,12 @@ def test_random_numbers_of_the_caller_are_left_alone() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_weights_that_are_named_otherwise_on_disk_are_refused() -> None:
+    """GPT-NeoX's head is `embed_out` in its files and `lm_head` in transformers' model."""
+    with pytest.raises(ConfigError, match=r"'gpt_neox': found weights whose files name them otherwise \(\^embed_out"):
+        require_accepted(transformers.GPTNeoXConfig())
+
+
 def _no_window(scale: float, _window: int, softcap: float) -> AttentionShape:
     return AttentionShape(scale, 0, softcap)
 

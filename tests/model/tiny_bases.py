@@ -16,7 +16,9 @@ from transformers import (
     Ministral3Config,
     MistralConfig,
     Olmo3Config,
+    PersimmonConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -79,6 +81,9 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "phi3": Phi3Config(**_SIZES, tie_word_embeddings=False, sliding_window=WINDOW),
     "smollm3": SmolLM3Config(**_SIZES, tie_word_embeddings=True, no_rope_layers=[1, 0]),
+    # Their last norm has another name, and their layers are put together otherwise.
+    "phi": PhiConfig(**_SIZES, tie_word_embeddings=False),
+    "persimmon": PersimmonConfig(**_SIZES, tie_word_embeddings=False),
     "olmo3": Olmo3Config(**_SIZES, tie_word_embeddings=False, sliding_window=WINDOW, layer_types=_ONE_OF_EACH),
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
-from qlora_trainer.errors import ConfigError
+from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning.budget import Budget, gpu_budget
 from qlora_trainer.planning.full_trace import without_collector
@@ -25,7 +26,9 @@ from qlora_trainer.planning.known_models import known_config
 from qlora_trainer.planning.make_plan import DEFAULT_SEQ_LEN, Documents, _Planner, make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.planning.price import PHASES
+from qlora_trainer.planning.search import Candidate
 from qlora_trainer.planning.tracker import CATEGORIES
+from qlora_trainer.run.planned import require_fit
 from tests.model.tiny_bases import small_config
 
 MIB, GIB = 2**20, 2**30
@@ -66,8 +69,8 @@ class Traced:
             self._planner = _Planner.of(run_config(*overrides), budget, architecture(num_layers), documents)
         self._budget = budget
 
-    def plan(self, budget_bytes: int, rank: int | None = None) -> Plan:
-        self._planner.budget = within(self._budget, budget_bytes)
+    def plan(self, budget_bytes: int, rank: int | None = None, **changes: Any) -> Plan:
+        self._planner.budget = replace(within(self._budget, budget_bytes), **changes)
         with without_collector():
             return self._planner.plan(rank or self._planner.rank())
 
@@ -100,9 +103,9 @@ def require_consistent(plan: Plan) -> None:
 
 @pytest.fixture(scope="module")
 def traced_on() -> Callable[[str], Traced]:
-    """A planner on each device, with the AdamW of 32 bits: a smaller state is another choice, not a slower one."""
+    """A planner on each device."""
     budgets = {"gpu": BARE_GPU, "cpu": CPU}
-    return cache(lambda device: Traced(budgets[device], "training.optimizer=adamw_32bit"))
+    return cache(lambda device: Traced(budgets[device]))
 
 
 @pytest.mark.parametrize("device", [pytest.param("gpu", marks=pytest.mark.slow), "cpu"])
@@ -127,8 +130,22 @@ def test_more_memory_is_never_slower_and_is_used(device: str, traced_on: Callabl
 def test_what_fits_just_so_fits(traced_on: Callable[[str], Traced]) -> None:
     traced = traced_on("cpu")
     least = traced.least_bytes()
-    assert traced.plan(least).fits
+    plan = traced.plan(least)
+    assert plan.fits
+    assert plan.knobs.optimizer == "adamw_32bit"
     assert not traced.plan(least - 1).fits
+
+
+def test_eight_bits_are_offered_and_never_taken_unasked() -> None:
+    """The width of the state changes what is learned; where it lives does not, and is paged on a GPU."""
+    traced = Traced(BARE_GPU, "lora.rank=64", num_layers=2)
+    least = traced.least_bytes()
+    too_little, just_enough = traced.plan(least - MIB), traced.plan(least)
+    assert just_enough.fits
+    assert too_little.knobs.optimizer == just_enough.knobs.optimizer == "paged_adamw_32bit"
+    offered = [(change.knob, change.before, change.after) for change in too_little.would_fit]
+    assert offered[0] == ("training.optimizer", "paged_adamw_32bit", "paged_adamw_8bit")
+    assert [knob for knob, _, _ in offered[1:]] == ["data.seq_len", "lora.rank", "memory.budget"]
 
 
 PINS = [
@@ -222,10 +239,62 @@ def test_each_change_that_would_fit_fits(overrides: list[str], share: float) -> 
         assert changed.fits, change
 
 
-def test_a_host_without_room_is_told() -> None:
-    plan = planned(replace(GPU, host_budget_bytes=100 * MIB))
+def test_what_is_paged_counts_as_resident(traced_on: Callable[[str], Traced]) -> None:
+    """Master and two moments of 4 bytes an element lie beyond torch's allocator, and within the budget."""
+    plan = traced_on("gpu").plan(GIB)
+    paged_bytes = plan.predicted.process_peak_bytes - BARE_GPU.memory.process_bytes(plan.predicted.allocated_peak_bytes)
+    assert plan.knobs.optimizer_residency == "paged"
+    assert 12 * plan.trainable_parameters <= paged_bytes <= 12.5 * plan.trainable_parameters
+
+
+def offers_of_memory(plan: Plan) -> list[tuple[str, int | str]]:
+    return [(change.knob, change.after) for change in plan.would_fit if change.knob.startswith("memory.")]
+
+
+def test_a_host_without_room_is_told_and_offered_nothing_else(traced_on: Callable[[str], Traced]) -> None:
+    traced = traced_on("gpu")
+    plan = traced.plan(GIB, host_budget_bytes=100 * MIB)
     assert not plan.fits
     assert plan.missing_bytes == plan.predicted.host_peak_bytes - 100 * MIB
+    ((knob, after),) = [(change.knob, change.after) for change in plan.would_fit]
+    assert knob == "memory.host_budget"
+    assert traced.plan(GIB, host_budget_bytes=parse_size_bytes(str(after))).fits
+    with pytest.raises(
+        DoesNotFitError, match=r"memory\.host_budget: found 0\.10 GiB on the host, 0\.81 GiB too little"
+    ):
+        require_fit(plan, run_config())
+
+
+def test_memory_is_offered_where_it_helps_alone(traced_on: Callable[[str], Traced]) -> None:
+    traced = traced_on("gpu")
+    least = traced.least_bytes()
+    (offer,) = offers_of_memory(traced.plan(least - MIB))
+    assert offer[0] == "memory.budget"
+    assert offers_of_memory(traced.plan(least - MIB, most_bytes=least - 1)) == []  # the card has less
+    assert offers_of_memory(traced.plan(least - MIB, host_budget_bytes=MIB)) == []  # both are short
+
+
+def test_on_a_cpu_the_budget_that_is_short_is_offered() -> None:
+    plan = planned(within(CPU, 50 * MIB), "memory.host_budget=50MiB", "memory.budget=1GiB")
+    assert [knob for knob, _ in offers_of_memory(plan)] == ["memory.host_budget"]
+
+
+def test_the_smallest_plan_is_tried_when_prices_were_too_low(
+    traced_on: Callable[[str], Traced], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dearer(planner: _Planner, candidate: Candidate) -> Candidate:
+        found = confirmed(planner, candidate)
+        if candidate.layout.tokens == SEQ_LEN:
+            return found
+        phases = {**found.usage.phases, found.usage.peak_phase: 64 * GIB}
+        return replace(found, usage=replace(found.usage, phases=phases))
+
+    confirmed = _Planner.confirmed
+    monkeypatch.setattr(_Planner, "confirmed", dearer)
+    plan = traced_on("cpu").plan(GIB)
+    require_consistent(plan)
+    assert plan.fits
+    assert plan.knobs.micro_batch_tokens == SEQ_LEN
 
 
 @pytest.mark.parametrize("seq_len, found", [("513", "513 tokens"), ("auto", f"{DEFAULT_SEQ_LEN} tokens")])
@@ -251,6 +320,17 @@ def test_the_largest_batch_of_documents(lengths: list[int], size: int) -> None:
     assert found.largest_batch_tokens >= sum(sorted(lengths)[-size:])
     assert found.largest_batch_tokens <= size * max(lengths)
     assert size > len(lengths) or found.largest_batch_tokens == sum(sorted(lengths)[-size:])
+
+
+def test_a_config_and_a_budget_are_enough(tmp_path: Path) -> None:
+    """The call that README shows: the base is read by its name."""
+    architecture().save_pretrained(tmp_path)
+    config = run_config(f"model.base={tmp_path}")
+    plan = make_plan(config, within(CPU, GIB))
+    assert plan.fits
+    assert plan.trainable_parameters == planned(within(CPU, GIB)).trainable_parameters
+    with pytest.raises(ConfigError, match=r"no folder \./none"):
+        make_plan(run_config("model.base=./none"), CPU)
 
 
 def test_the_interpreter_is_asked_for_after_the_traces_and_counted() -> None:

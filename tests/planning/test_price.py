@@ -89,7 +89,7 @@ def test_every_layer_recomputed(name: str, device: str, planners: Callable[[str,
         require_equal_bytes(priced, traced)
 
 
-@cases(("llama", "cpu"), ("gemma2", "accelerator"))
+@cases(("llama", "cpu"), ("phi", "cpu"), ("gemma2", "accelerator"))
 def test_every_layer_kept(name: str, device: str, planners: Callable[[str, str], _Planner]) -> None:
     priced, traced = priced_and_traced(planners(name, device), 1024, 0, 64)
     require_equal_bytes(priced, traced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,16 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import ConfigError, DoesNotFitError
-from qlora_trainer.hardware.memory import resident_bytes
+from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.model.adapters import trainable_parameters
-from qlora_trainer.run import attempts, loop, prepare
+from qlora_trainer.planning import make_plan as planning
+from qlora_trainer.planning.budget import gpu_budget
+from qlora_trainer.planning.plan import Plan
+from qlora_trainer.run import attempts, knobs, loop, prepare
+from qlora_trainer.run import planned as plans
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
+from qlora_trainer.run.knobs import MachineKnobs
 from qlora_trainer.run.records import Planned, PlanRevised, Record, StepDone
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.step.optimizer import AdapterOptimizer
@@ -67,6 +73,33 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_quantized(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_gpu_is_capped_at_what_the_plan_counts_with(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where no budget was asked for: then it is what is free. Faked up to the cap, which comes before all else."""
+
+    class Capped(Exception):
+        pass
+
+    def cap(device: torch.device, budget_bytes: int) -> None:
+        raise Capped(device.type, budget_bytes)
+
+    free = replace(gpu_budget("rtx-4060", None), budget_bytes=5 * 2**30)
+    monkeypatch.setattr(prepare, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(
+        prepare, "decide_machine_knobs", lambda *_: MachineKnobs(compute_dtype="float32", num_threads=1)
+    )
+    monkeypatch.setattr(
+        plans, "machine_budget", lambda asked, host, dtype: replace(free, budget_bytes=asked or 5 * 2**30)
+    )
+    monkeypatch.setattr(prepare, "cap_device_memory", cap)
+    for budget, expected in (("auto", 5 * 2**30), ("3GiB", 3 * 2**30)):
+        config = tiny_config(tmp_path, base, f"memory.budget={budget}", f"output.dir={tmp_path / budget}")
+        with open_run_folder(tmp_path / budget, resume=False) as folder, pytest.raises(Capped) as caught:
+            list(prepare.prepare(config, folder, resume=None))
+        assert caught.value.args == ("cuda", expected)
+
+
 def test_a_pin_that_cannot_fit_is_named(tmp_path: Path, base: Path) -> None:
     pins = ("memory.micro_batch_tokens=640", "training.optimizer=adamw_8bit")
     with pytest.raises(DoesNotFitError) as caught:
@@ -87,36 +120,40 @@ def test_the_plan_is_kept_and_compared_with_what_was_measured(tmp_path: Path, ba
     assert summary["measured_peak_bytes"] > 0
 
 
-def test_the_rehearsal_leaves_adapters_and_optimizer_as_they_were(tmp_path: Path, base: Path) -> None:
-    for optimizer in ("adamw_32bit", "adamw_8bit"):
-        config = tiny_config(tmp_path, base, f"training.optimizer={optimizer}", f"output.dir={tmp_path / optimizer}")
-        with open_run_folder(tmp_path / optimizer, resume=False) as folder:
-            steps = prepare.prepare(config, folder, resume=None)
-            try:
-                while True:
-                    next(steps)
-            except StopIteration as stop:
-                session = stop.value
-            before = _state(session)
-            assert all(bool(torch.isfinite(value).all()) for value in before.values())
-            rehearse(
-                session.model,
-                session.optimizer,
-                session.lora,
-                session.knobs.plan,
-                packing=True,
-                max_grad_norm=1.0,
-                seed=config.training.seed,
-            )
-            after = _state(session)
-        assert before.keys() == after.keys()
-        assert all(torch.equal(before[name], after[name]) for name in before)
+@pytest.mark.parametrize("optimizer", ["adamw_32bit", "adamw_8bit"])
+def test_the_rehearsal_leaves_adapters_and_optimizer_as_they_were(
+    optimizer: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first rehearsal of a run: byte for byte, and it did move them in between."""
+    seen: list[dict[str, Tensor]] = []
+
+    def watched(model: Any, adapter_optimizer: AdapterOptimizer, *args: Any, **options: Any) -> None:
+        def updated(*given: Any) -> None:
+            update(*given)
+            seen.append(_state(model, adapter_optimizer))
+
+        update = AdapterOptimizer.update
+        seen.append(_state(model, adapter_optimizer))
+        with monkeypatch.context() as patch:
+            patch.setattr(AdapterOptimizer, "update", updated)
+            rehearse(model, adapter_optimizer, *args, **options)
+        seen.append(_state(model, adapter_optimizer))
+
+    monkeypatch.setattr(prepare, "rehearse", watched)
+    config = tiny_config(tmp_path, base, f"training.optimizer={optimizer}")
+    with open_run_folder(tmp_path / "run", resume=False) as folder:
+        list(prepare.prepare(config, folder, resume=None))
+    before, during, after = seen
+    assert all(bool(torch.isfinite(value).all()) for value in before.values())
+    assert before.keys() == during.keys() == after.keys()
+    assert not any(torch.equal(before[name], during[name]) for name in before if name.endswith("lora_B"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def _state(session: Any) -> dict[str, Tensor]:
-    weights = {name: parameter.data.clone() for name, parameter in trainable_parameters(session.model).items()}
-    state = {f"optimizer {name}": value.clone() for name, value in session.optimizer.state_dict().items()}
-    return weights | state | {"gradient": session.optimizer.gradient.clone()}
+def _state(model: Any, optimizer: Any) -> dict[str, Tensor]:
+    weights = {name: parameter.data.clone() for name, parameter in trainable_parameters(model).items()}
+    state = {f"optimizer {name}": value.clone() for name, value in optimizer.state_dict().items()}
+    return weights | state | {"gradient": optimizer.gradient.clone()}
 
 
 def test_out_of_memory_in_a_step_halves_the_micro_batch_and_changes_nothing_else(
@@ -133,6 +170,19 @@ def test_out_of_memory_in_a_step_halves_the_micro_batch_and_changes_nothing_else
     kept = json.loads((tmp_path / "again" / "plan.json").read_text())
     assert kept["in_force"]["plan"]["micro_batch_tokens"] == 256
     assert kept["knobs"]["micro_batch_tokens"] == 512
+
+
+def test_out_of_memory_after_a_resume_keeps_the_prediction(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config(tmp_path, base, "memory.micro_batch_tokens=512", "training.max_steps=3")
+    run_until_step(config, 3)
+    before = json.loads((tmp_path / "run" / "plan.json").read_text())
+    monkeypatch.setattr(attempts, "accumulate_gradients", out_of_memory_once(accumulate_gradients, at_call=1))
+    assert any(isinstance(record, PlanRevised) for record in run_to_end(config, resume="auto"))
+    after = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert after["in_force"]["plan"]["micro_batch_tokens"] == 256
+    assert {**after, "in_force": None} == {**before, "in_force": None}
 
 
 def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
@@ -175,27 +225,67 @@ def test_out_of_memory_in_the_rehearsal_revises_the_plan(
     assert (revised.step, revised.micro_batch_tokens) == (0, 256)
 
 
+@pytest.fixture
+def _tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget of what the run itself allocates: beside the interpreter's 400 MiB this run's one would be nothing."""
+    monkeypatch.setattr(planning, "cpu_memory", lambda _: replace(cpu_memory(0), fixed_bytes=0))
+    monkeypatch.setattr(prepare, "UNASKED_BYTES", -(2**40))  # the interpreter's pages are not given back for it
+
+
+@pytest.mark.usefixtures("_tensors_alone")
 def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) -> None:
     """The same run in the least that fits, in twice and in four times as much; then resumed in another budget."""
-    options = ("lora.dropout=0.1", "training.max_steps=4")
-    least = resident_bytes() + 300 * 2**20
-    found, cuts = [], []
+    options = (
+        "lora.dropout=0.1",
+        "lora.target_modules=[q_proj, down_proj]",
+        "data.eval_fraction=0",
+        "training.global_batch_size=4",
+        "training.max_steps=3",
+        "training.warmup_ratio=0",
+    )
+    *_, nothing_fits = dry_run(tiny_config(tmp_path, base, *options, "memory.budget=1B"))
+    assert isinstance(nothing_fits, Plan)
+    least = nothing_fits.budget_bytes + nothing_fits.missing_bytes
+    found, decided = [], []
     for factor in (1, 2, 4):
         folder = tmp_path / f"x{factor}"
-        tokens = () if factor > 1 else ("memory.micro_batch_tokens=64",)
-        config = tiny_config(
-            tmp_path, base, *options, *tokens, f"memory.budget={factor * least}B", f"output.dir={folder}"
-        )
-        found.append(losses(run_to_end(config)))
-        cuts.append(json.loads((folder / "plan.json").read_text())["knobs"]["micro_batch_tokens"])
-    assert cuts[0] < cuts[2]
+        config = tiny_config(tmp_path, base, *options, f"memory.budget={factor * least}B", f"output.dir={folder}")
+        steps = [record for record in run_to_end(config) if isinstance(record, StepDone)]
+        assert all(step.lr > 0 for step in steps)
+        found.append([step.loss for step in steps])
+        decided.append(json.loads((folder / "plan.json").read_text())["knobs"])
+    tokens, kept = ([one[key] for one in decided] for key in ("micro_batch_tokens", "activation_keep_layers"))
+    assert tokens[0] < tokens[1]
+    assert kept[1] < kept[2]
+    assert {one["optimizer"] for one in decided} == {"adamw_32bit"}
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 
-    part = tmp_path / "part"
-    run_until_step(tiny_config(tmp_path, base, *options, f"memory.budget={2 * least}B", f"output.dir={part}"), 3)
-    resumed = tiny_config(tmp_path, base, *options, f"memory.budget={4 * least}B", f"output.dir={part}")
-    assert losses(run_to_end(resumed, resume="auto")) == pytest.approx(found[0][2:], rel=1e-5)
+    small = tmp_path / "x1"
+    config = tiny_config(tmp_path, base, *options, f"memory.budget={4 * least}B", f"output.dir={small}")
+    resumed = run_to_end(config, resume=str(small / "checkpoints" / "step-00000002"))
+    assert losses(resumed) == pytest.approx(found[0][2:], rel=1e-5)
+
+
+def test_a_resume_computes_as_the_run_began(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that would now choose another dtype and another number of threads, which change the sums."""
+    config = tiny_config(tmp_path, base, "quantization.compute_dtype=auto", "training.max_steps=3")
+
+    def machine_with(dtype: str, num_threads: int) -> None:
+        monkeypatch.setattr(knobs, "choose_compute_dtype", lambda _: dtype)
+        monkeypatch.setattr(knobs, "num_cpu_threads", lambda: num_threads)
+
+    machine_with("float32", 2)
+    run_until_step(config, 3)
+    machine_with("bfloat16", 1)
+    (step,) = [record for record in run_to_end(config, resume="auto") if isinstance(record, StepDone)]
+    assert step.step == 3
+    assert torch.get_num_threads() == 2
+    kept = json.loads((tmp_path / "run" / "plan.json").read_text())
+    saved = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    for machine in (kept["in_force"]["machine"], saved["plan"]["machine"]):
+        assert machine == {"compute_dtype": "float32", "num_threads": 2}
+    assert "compute_dtype: float32" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 def test_other_micro_batches_at_a_resume_need_the_flag_and_change_nothing(tmp_path: Path, base: Path) -> None:

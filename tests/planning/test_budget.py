@@ -1,0 +1,73 @@
+"""What a plan may use: of a card that is not here, of this machine, of a GPU that is faked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora_trainer.config.load import load_config
+from qlora_trainer.errors import ConfigError, DoesNotFitError
+from qlora_trainer.hardware.gpu_catalogue import find_gpu
+from qlora_trainer.planning import budget
+from qlora_trainer.planning.budget import cpu_budget, gpu_budget, machine_budget
+from qlora_trainer.run import plan_command
+
+MIB, GIB = 2**20, 2**30
+
+
+def test_a_card_gives_what_its_driver_leaves() -> None:
+    usable = find_gpu("rtx-4060").memory_bytes
+    assert usable < 8 * GIB
+    for vram_bytes, expected in ((None, usable), (8 * GIB, usable), (6 * GIB, 6 * GIB)):
+        found = gpu_budget("rtx-4060", vram_bytes)
+        assert (found.budget_bytes, found.most_bytes) == (expected, usable)
+    unnamed = gpu_budget(None, 8 * GIB)
+    assert (unnamed.budget_bytes, unnamed.most_bytes) == (8 * GIB, 192 * GIB)
+
+
+@pytest.mark.parametrize("vram_bytes, where", [(None, "memory.budget"), (9 * GIB, "--vram")])
+def test_who_asks_for_more_than_the_card_has_is_named(vram_bytes: int | None, where: str) -> None:
+    config = load_config(None, ["model.base=tiny", "data.train=x.jsonl", "memory.budget=9GiB"])
+    with pytest.raises(ConfigError, match=f"^{where}: found 9GiB; expected at most the 8 GiB .* Lower {where} or"):
+        plan_command._budget(config, "rtx-4060", vram_bytes, None)
+
+
+def test_more_than_this_machine_has_is_refused() -> None:
+    too_much = 2**50
+    with pytest.raises(ConfigError, match=r"^--ram: found 1024TiB; expected at most the .* GiB of this machine's cpu"):
+        cpu_budget(too_much)
+    with pytest.raises(ConfigError, match=r"^memory\.host_budget: found 1024TiB; expected at most"):
+        machine_budget(None, too_much)
+    with pytest.raises(ConfigError, match=r"^memory\.budget: found 1024TiB; expected at most"):
+        machine_budget(too_much, None)
+
+
+@pytest.fixture
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RTX 4060 in this machine, of which 5 GiB are free, beside a host with 16 of 32 GiB."""
+    free = {"cuda": 5 * GIB, "cpu": 16 * GIB}
+    total = {"cuda": 8 * GIB, "cpu": 32 * GIB}
+    monkeypatch.setattr(budget, "choose_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda device: free[device.type])
+    monkeypatch.setattr(budget, "total_memory_bytes", lambda device: total[device.type])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA GeForce RTX 4060")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_a_gpu_of_this_machine_gives_what_is_free() -> None:
+    found = machine_budget(None, None)
+    assert (found.budget_bytes, found.host_budget_bytes) == (5 * GIB, 16 * GIB)
+    assert (found.most_bytes, found.most_host_bytes) == (5 * GIB, 32 * GIB)
+    assert machine_budget(3 * GIB, 8 * GIB).budget_bytes == 3 * GIB
+    assert machine_budget(7 * GIB, 8 * GIB).budget_bytes == 5 * GIB
+    assert found.speed == gpu_budget("rtx-4060", None).speed
+
+
+@pytest.mark.usefixtures("_gpu")
+def test_a_gpu_without_free_memory_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda _: 20 * MIB)
+    with pytest.raises(DoesNotFitError, match=r"found 20 MiB free on the GPU; .*nvidia-smi") as caught:
+        machine_budget(None, None)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).count("\n") == 0
