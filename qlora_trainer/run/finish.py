@@ -15,6 +15,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.memory import read_memory
 from qlora_trainer.model.adapter_folder import write_adapter_folder
 from qlora_trainer.model.adapters import trainable_parameters
+from qlora_trainer.run.checkpoint.listing import step_name
 from qlora_trainer.run.checkpoint.load import load_checkpoint
 from qlora_trainer.run.checkpoint.manifest import package_versions
 from qlora_trainer.run.folder import write_summary
@@ -62,7 +63,7 @@ def plan_json(session: Session) -> dict[str, Any]:
 def _final_weights(session: Session, progress: Progress) -> Mapping[str, Tensor]:
     if progress.best_eval_loss is None or progress.best_step == progress.step:
         return {name: parameter.data for name, parameter in trainable_parameters(session.model).items()}
-    return load_checkpoint(session.folder.checkpoints_path / "best").adapter
+    return load_checkpoint(session.folder.checkpoints_path / step_name(progress.best_step)).adapter
 
 
 def _write_adapter(session: Session, folder: Path, weights: Mapping[str, Tensor]) -> None:

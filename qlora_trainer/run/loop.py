@@ -85,7 +85,8 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
         progress = saved_progress(session.resumed)
         rejected = tuple(str(reason) for reason in session.resumed.rejected)
         changes = tuple(str(change) for change in session.changes)
-        yield Resumed(step=progress.step, path=session.resumed.path, rejected=rejected, changes=changes)
+        path, notes = session.resumed.path, session.notes
+        yield Resumed(step=progress.step, path=path, rejected=rejected, changes=changes, notes=notes)
     elif not interruption.requested:
         yield from _answer(session, "before")
     saved_step = progress.step if session.resumed is not None else -1
@@ -122,6 +123,7 @@ def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
             "samples_seen": session.order.samples_seen(progress.step),
             "epoch": session.order.epoch(progress.step),
             "seed": session.config.training.seed,
+            "best_step": None if progress.best_eval_loss is None else progress.best_step,
             "progress": progress.as_json(),
             "plan": session.knobs.as_json(),
             "plan_at_start": session.knobs_at_start.as_json(),

@@ -41,7 +41,7 @@ from qlora_trainer.run.knobs import (
 from qlora_trainer.run.planned import halved_or_refused, plan_run, require_fit
 from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
-from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind
+from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, with_best
 from qlora_trainer.run.session import Session
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
@@ -64,11 +64,10 @@ def prepare(
     """
     device = choose_device()
     return_freed_blocks()
-    loaded = None if resume is None else find_checkpoint(folder, resume)
+    loaded, notes = (None, ()) if resume is None else _saved_before(folder, resume)
     changes: tuple[Change, ...] = ()
     if loaded is not None:
         config, changes = continued_config(config, loaded, allow_change)
-        loaded = replace(loaded, adapter={}, optimizer={})  # its files are mapped again once they are needed
     machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
     torch.set_num_threads(machine.num_threads)
     cap_device_memory(device, None if config.memory.budget == "auto" else config.memory.budget)
@@ -123,6 +122,7 @@ def prepare(
         config=config,
         asked=config.model_dump(mode="json"),
         changes=changes,
+        notes=notes,
         folder=folder,
         device=device,
         base=base,
@@ -140,6 +140,18 @@ def prepare(
         fingerprints=fingerprints,
         resumed=loaded,
     )
+
+
+def _saved_before(folder: RunFolder, resume: str) -> tuple[Loaded | None, tuple[str, ...]]:
+    """The checkpoint to go on from, and what the user must know of it.
+
+    Its tensors are let go of: they map its files, which are opened again once the state is set back.
+    """
+    loaded = find_checkpoint(folder, resume)
+    if loaded is None:
+        return None, ()
+    loaded, notes = with_best(folder, loaded)
+    return replace(loaded, adapter={}, optimizer={}), notes
 
 
 def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None:

@@ -28,14 +28,21 @@ def optimizer_of(step: int) -> dict[str, Tensor]:
 
 
 def save(
-    folder: Path, step: int, *, storage: Storage = LOCAL, keep: int = 3, is_best: bool = False, run_id: str = "run-1"
+    folder: Path,
+    step: int,
+    *,
+    storage: Storage = LOCAL,
+    keep: int = 3,
+    is_best: bool = False,
+    best_step: int | None = None,
+    run_id: str = "run-1",
 ) -> Saved:
     return save_checkpoint(
         folder,
         step=step,
         adapter=adapter_of(step),
         optimizer=optimizer_of(step),
-        state={"run_id": run_id, "samples_seen": 16 * step},
+        state={"run_id": run_id, "samples_seen": 16 * step, "best_step": step if is_best else best_step},
         fingerprints=FINGERPRINTS,
         keep_checkpoints=keep,
         is_best=is_best,

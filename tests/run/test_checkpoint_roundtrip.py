@@ -37,7 +37,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (loaded.step, loaded.path) == (120, tmp_path / "step-00000120") == (saved.step, saved.path)
     assert_equal(loaded.adapter, adapter_of(120))
     assert_equal(loaded.optimizer, optimizer_of(120))
-    assert loaded.state == {"step": 120, "run_id": "run-1", "samples_seen": 16 * 120}
+    assert loaded.state == {"step": 120, "run_id": "run-1", "samples_seen": 16 * 120, "best_step": None}
     assert loaded.fingerprints == FINGERPRINTS
     assert "torch" in loaded.versions
     assert loaded.rejected == ()

@@ -83,7 +83,8 @@ def save_checkpoint(
         step: optimizer steps done.
         adapter: the adapter's weights by parameter name, on any device.
         optimizer: fp32 master and moments by parameter name, in their own dtypes.
-        state: all else that a resume needs, as JSON values; must hold `run_id`. `step` is added to it.
+        state: all else that a resume needs, as JSON values; must hold `run_id`, and `best_step` (an earlier one, this
+            one or None), which rotation leaves as long as this checkpoint. `step` is added to it.
         fingerprints: hashes of what the run was made of, kept in the manifest.
         keep_checkpoints: how many of the newest stay (two at least); `best` and `last` stay besides.
         is_best: whether the evaluation at this step was the best so far.
