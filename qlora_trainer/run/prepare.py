@@ -158,13 +158,15 @@ def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None
     """Refuse to go on with another base, tokenizer or data than the run began with.
 
     Raises:
-        ConfigError: names what changed.
+        ConfigError: names all that changed, each with the start of its old and its new hash.
     """
-    changed = [name for name in fingerprints if fingerprints[name] != loaded.fingerprints.get(name)]
+    before = {name: loaded.fingerprints.get(name, "none") for name in fingerprints}
+    changed = [name for name in fingerprints if fingerprints[name] != before[name]]
     if changed:
+        hashes = ", ".join(f"{name} {before[name][:12]} -> {fingerprints[name][:12]}" for name in changed)
         raise ConfigError(
             where=str(loaded.path),
-            found=f"another {changed[0]} than this run began with (its content has changed)",
+            found=f"another {' and another '.join(changed)} than this run began with (sha256: {hashes})",
             expected="the same content",
             fix="Restore it, or start a new run in another folder.",
         )
