@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.memory import resident_bytes
 from qlora_trainer.model.adapters import trainable_parameters
-from qlora_trainer.run import attempts, loop, prepare
+from qlora_trainer.run import attempts, loop, planned, prepare
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.records import Planned, PlanRevised, Record, StepDone
@@ -77,13 +78,13 @@ def test_a_pin_that_cannot_fit_is_named(tmp_path: Path, base: Path) -> None:
 
 def test_the_plan_is_kept_and_compared_with_what_was_measured(tmp_path: Path, base: Path) -> None:
     records = run_to_end(tiny_config(tmp_path, base, "training.max_steps=2"))
-    (planned,) = [record for record in records if isinstance(record, Planned)]
+    (made,) = [record for record in records if isinstance(record, Planned)]
     kept = json.loads((tmp_path / "run" / "plan.json").read_text())
     assert kept["fits"] is True
-    assert kept["knobs"] == planned.plan.knobs.as_json()
-    assert kept["in_force"]["plan"]["micro_batch_tokens"] == planned.plan.knobs.micro_batch_tokens
+    assert kept["knobs"] == made.plan.knobs.as_json()
+    assert kept["in_force"]["plan"]["micro_batch_tokens"] == made.plan.knobs.micro_batch_tokens
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["predicted_peak_bytes"] == planned.plan.predicted.process_peak_bytes
+    assert summary["predicted_peak_bytes"] == made.plan.predicted.process_peak_bytes
     assert summary["measured_peak_bytes"] > 0
 
 
@@ -176,7 +177,7 @@ def test_out_of_memory_in_the_rehearsal_revises_the_plan(
 
 
 def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) -> None:
-    """The same run in the least that fits, in twice and in four times as much; then resumed in another budget."""
+    """The same run in the least that fits, in twice and in four times as much."""
     options = ("lora.dropout=0.1", "training.max_steps=4")
     least = resident_bytes() + 300 * 2**20
     found, cuts = [], []
@@ -192,10 +193,29 @@ def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) 
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
 
-    part = tmp_path / "part"
-    run_until_step(tiny_config(tmp_path, base, *options, f"memory.budget={2 * least}B", f"output.dir={part}"), 3)
-    resumed = tiny_config(tmp_path, base, *options, f"memory.budget={4 * least}B", f"output.dir={part}")
-    assert losses(run_to_end(resumed, resume="auto")) == pytest.approx(found[0][2:], rel=1e-5)
+
+def test_another_budget_at_a_resume_cuts_otherwise_and_learns_the_same(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation tried: without memory.budget in `PLANNED_KEYS` the resumed run keeps its micro-batches."""
+    process_bytes = resident_bytes()
+    monkeypatch.setattr(planned, "_process_bytes", lambda: process_bytes)  # it grows by more than a tiny run takes
+    options = ("lora.dropout=0.1", "training.max_steps=4", "training.optimizer=adamw_8bit")
+
+    def config(budget_bytes: int, name: str) -> RunConfig:
+        budget = f"memory.budget={budget_bytes}B"
+        return tiny_config(tmp_path, base, *options, budget, f"output.dir={tmp_path / name}")
+
+    ample_bytes = process_bytes + 2**30
+    whole = run_to_end(config(ample_bytes, "whole"))
+    (ample,) = [record.plan for record in whole if isinstance(record, Planned)]
+    short_bytes = ample.predicted.process_peak_bytes - ample.predicted.allocated_peak_bytes * 2 // 3
+    run_until_step(config(short_bytes, "part"), 3)
+    short = json.loads((tmp_path / "part" / "plan.json").read_text())["in_force"]["plan"]
+    resumed = run_to_end(config(ample_bytes, "part"), resume="auto")
+    (anew,) = [record.plan for record in resumed if isinstance(record, Planned)]
+    assert short["micro_batch_tokens"] < anew.knobs.micro_batch_tokens == ample.knobs.micro_batch_tokens
+    assert losses(resumed) == pytest.approx(losses(whole)[2:], rel=1e-5)
 
 
 def test_other_micro_batches_at_a_resume_need_the_flag_and_change_nothing(tmp_path: Path, base: Path) -> None:
@@ -207,8 +227,8 @@ def test_other_micro_batches_at_a_resume_need_the_flag_and_change_nothing(tmp_pa
     with pytest.raises(ConfigError, match=r"found 256; expected 96, .*--allow-change memory\.micro_batch_tokens"):
         run_to_end(other, resume="auto")
     records = list(loop.train(other, resume="auto", allow_change=["memory.micro_batch_tokens"]))
-    (planned,) = [record for record in records if isinstance(record, Planned)]
-    assert planned.plan.knobs.micro_batch_tokens == 256
+    (made,) = [record for record in records if isinstance(record, Planned)]
+    assert made.plan.knobs.micro_batch_tokens == 256
     assert losses(records) == pytest.approx(expected[2:], rel=1e-5)
 
 
