@@ -41,7 +41,7 @@ from qlora_trainer.run.knobs import (
 from qlora_trainer.run.planned import halved_or_refused, plan_run, require_fit
 from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
-from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, with_best
+from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, version_notes, with_best
 from qlora_trainer.run.session import Session
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
@@ -151,7 +151,7 @@ def _saved_before(folder: RunFolder, resume: str) -> tuple[Loaded | None, tuple[
     if loaded is None:
         return None, ()
     loaded, notes = with_best(folder, loaded)
-    return replace(loaded, adapter={}, optimizer={}), notes
+    return replace(loaded, adapter={}, optimizer={}), (*notes, *version_notes(loaded))
 
 
 def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None:
@@ -204,12 +204,12 @@ def _decide(
     if loaded is not None:
         began_with = knobs_of(loaded.state["plan"])
         if not any(change.key in PLANNED_KEYS for change in changes):
-            predicted_bytes = began_with.predicted_peak_bytes
             knobs = decide_knobs(
                 config,
                 machine,
                 began_with.plan,
-                predicted_peak_bytes=predicted_bytes,
+                predicted_peak_bytes=began_with.predicted_peak_bytes,
+                breakdown=began_with.breakdown,
                 num_steps=order.num_steps,
             )
             return knobs, None
@@ -221,7 +221,14 @@ def _decide(
     plan = require_fit(plan_run(config, inputs.base, machine, lengths=lengths, seq_len=inputs.data.seq_len), config)
     is_cpu = choose_device().type == "cpu"
     predicted_bytes = plan.predicted.process_peak_bytes if is_cpu else plan.predicted.allocated_peak_bytes
-    knobs = decide_knobs(config, machine, plan.knobs, predicted_peak_bytes=predicted_bytes, num_steps=order.num_steps)
+    knobs = decide_knobs(
+        config,
+        machine,
+        plan.knobs,
+        predicted_peak_bytes=predicted_bytes,
+        breakdown=plan.predicted.breakdown,
+        num_steps=order.num_steps,
+    )
     return knobs, plan
 
 

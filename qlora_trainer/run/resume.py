@@ -13,7 +13,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run.checkpoint.listing import linked_step, step_name
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint, newest_verified
-from qlora_trainer.run.checkpoint.manifest import verify
+from qlora_trainer.run.checkpoint.manifest import package_versions, verify
 from qlora_trainer.run.checkpoint.rotate import discard_after, relink
 from qlora_trainer.run.config_changes import Change, changes_between, merged, require_allowed
 from qlora_trainer.run.folder import RunFolder, cut_logs
@@ -79,6 +79,19 @@ def with_best(folder: RunFolder, loaded: Loaded) -> tuple[Loaded, tuple[str, ...
     return replace(loaded, state={**loaded.state, "progress": forgotten.as_json()}), (note,)
 
 
+def version_notes(loaded: Loaded) -> tuple[str, ...]:
+    """That packages on which the numbers depend are not those of the checkpoint; empty where all are."""
+    before, now = loaded.versions, package_versions()
+    changed = [
+        f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if not changed:
+        return ()
+    return (f"other packages than at step {loaded.step}, so bits may differ from here on: {', '.join(changed)}",)
+
+
 def rewind(folder: RunFolder, loaded: Loaded | None) -> None:
     """Let logs, links and checkpoints be those of a run that stands at `loaded`, so that it is written anew from there.
 
@@ -91,7 +104,7 @@ def rewind(folder: RunFolder, loaded: Loaded | None) -> None:
     cut_logs(folder, loaded.step, evaluated_step=progress.evaluated_step)
     best_step = None if progress.best_eval_loss is None else progress.best_step
     relink(folder.checkpoints_path, last=loaded.step, best=best_step)
-    discard_after(folder.checkpoints_path, step=loaded.step)
+    discard_after(folder.checkpoints_path, step=loaded.step, run_id=loaded.state["run_id"])
 
 
 def continued_config(

@@ -11,7 +11,7 @@ from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage
 from qlora_trainer.run.records import Saved
 
-FINGERPRINTS = {"config": "c0ffee", "base": "ba5e"}
+FINGERPRINTS = {"tokenizer": "c0ffee", "base": "ba5e"}
 
 
 def adapter_of(step: int) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def test_a_crash_at_every_operation_leaves_the_old_or_the_new_step(tmp_path: Pat
         steps.append(loaded_step(folder))
         resumed = Path(shutil.copytree(folder, tmp_path / f"resumed-{k}", symlinks=True))
         relink(resumed, last=steps[-1], best=steps[-1])  # steps 2 and 3 were each the best when they were saved
-        discard_after(resumed, step=steps[-1])
+        discard_after(resumed, step=steps[-1], run_id="run-1")
         assert {name: os.readlink(resumed / name) for name in ("best", "last")} == {
             "best": f"step-{steps[-1]:08d}",
             "last": f"step-{steps[-1]:08d}",

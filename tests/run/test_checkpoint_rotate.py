@@ -84,10 +84,20 @@ def test_what_is_beyond_the_resumed_step_is_discarded(tmp_path: Path) -> None:
     (tmp_path / ".tmp-removed-step-00000000").mkdir()  # a rotation was killed, and no save may follow
     (tmp_path / ".tmp-removed-step-00000000" / "state.json").touch()
     relink(tmp_path, last=2, best=None)
-    assert discard_after(tmp_path, step=2) == (3, 4)
+    assert discard_after(tmp_path, step=2, run_id="run-1") == (3, 4)
     assert sorted(os.listdir(tmp_path)) == ["last", "step-00000001", "step-00000002"]
     assert os.readlink(tmp_path / "last") == "step-00000002"
     loaded = newest_verified(tmp_path)
     assert loaded is not None
     assert loaded.step == 2
-    assert discard_after(tmp_path, step=2) == ()
+    assert discard_after(tmp_path, step=2, run_id="run-1") == ()
+
+
+def test_a_resume_leaves_later_steps_of_another_run(tmp_path: Path) -> None:
+    """Mutation tried: without the run id in `discard_after` step 5 goes too."""
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    save(tmp_path, 5, run_id="run-0")
+    (save(tmp_path, 6, run_id="run-0").path / "manifest.json").write_bytes(b"{}")
+    assert discard_after(tmp_path, step=2, run_id="run-1") == (3, 6)
+    assert steps(tmp_path) == [1, 2, 5]

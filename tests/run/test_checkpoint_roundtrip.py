@@ -15,6 +15,7 @@ from torch import Tensor
 from qlora_trainer.config.strict_json import decode
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.load import load_checkpoint, newest_verified
+from qlora_trainer.run.checkpoint.rotate import rotate
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.checkpoint.tensors import lay_out, read_tensors, render
 from tests.run.small_run import FINGERPRINTS, adapter_of, optimizer_of, save
@@ -60,13 +61,16 @@ def test_a_named_checkpoint_is_loaded_through_its_link(tmp_path: Path) -> None:
 
 
 def test_steps_go_by_number_and_not_by_time(tmp_path: Path) -> None:
+    """Mutation tried: `list_steps` that sorts by modification time loads step 9, and rotates the newest away."""
     for step in (9, 10, 100_000_000):
         save(tmp_path, step)
-    for age, path in enumerate(sorted(tmp_path.glob("step-*"))):
-        os.utime(path, (age, age))
+    for age, path in enumerate(sorted(tmp_path.glob("step-*"), reverse=True)):
+        os.utime(path, (age, age))  # the higher the step, the older
     loaded = newest_verified(tmp_path)
     assert loaded is not None
     assert loaded.step == 100_000_000
+    (tmp_path / "last").unlink()  # else it keeps the step that a rotation by time would take
+    assert rotate(tmp_path, keep_checkpoints=2, run_id="run-1") == (9,)
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:

@@ -48,6 +48,29 @@ def test_fewer_documents_than_a_batch_are_refused_with_counts(
 
 
 @pytest.mark.usefixtures("nothing_loaded")
+def test_too_small_a_seq_len_is_refused_with_counts(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_command(tiny_config(tmp_path, base, "data.seq_len=16")) == 4
+    assert "48 of 48 rows that cannot be trained on" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_no_data_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    assert train_command(tiny_config(tmp_path, base)) == 4
+    assert "rows.jsonl: found no rows" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base", chat_template=None)
+    capsys.readouterr()  # transformers shows how it writes
+    assert train_command(tiny_config(tmp_path, base)) == 2
+    assert "chat template" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
 def test_a_tokenizer_of_another_base_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its ids would be rows that the embedding does not have; a smaller tokenizer is normal, and every other test's."""
     path = base / "config.json"

@@ -143,8 +143,14 @@ def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 12 bytes")
 
     monkeypatch.setattr(attempts, "accumulate_gradients", failing)
-    with pytest.raises(DoesNotFitError, match="step 1: found no memory left for a micro-batch"):
+    with pytest.raises(DoesNotFitError, match="step 1: found no memory left for a micro-batch") as caught:
         run_to_end(tiny_config(tmp_path, base))
+    told = str(caught.value)
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())["predicted"]
+    process_bytes = plan["process_peak_bytes"] - plan["allocated_peak_bytes"]
+    assert f"(in MiB: program and libraries {process_bytes / 2**20:,.2f}, " in told
+    for name, num_bytes in plan["breakdown"].items():
+        assert num_bytes == 0 or f"{name.replace('_', ' ')} {num_bytes / 2**20:,.2f}" in told
 
 
 def test_out_of_memory_in_the_update_is_not_retried(

@@ -72,7 +72,7 @@ def relink(folder: Path, *, last: int, best: int | None, storage: Storage = LOCA
         raise refusal(error, where=folder, doing="pointing last and best at the steps of the resumed run") from error
 
 
-def discard_after(folder: Path, *, step: int, storage: Storage = LOCAL) -> tuple[int, ...]:
+def discard_after(folder: Path, *, step: int, run_id: str, storage: Storage = LOCAL) -> tuple[int, ...]:
     """Remove the checkpoints beyond the step that a run resumes from; `relink` comes first, or links would dangle.
 
     They are damaged ones that a resume fell back over, or the course that the run took before it was resumed from an
@@ -81,6 +81,7 @@ def discard_after(folder: Path, *, step: int, storage: Storage = LOCAL) -> tuple
     Args:
         folder: the run's `checkpoints` directory.
         step: the step resumed from.
+        run_id: checkpoints of another run stay; one that cannot say whose it is goes, since it is damaged.
         storage: where they lie.
 
     Returns:
@@ -90,7 +91,8 @@ def discard_after(folder: Path, *, step: int, storage: Storage = LOCAL) -> tuple
         StorageError: the file system refused.
     """
     try:
-        doomed = [(found, path) for found, path in list_steps(folder, storage) if found > step]
+        beyond = [(found, path) for found, path in list_steps(folder, storage) if found > step]
+        doomed = [(found, path) for found, path in beyond if _run_id(path) in (run_id, None)]
         for _, path in reversed(doomed):
             remove_step(path, storage)
         sweep(folder, storage)  # what a crash left half-removed, where no save follows that would sweep it
@@ -108,7 +110,7 @@ def remove_step(path: Path, storage: Storage) -> None:
 
 
 def _run_id(path: Path) -> str | None:
-    """None for a checkpoint that cannot say whose it is: it is left alone."""
+    """None for a checkpoint that cannot say whose it is: rotation leaves it alone."""
     if path.is_symlink():
         return None
     try:
