@@ -144,7 +144,7 @@ def test_a_rehearsal_survives_it_at_every_kth_operation(session: Session, monkey
     with OutOfMemoryAt(-1) as counting:
         follow(prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs))
     fresh = state_of(session)
-    for k in spread(counting.num_operations, 4):
+    for k in spread(counting.num_operations, 8):
         out_of_memory = OutOfMemoryAt(k)
 
         def failing(*args: Any, out_of_memory: OutOfMemoryAt = out_of_memory, **kwargs: Any) -> None:
@@ -218,7 +218,7 @@ def test_a_phase_with_nothing_smaller_to_try_ends_in_one_line(
     assert command(-1) == 0
     assert num_operations > 0
     capsys.readouterr()
-    for k in spread(num_operations, 2):
+    for k in spread(num_operations, 4):
         assert command(k) == 3, k
         assert said in complaint(capsys), k
 
