@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
@@ -64,26 +64,25 @@ class AdapterFolder:
     weights: dict[str, Tensor]
 
 
-def write_adapter_folder(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    settings: LoraSettings,
-    *,
-    linear_names: Sequence[str],
-    base_name: str,
-    revision: str | None,
-) -> None:
-    """Write a PEFT folder into the existing, empty `folder`.
+def adapter_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `adapter_model.safetensors` holds, by PEFT's names.
 
     Args:
-        folder: where.
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R].
+    """
+    return {f"{_PREFIX}{name}.weight": tensor for name, tensor in weights.items()}
+
+
+def adapter_config(
+    settings: LoraSettings, *, linear_names: Sequence[str], base_name: str, revision: str | None
+) -> bytes:
+    """The file `adapter_config.json`.
+
+    Args:
         settings: rank, alpha, dropout, targets.
         linear_names: every linear of the base, to write targets as short names where that means the same.
         base_name, revision: what to call the base.
     """
-    tensors = {f"{_PREFIX}{name}.weight": tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, {"format": "pt"})
     # Only the classic fields: older PEFT versions fail on ones they do not know.
     fields = {
         "base_model_name_or_path": base_name,
@@ -106,7 +105,7 @@ def write_adapter_folder(
         "use_rslora": False,
         "use_dora": False,
     }
-    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
 def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) -> list[str]:

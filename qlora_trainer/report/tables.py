@@ -150,6 +150,8 @@ def resumed_lines(record: Resumed) -> Text:
         lines.append(f"\npassed over, damaged: {printable(reason, 500)}", style="yellow")
     for change in record.changes:
         lines.append(f"\nchanged: {printable(change, 500)}", style="yellow")
+    for note in record.notes:
+        lines.append(f"\nnote: {printable(note, 500)}", style="yellow")
     return lines
 
 

@@ -16,7 +16,7 @@ from qlora_trainer.errors import DivergedError, DoesNotFitError
 from qlora_trainer.hardware.memory import is_out_of_memory, read_memory
 from qlora_trainer.run.finish import plan_json
 from qlora_trainer.run.folder import append_eval, append_skipped, append_step, write_plan
-from qlora_trainer.run.planned import halved_or_refused
+from qlora_trainer.run.planned import counted_on, halved_or_refused
 from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone, StepSkipped
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
@@ -163,7 +163,7 @@ def _update(session: Session, rate: float, step: int) -> None:
         raise DoesNotFitError(
             where=f"the optimizer's update of step {step + 1}",
             found="no memory left, and weights that may be half updated",
-            expected="the memory that the plan counts on to be free",
+            expected=counted_on(session.knobs),
             fix="End what else uses the memory and go on from the last checkpoint: --resume auto.",
         ) from error
 

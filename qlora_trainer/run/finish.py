@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +10,11 @@ from torch import Tensor
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.memory import process_peak_bytes, read_memory
-from qlora_trainer.model.adapter_folder import write_adapter_folder
 from qlora_trainer.model.adapters import trainable_parameters
+from qlora_trainer.run.checkpoint.listing import step_name
 from qlora_trainer.run.checkpoint.load import load_checkpoint
 from qlora_trainer.run.checkpoint.manifest import package_versions
+from qlora_trainer.run.export import export_adapter
 from qlora_trainer.run.folder import write_summary
 from qlora_trainer.run.knobs import with_values
 from qlora_trainer.run.records import Finished, Status, Summary
@@ -28,7 +26,14 @@ def finish(session: Session, progress: Progress, *, status: Status) -> Finished:
     adapter_path = None
     if status != "interrupted":
         adapter_path = session.folder.adapter_path
-        _write_adapter(session, adapter_path, _final_weights(session, progress))
+        export_adapter(
+            adapter_path,
+            _final_weights(session, progress),
+            session.lora,
+            linear_names=list(session.model.linears),
+            base_name=session.base.name,
+            revision=session.base.revision,
+        )
     is_cuda = session.device.type == "cuda"
     summary = Summary(
         status=status,
@@ -63,24 +68,4 @@ def plan_json(session: Session) -> dict[str, Any]:
 def _final_weights(session: Session, progress: Progress) -> Mapping[str, Tensor]:
     if progress.best_eval_loss is None or progress.best_step == progress.step:
         return {name: parameter.data for name, parameter in trainable_parameters(session.model).items()}
-    return load_checkpoint(session.folder.checkpoints_path / "best").adapter
-
-
-def _write_adapter(session: Session, folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """Whole or not at all: written beside its place, then moved there."""
-    temporary = Path(tempfile.mkdtemp(prefix=".tmp-adapter-", dir=folder.parent))
-    temporary.chmod(folder.parent.stat().st_mode)
-    try:
-        write_adapter_folder(
-            temporary,
-            weights,
-            session.lora,
-            linear_names=list(session.model.linears),
-            base_name=session.base.name,
-            revision=session.base.revision,
-        )
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    return load_checkpoint(session.folder.checkpoints_path / step_name(progress.best_step)).adapter

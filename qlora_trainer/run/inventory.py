@@ -162,12 +162,11 @@ def _examine_checkpoints(folder: Path) -> tuple[CheckpointFound, ...]:
 def _resumable(checkpoints: tuple[CheckpointFound, ...], status: RunStatus) -> tuple[bool, str]:
     if status == "running":
         return False, "no, a process is running it"
-    whole = [checkpoint.step for checkpoint in checkpoints if not checkpoint.reasons]
-    newer = [checkpoint.path.name for checkpoint in checkpoints if "newer version" in "".join(checkpoint.reasons)]
-    if newer and newer[-1] == checkpoints[-1].path.name:
-        return False, f"no, {newer[-1]} was made by a newer version of this program"
-    if whole:
-        return True, f"goes on at step {whole[-1]}"
+    for checkpoint in reversed(checkpoints):  # as `newest_verified` does: what comes first decides
+        if not checkpoint.reasons:
+            return True, f"goes on at step {checkpoint.step}"
+        if "newer version" in "".join(checkpoint.reasons):
+            return False, f"no, {checkpoint.path.name} was made by a newer version of this program"
     if checkpoints:
         return False, "no, none of its checkpoints is whole"
     return True, "begins again: nothing was saved"

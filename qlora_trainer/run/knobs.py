@@ -44,11 +44,13 @@ class Knobs:
         num_steps: optimizer steps of the whole run.
         save_every, eval_every: optimizer steps between checkpoints and evaluations.
         predicted_peak_bytes: what the plan says of what is measured: RSS on a CPU, allocated bytes on a GPU.
+        breakdown: the plan's bytes at that peak by category, told where memory runs out; what it leaves is the process.
     """
 
     machine: MachineKnobs
     plan: PlanKnobs
     predicted_peak_bytes: int
+    breakdown: Mapping[str, int]
     num_steps: int
     save_every: int
     eval_every: int
@@ -87,13 +89,19 @@ def decide_machine_knobs(config: RunConfig, device: torch.device) -> MachineKnob
 
 
 def decide_knobs(
-    config: RunConfig, machine: MachineKnobs, plan: PlanKnobs, *, predicted_peak_bytes: int, num_steps: int
+    config: RunConfig,
+    machine: MachineKnobs,
+    plan: PlanKnobs,
+    *,
+    predicted_peak_bytes: int,
+    breakdown: Mapping[str, int],
+    num_steps: int,
 ) -> Knobs:
     """Decide how often to save and evaluate; what the config pins stays.
 
     Args:
         config: what the user asked for.
-        machine, plan, predicted_peak_bytes: decided before.
+        machine, plan, predicted_peak_bytes, breakdown: decided before.
         num_steps: of the whole run.
     """
     training = config.training
@@ -101,6 +109,7 @@ def decide_knobs(
         machine=machine,
         plan=plan,
         predicted_peak_bytes=predicted_peak_bytes,
+        breakdown=breakdown,
         num_steps=num_steps,
         save_every=_or_decided(training.save_every, math.ceil(num_steps / CHECKPOINTS_PER_RUN)),
         eval_every=_or_decided(training.eval_every, math.ceil(num_steps / EVALUATIONS_PER_RUN)),
@@ -123,6 +132,7 @@ def knobs_of(saved: Mapping[str, Any]) -> Knobs:
         machine=machine_knobs_of(saved),
         plan=plan_knobs_of(saved),
         predicted_peak_bytes=int(saved["predicted_peak_bytes"]),
+        breakdown=saved["breakdown"],
         num_steps=int(saved["num_steps"]),
         save_every=int(saved["save_every"]),
         eval_every=int(saved["eval_every"]),

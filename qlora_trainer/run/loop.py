@@ -29,11 +29,13 @@ from qlora_trainer.run.prepare import prepare
 from qlora_trainer.run.records import (
     Answered,
     Evaluated,
+    Finished,
     Prepared,
     Preparing,
     Record,
     Resumed,
     Saved,
+    Status,
     StepDone,
 )
 from qlora_trainer.run.resume import saved_progress
@@ -85,7 +87,8 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
         progress = saved_progress(session.resumed)
         rejected = tuple(str(reason) for reason in session.resumed.rejected)
         changes = tuple(str(change) for change in session.changes)
-        yield Resumed(step=progress.step, path=session.resumed.path, rejected=rejected, changes=changes)
+        path, notes = session.resumed.path, session.notes
+        yield Resumed(step=progress.step, path=path, rejected=rejected, changes=changes, notes=notes)
     elif not interruption.requested:
         yield from _answer(session, "before")
     saved_step = progress.step if session.resumed is not None else -1
@@ -96,18 +99,23 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
         is_last = _is_last(session, progress)
         is_save_due = progress.step > 0 and (progress.step % session.knobs.save_every == 0 or is_last or is_best)
         if (is_save_due or interruption.requested) and (progress.step != saved_step or is_best):
-            with lack_of_memory_told(f"saving step {progress.step}"):
+            with lack_of_memory_told(f"saving step {progress.step}", session.knobs):
                 saved = _save(session, progress, is_best=is_best)
             yield saved
             saved_step = progress.step
         if interruption.requested:
-            yield finish(session, progress, status="interrupted")
+            yield _finish(session, progress, "interrupted")
             raise _interrupted(session, interruption.signal_name or "a signal", progress.step)
         if is_last:
             break
         session, progress = yield from step_or_revise(session, progress)
     yield from _answer(session, "after")
-    yield finish(session, progress, status="done" if progress.step >= session.knobs.num_steps else "stopped_early")
+    yield _finish(session, progress, "done" if progress.step >= session.knobs.num_steps else "stopped_early")
+
+
+def _finish(session: Session, progress: Progress, status: Status) -> Finished:
+    with lack_of_memory_told("exporting the adapter", session.knobs):
+        return finish(session, progress, status=status)
 
 
 def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
@@ -122,6 +130,7 @@ def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
             "samples_seen": session.order.samples_seen(progress.step),
             "epoch": session.order.epoch(progress.step),
             "seed": session.config.training.seed,
+            "best_step": None if progress.best_eval_loss is None else progress.best_step,
             "progress": progress.as_json(),
             "plan": session.knobs.as_json(),
             "plan_at_start": session.knobs_at_start.as_json(),
@@ -137,7 +146,7 @@ def _answer(session: Session, when: str) -> Iterator[Answered | Preparing]:
     if not session.questions:
         return
     yield Preparing(what=f"answering {len(session.questions)} held-out questions")
-    with lack_of_memory_told(f"answering held-out questions {when} training"):
+    with lack_of_memory_told(f"answering held-out questions {when} training", session.knobs):
         answers = answer_all(
             session.model,
             session.tokenizer,

@@ -110,25 +110,38 @@ def halved_or_refused(knobs: Knobs, *, longest_tokens: int, where: str) -> Knobs
     """Knobs with half of the micro-batch.
 
     Raises:
-        DoesNotFitError: a micro-batch is one document already; names what the plan had said.
+        DoesNotFitError: a micro-batch is one document already; names what the plan had said, by category.
     """
     revised = halved(knobs.plan, longest_tokens)
     if revised is None:
         raise DoesNotFitError(
             where=where,
             found=f"no memory left for a micro-batch of {knobs.plan.micro_batch_tokens:,} tokens, one document",
-            expected=f"the {_gib(knobs.predicted_peak_bytes)} that the plan counts on to be free",
+            expected=counted_on(knobs),
             fix="End what else uses the memory, or lower data.seq_len, lora.rank or memory.budget.",
         )
     return replace(knobs, plan=revised)
 
 
+def counted_on(knobs: Knobs) -> str:
+    """What the plan counts on at its peak, and what that is made of, the largest first; for one line."""
+    process_bytes = knobs.predicted_peak_bytes - sum(knobs.breakdown.values())
+    parts = [*knobs.breakdown.items(), ("program and libraries", process_bytes)]
+    table = ", ".join(
+        f"{name.replace('_', ' ')} {num_bytes / 2**20:,.2f}"
+        for name, num_bytes in sorted(parts, key=lambda part: -part[1])
+        if num_bytes > 0
+    )
+    return f"the {_gib(knobs.predicted_peak_bytes)} that the plan counts on to be free (in MiB: {table})"
+
+
 @contextmanager
-def lack_of_memory_told(where: str) -> Iterator[None]:
+def lack_of_memory_told(where: str, knobs: Knobs | None = None) -> Iterator[None]:
     """Turn what a device raises when memory runs out into one line, where nothing smaller can be tried.
 
     Args:
         where: the phase, for the message.
+        knobs: what the plan said, for the message; None before there is a plan.
 
     Raises:
         DoesNotFitError: memory ran out within.
@@ -141,7 +154,7 @@ def lack_of_memory_told(where: str) -> Iterator[None]:
         raise DoesNotFitError(
             where=where,
             found="no memory left",
-            expected="the memory that the plan counts on to be free",
+            expected="what a run of this base takes" if knobs is None else counted_on(knobs),
             fix="End what else uses the memory, or lower memory.budget; --resume auto goes on from the last save.",
         ) from error
 

@@ -41,7 +41,7 @@ from qlora_trainer.run.knobs import (
 from qlora_trainer.run.planned import budget_of, halved_or_refused, plan_run, require_fit
 from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
-from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind
+from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, version_notes, with_best
 from qlora_trainer.run.session import Session
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
@@ -64,11 +64,10 @@ def prepare(
     """
     device = choose_device()
     return_freed_blocks()
-    loaded = None if resume is None else find_checkpoint(folder, resume)
+    loaded, notes = (None, ()) if resume is None else _saved_before(folder, resume)
     changes: tuple[Change, ...] = ()
     if loaded is not None:
         config, changes = continued_config(config, loaded, allow_change)
-        loaded = replace(loaded, adapter={}, optimizer={})  # its files are mapped again once they are needed
     machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
     torch.set_num_threads(machine.num_threads)
     if device.type == "cuda":  # a CPU has no cap of this kind; there the plan alone keeps a run within its budget
@@ -124,6 +123,7 @@ def prepare(
         config=config,
         asked=config.model_dump(mode="json"),
         changes=changes,
+        notes=notes,
         folder=folder,
         device=device,
         base=base,
@@ -144,17 +144,31 @@ def prepare(
     )
 
 
+def _saved_before(folder: RunFolder, resume: str) -> tuple[Loaded | None, tuple[str, ...]]:
+    """The checkpoint to go on from, and what the user must know of it.
+
+    Its tensors are let go of: they map its files, which are opened again once the state is set back.
+    """
+    loaded = find_checkpoint(folder, resume)
+    if loaded is None:
+        return None, ()
+    loaded, notes = with_best(folder, loaded)
+    return replace(loaded, adapter={}, optimizer={}), (*notes, *version_notes(loaded))
+
+
 def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None:
     """Refuse to go on with another base, tokenizer or data than the run began with.
 
     Raises:
-        ConfigError: names what changed.
+        ConfigError: names all that changed, each with the start of its old and its new hash.
     """
-    changed = [name for name in fingerprints if fingerprints[name] != loaded.fingerprints.get(name)]
+    before = {name: loaded.fingerprints.get(name, "none") for name in fingerprints}
+    changed = [name for name in fingerprints if fingerprints[name] != before[name]]
     if changed:
+        hashes = ", ".join(f"{name} {before[name][:12]} -> {fingerprints[name][:12]}" for name in changed)
         raise ConfigError(
             where=str(loaded.path),
-            found=f"another {changed[0]} than this run began with (its content has changed)",
+            found=f"another {' and another '.join(changed)} than this run began with (sha256: {hashes})",
             expected="the same content",
             fix="Restore it, or start a new run in another folder.",
         )
@@ -192,12 +206,12 @@ def _decide(
     if loaded is not None:
         began_with = knobs_of(loaded.state["plan"])
         if not any(change.key in PLANNED_KEYS for change in changes):
-            predicted_bytes = began_with.predicted_peak_bytes
             knobs = decide_knobs(
                 config,
                 machine,
                 began_with.plan,
-                predicted_peak_bytes=predicted_bytes,
+                predicted_peak_bytes=began_with.predicted_peak_bytes,
+                breakdown=began_with.breakdown,
                 num_steps=order.num_steps,
             )
             return knobs, None
@@ -208,7 +222,14 @@ def _decide(
     plan = require_fit(plan_run(config, inputs, machine), config)
     is_cpu = choose_device().type == "cpu"
     predicted_bytes = plan.predicted.process_peak_bytes if is_cpu else plan.predicted.allocated_peak_bytes
-    knobs = decide_knobs(config, machine, plan.knobs, predicted_peak_bytes=predicted_bytes, num_steps=order.num_steps)
+    knobs = decide_knobs(
+        config,
+        machine,
+        plan.knobs,
+        predicted_peak_bytes=predicted_bytes,
+        breakdown=plan.predicted.breakdown,
+        num_steps=order.num_steps,
+    )
     return knobs, plan
 
 

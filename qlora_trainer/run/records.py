@@ -192,12 +192,14 @@ class Resumed:
         path: the checkpoint.
         rejected: newer ones that were damaged, and why.
         changes: what is asked otherwise than before, as "key: old -> new".
+        notes: what else is not as it was before, a sentence each.
     """
 
     step: int
     path: Path
     rejected: tuple[str, ...] = ()
     changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import StorageError
+from qlora_trainer.run.checkpoint.listing import linked_step, step_name
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint, newest_verified
-from qlora_trainer.run.checkpoint.rotate import discard_after
+from qlora_trainer.run.checkpoint.manifest import package_versions, verify
+from qlora_trainer.run.checkpoint.rotate import discard_after, relink
 from qlora_trainer.run.config_changes import Change, changes_between, merged, require_allowed
 from qlora_trainer.run.folder import RunFolder, cut_logs, named_checkpoint
 from qlora_trainer.run.knobs import knobs_of
@@ -37,11 +39,60 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
     return newest_verified(folder.checkpoints_path) if path is None else load_checkpoint(path)
 
 
+def with_best(folder: RunFolder, loaded: Loaded) -> tuple[Loaded, tuple[str, ...]]:
+    """The checkpoint whose best step so far is there, whole, to be exported at the end; and what the user must know.
+
+    A best step that is not whole is refused. Where the user has removed the link `best` too, the run goes on without:
+    the best of what is evaluated from here on is exported.
+
+    Raises:
+        StorageError: the best step so far is damaged or gone; names the file.
+    """
+    progress = saved_progress(loaded)
+    path = folder.checkpoints_path / step_name(progress.best_step)
+    if progress.best_eval_loss is None or progress.best_step == loaded.step:
+        return loaded, ()
+    reasons = verify(path)
+    if not reasons:
+        return loaded, ()
+    if linked_step(folder.checkpoints_path, "best") is not None:
+        raise StorageError(
+            where=str(path),
+            found=f"the best step so far damaged: {'; '.join(reasons)}",
+            expected="files as its manifest says, since its adapter is exported if no later step is better",
+            fix=f"Restore it from a copy, or go on without it: remove the link {folder.checkpoints_path / 'best'}.",
+        )
+    forgotten = replace(progress, best_eval_loss=None, best_step=0)
+    note = f"{path.name}, the best step so far, is not whole: the best from here on is exported ({'; '.join(reasons)})"
+    return replace(loaded, state={**loaded.state, "progress": forgotten.as_json()}), (note,)
+
+
+def version_notes(loaded: Loaded) -> tuple[str, ...]:
+    """That packages on which the numbers depend are not those of the checkpoint; empty where all are."""
+    before, now = loaded.versions, package_versions()
+    changed = [
+        f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+    ]
+    if not changed:
+        return ()
+    return (f"other packages than at step {loaded.step}, so bits may differ from here on: {', '.join(changed)}",)
+
+
 def rewind(folder: RunFolder, loaded: Loaded | None) -> None:
-    """Remove checkpoints and log lines that are later than `loaded`, so that the run is written anew from there."""
-    step = -1 if loaded is None else loaded.step
-    cut_logs(folder, step, evaluated_step=-1 if loaded is None else saved_progress(loaded).evaluated_step)
-    discard_after(folder.checkpoints_path, step=step)
+    """Let logs, links and checkpoints be those of a run that stands at `loaded`, so that it is written anew from there.
+
+    The links come before anything is removed: a crash in between leaves none that dangles.
+    """
+    if loaded is None:
+        cut_logs(folder, -1, evaluated_step=-1)
+        return
+    progress = saved_progress(loaded)
+    cut_logs(folder, loaded.step, evaluated_step=progress.evaluated_step)
+    best_step = None if progress.best_eval_loss is None else progress.best_step
+    relink(folder.checkpoints_path, last=loaded.step, best=best_step)
+    discard_after(folder.checkpoints_path, step=loaded.step, run_id=loaded.state["run_id"])
 
 
 def continued_config(

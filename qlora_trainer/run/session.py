@@ -70,6 +70,7 @@ class Session:
         run_id: names this run in its checkpoints.
         asked: the config as the user gave it, as JSON; a resume that asks otherwise is refused, or says so.
         changes: what this resume asks otherwise than the run was asked before.
+        notes: what else is not as it was when the run was interrupted.
         fingerprints: hashes of base, tokenizer and data.
         knobs: in force; revised when memory runs out.
         knobs_at_start: before this process's first step, as `config.yaml` shows them.
@@ -82,6 +83,7 @@ class Session:
     config: RunConfig
     asked: Mapping[str, Any]
     changes: tuple[Change, ...]
+    notes: tuple[str, ...]
     folder: RunFolder
     device: torch.device
     base: Base

@@ -21,12 +21,12 @@ from qlora_trainer.model.adapter_folder import (
     read_adapter_fields,
     read_adapter_folder,
     short_target_modules,
-    write_adapter_folder,
 )
 from qlora_trainer.model.adapters import attach_adapters, select_targets, trainable_parameters
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.run.export import export_adapter
 from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, logits, wrap
 from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import (
@@ -48,11 +48,10 @@ TARGETS: list[str | list[str]] = ["all-linear", ["o_proj", "down_proj"], r"model
 def _write(
     folder: Path, base: Base, model: QuantizedModel, target_modules: str | list[str] = "all-linear"
 ) -> dict[str, torch.Tensor]:
-    folder.mkdir()
     settings = lora_settings(model, target_modules)
     weights = random_adapter(model, settings, b_size=0.05)
     attach_adapters(model, settings, weights, dtype=torch.float32)
-    write_adapter_folder(
+    export_adapter(
         folder,
         trainable_parameters(model),
         settings,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import list_steps
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.checkpoint.manifest import FILE_NAMES, MANIFEST_NAME, verify
+from qlora_trainer.run.checkpoint.rotate import discard_after, relink
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.checkpoint.storage import LOCAL, LocalStorage, Storage, check_free_space, write_atomically
 from tests.run.faulty_storage import Crash, CrashAt, FailAt, LoseUnsynced, NoSpaceAfter, Recording
@@ -31,7 +33,7 @@ def two_saved(folder: Path) -> Path:
 
 def count_operations(folder: Path) -> int:
     recording = Recording()
-    save(two_saved(folder), 3, keep=2, storage=recording)
+    save(two_saved(folder), 3, keep=2, is_best=True, storage=recording)
     return len(recording.operations)
 
 
@@ -46,7 +48,7 @@ def loaded_step(folder: Path) -> int:
 
 @pytest.mark.parametrize("fault", [CrashAt, LoseUnsynced])
 def test_a_crash_at_every_operation_leaves_the_old_or_the_new_step(tmp_path: Path, fault: type[CrashAt]) -> None:
-    """The previous or the new step loads, never neither, and no half step is listed.
+    """The previous or the new step loads, never neither, no half step is listed, and both links can be set right.
 
     Mutations tried, each fails here: without the fsync of the files a listed step has zeros; a save that writes without
     the temporary directory lists a half step; a rotation that removes a step in place, without taking its name away
@@ -58,10 +60,18 @@ def test_a_crash_at_every_operation_leaves_the_old_or_the_new_step(tmp_path: Pat
         folder = two_saved(tmp_path / f"crash-{k}")
         storage = fault(k)
         with pytest.raises(Crash):
-            save(folder, 3, keep=2, storage=storage)
+            save(folder, 3, keep=2, is_best=True, storage=storage)
         if isinstance(storage, LoseUnsynced):
             storage.lose(folder)
         steps.append(loaded_step(folder))
+        resumed = Path(shutil.copytree(folder, tmp_path / f"resumed-{k}", symlinks=True))
+        relink(resumed, last=steps[-1], best=steps[-1])  # steps 2 and 3 were each the best when they were saved
+        discard_after(resumed, step=steps[-1], run_id="run-1")
+        assert {name: os.readlink(resumed / name) for name in ("best", "last")} == {
+            "best": f"step-{steps[-1]:08d}",
+            "last": f"step-{steps[-1]:08d}",
+        }
+        assert not list(resumed.glob(".tmp-*"))
         assert [verify(path) for _, path in list_steps(folder, LOCAL) if verify(path)] == []  # nor a half-removed one
         save(folder, 4, keep=2)  # the next run saves, and tidies up what the crash left
         assert sorted(os.listdir(folder))[:2] == ["best", "last"]
@@ -94,7 +104,7 @@ def test_a_refusal_at_every_operation_never_harms_the_old_steps(tmp_path: Path, 
         folder = two_saved(tmp_path / f"refusal-{k}")
         storage = FailAt(k, error_number)
         with pytest.raises(StorageError) as caught:
-            save(folder, 3, keep=2, storage=storage)
+            save(folder, 3, keep=2, is_best=True, storage=storage)
         is_committed = loaded_step(folder) == 3
         assert ("itself is committed" in str(caught.value)) is is_committed, storage.operations[k]
         if not is_committed:
@@ -243,7 +253,7 @@ def test_all_bad_is_an_error_with_each_reason(tmp_path: Path) -> None:
 
 
 def test_a_step_saved_twice_is_written_once(tmp_path: Path) -> None:
-    first = save(tmp_path, 2)
+    first = save(tmp_path, 2, best_step=2)
     inode = first.path.stat().st_ino
     second = save(tmp_path, 2, is_best=True)
     assert second.num_bytes == first.num_bytes

@@ -15,9 +15,10 @@ from torch import Tensor
 from qlora_trainer.config.strict_json import decode
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.load import load_checkpoint, newest_verified
+from qlora_trainer.run.checkpoint.rotate import rotate
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.checkpoint.tensors import lay_out, read_tensors, render
-from tests.run.small_run import FINGERPRINTS, adapter_of, optimizer_of, save
+from tests.run.small_run import FINGERPRINTS, adapter_of, optimizer_of, save, state_of_rank_16
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.uint8, torch.int8, torch.int64, torch.bool)
 
@@ -37,7 +38,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (loaded.step, loaded.path) == (120, tmp_path / "step-00000120") == (saved.step, saved.path)
     assert_equal(loaded.adapter, adapter_of(120))
     assert_equal(loaded.optimizer, optimizer_of(120))
-    assert loaded.state == {"step": 120, "run_id": "run-1", "samples_seen": 16 * 120}
+    assert loaded.state == {"step": 120, "run_id": "run-1", "samples_seen": 16 * 120, "best_step": None}
     assert loaded.fingerprints == FINGERPRINTS
     assert "torch" in loaded.versions
     assert loaded.rejected == ()
@@ -60,13 +61,16 @@ def test_a_named_checkpoint_is_loaded_through_its_link(tmp_path: Path) -> None:
 
 
 def test_steps_go_by_number_and_not_by_time(tmp_path: Path) -> None:
+    """Mutation tried: `list_steps` that sorts by modification time loads step 9, and rotates the newest away."""
     for step in (9, 10, 100_000_000):
         save(tmp_path, step)
-    for age, path in enumerate(sorted(tmp_path.glob("step-*"))):
-        os.utime(path, (age, age))
+    for age, path in enumerate(sorted(tmp_path.glob("step-*"), reverse=True)):
+        os.utime(path, (age, age))  # the higher the step, the older
     loaded = newest_verified(tmp_path)
     assert loaded is not None
     assert loaded.step == 100_000_000
+    (tmp_path / "last").unlink()  # else it keeps the step that a rotation by time would take
+    assert rotate(tmp_path, keep_checkpoints=2, run_id="run-1") == (9,)
 
 
 def test_files_follow_the_umask(tmp_path: Path) -> None:
@@ -169,27 +173,6 @@ def test_a_dtype_or_name_that_the_format_lacks_is_our_bug() -> None:
 def test_json_is_read_strictly(text: bytes, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         decode(text)
-
-
-def state_of_rank_16() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Adapters of SmolLM2-135M at rank 16, 4.9 M parameters in 420 tensors, and their optimizer's 32-bit state."""
-    sizes = {
-        "q": (576, 576),
-        "k": (576, 192),
-        "v": (576, 192),
-        "o": (576, 576),
-        "gate": (576, 1536),
-        "down": (1536, 576),
-    }
-    sizes["up"] = sizes["gate"]
-    adapter = {}
-    for layer in range(30):
-        for name, (num_in, num_out) in sizes.items():
-            adapter[f"model.layers.{layer}.{name}_proj.lora_A"] = torch.rand(16, num_in, dtype=torch.bfloat16)
-            adapter[f"model.layers.{layer}.{name}_proj.lora_B"] = torch.rand(num_out, 16, dtype=torch.bfloat16)
-    parts = ("master", "state1", "state2")
-    optimizer = {f"{name}.{part}": torch.rand(tensor.shape) for name, tensor in adapter.items() for part in parts}
-    return adapter, optimizer
 
 
 def test_a_checkpoint_is_little_more_than_its_tensors_and_is_saved_at_once(tmp_path: Path) -> None:

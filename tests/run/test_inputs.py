@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_trainer.model.sealed_folder import sha256_of
 from qlora_trainer.run import prepare
+from qlora_trainer.run.checkpoint.manifest import read_manifest
 from qlora_trainer.run.records import Prepared, RowsSkipped
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base, write_rows
 from tests.run.told import complaint, train_command
@@ -43,6 +45,29 @@ def test_fewer_documents_than_a_batch_are_refused_with_counts(
         in (complaint(capsys))
     )
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_too_small_a_seq_len_is_refused_with_counts(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_command(tiny_config(tmp_path, base, "data.seq_len=16")) == 4
+    assert "48 of 48 rows that cannot be trained on" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_no_data_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rows.jsonl").write_text("\n\n")
+    assert train_command(tiny_config(tmp_path, base)) == 4
+    assert "rows.jsonl: found no rows" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_tokenizer_without_chat_template_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base", chat_template=None)
+    capsys.readouterr()  # transformers shows how it writes
+    assert train_command(tiny_config(tmp_path, base)) == 2
+    assert "chat template" in complaint(capsys)
 
 
 @pytest.mark.usefixtures("nothing_loaded")
@@ -93,4 +118,24 @@ def test_another_base_at_resume_is_refused(tmp_path: Path, base: Path, capsys: p
     data[-2] ^= 1  # the lowest bit of a weight
     path.write_bytes(data)
     assert train_command(config, "--resume", "auto") == 2
-    assert "found another base than this run began with" in complaint(capsys)
+    assert "found another base than this run began with (sha256: base " in complaint(capsys)
+
+
+def test_all_that_changed_is_named_at_resume_with_both_hashes(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutations tried: naming the first change only; no hash of the tokenizer, or of the evaluation data."""
+    held_out = write_rows(tmp_path / "eval.jsonl", 8)
+    config = tiny_config(tmp_path, base, f"data.eval={held_out}", "data.eval_fraction=0")
+    run_until_step(config, 3)
+    began_with = read_manifest(tmp_path / "run" / "checkpoints" / "last").fingerprints
+    settings = base / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("{", '{"of_no_consequence": 1,', 1))
+    for path in (tmp_path / "rows.jsonl", held_out):
+        path.write_text(path.read_text().replace("What is 3 + 3", "What is 3+3"))
+    assert train_command(config, "--resume", "auto") == 2
+    told = complaint(capsys)
+    assert "another tokenizer and another training data and another evaluation data than this run began with" in told
+    for name, path in (("training data", tmp_path / "rows.jsonl"), ("evaluation data", held_out)):
+        assert f"{name} {began_with[name][:12]} -> {sha256_of(path)[:12]}" in told
+    assert f"tokenizer {began_with['tokenizer'][:12]} -> " in told

@@ -11,6 +11,8 @@ import pytest
 from qlora_trainer.cli.app import main
 from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.errors import ConfigError, StorageError
+from qlora_trainer.report.formats import format_bytes
+from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.inventory import examine_run, find_runs, require_whole
@@ -68,13 +70,26 @@ def test_damage_is_named_and_the_older_step_is_where_it_goes_on(tmp_path: Path) 
     assert (run.can_resume, run.resumable) == (False, "no, none of its checkpoints is whole")
 
 
-def test_a_run_of_a_newer_version_cannot_go_on(tmp_path: Path) -> None:
-    path = write_run(tmp_path / "a", steps=(4, 6))
-    manifest = path / "checkpoints" / "step-00000006" / MANIFEST_NAME
+@pytest.mark.parametrize("newer, damaged, answer", [(6, None, 6), (4, 6, 4), (4, None, None), (2, 6, None)])
+def test_what_is_said_of_a_newer_version_is_what_a_resume_does(
+    newer: int, damaged: int | None, answer: int | None, tmp_path: Path
+) -> None:
+    """Mutation tried: to look at the newest checkpoint only says "goes on at step 2" where a resume is refused."""
+    path = write_run(tmp_path / "a", steps=(2, 4, 6))
+    manifest = path / "checkpoints" / f"step-{newer:08d}" / MANIFEST_NAME
     manifest.write_bytes(encode({**decode(read_capped(manifest)), "schema_version": 2}))
+    if damaged is not None:
+        damage(path, damaged)
     run = examine_run(path)
-    assert run.resumable == "no, step-00000006 was made by a newer version of this program"
+    if answer is None:
+        loaded = newest_verified(path / "checkpoints")
+        assert loaded is not None
+        assert (run.can_resume, run.resumable) == (True, f"goes on at step {loaded.step}")
+        return
+    assert run.resumable == f"no, step-{answer:08d} was made by a newer version of this program"
     assert not run.can_resume
+    with pytest.raises(StorageError, match=f"step-{answer:08d}: found a checkpoint made by a newer version"):
+        newest_verified(path / "checkpoints")
 
 
 def test_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
@@ -119,8 +134,9 @@ def test_the_command_lists_and_verifies(
     assert main(["runs", str(tmp_path)]) == 0
     assert main(["runs", "verify", str(whole)]) == 0
     out = capsys.readouterr().out
-    assert "6/6" in out
-    assert "goes on at step 6" in out
+    line = next(line for line in out.splitlines() if str(whole) in line)
+    size = format_bytes(examine_run(whole).num_bytes)
+    assert line.split(None, 1)[1].split() == f"done 6/6 1.5000 2 whole {size} goes on at step 6".split()
     assert out.count("verified") == 2
     damage(whole, 6)
     assert main(["runs", str(tmp_path)]) == 0

@@ -15,13 +15,13 @@ import pytest
 
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.show import to_yaml
-from qlora_trainer.errors import ConfigError, DataError, DivergedError, InterruptedAndSaved
+from qlora_trainer.errors import ConfigError, DivergedError, InterruptedAndSaved
 from qlora_trainer.run.answer import answer
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.folder import EVAL_KEYS, STEP_KEYS
 from qlora_trainer.run.loop import train
 from qlora_trainer.run.records import Answered, Evaluated, Finished, Prepared, Record, Resumed, StepDone
-from tests.run.tiny_run import course, rows, run_to_end, run_until_step, tiny_config, write_base
+from tests.run.tiny_run import course, rows, run_to_end, run_until_step, tiny_config
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
 
@@ -293,18 +293,6 @@ def test_a_checkpoint_can_be_named(tmp_path: Path, base: Path) -> None:
     assert course(tmp_path / "run") == whole
     with pytest.raises(ConfigError, match="--resume"):
         run_to_end(config, resume=str(tmp_path))
-
-
-def test_a_tokenizer_without_chat_template_is_refused_before_loading(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base", chat_template=None)
-    with pytest.raises(ConfigError, match="chat template"):
-        run_to_end(tiny_config(tmp_path, base))
-    assert not (tmp_path / "run").exists()
-
-
-def test_too_small_a_seq_len_is_refused_with_counts(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(DataError, match="rows that cannot be trained on"):
-        run_to_end(tiny_config(tmp_path, base, "data.seq_len=16"))
 
 
 def test_more_positions_than_the_base_has_are_refused(tmp_path: Path, base: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -17,10 +18,11 @@ from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.run import attempts, loop, prepare
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone
+from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import evaluate
-from tests.run.tiny_run import run_to_end, tiny_config
+from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
@@ -29,7 +31,9 @@ OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1")
 
 
 class OutOfMemoryAt(TorchDispatchMode):
-    """Fails as a device does at operation `k` (0 is the first), once; counts all of them."""
+    """Fails at operation `k` (0 is the first), once, as a GPU does where `k` is even, else as the CPU's allocator does;
+    counts all of them.
+    """
 
     def __init__(self, k: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -41,13 +45,15 @@ class OutOfMemoryAt(TorchDispatchMode):
     ) -> Any:
         self.num_operations += 1
         if self.num_operations - 1 == self.k:
+            if self.k % 2:
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
             raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
         return func(*args, **(kwargs or {}))
 
 
 def spread(num_operations: int, num_places: int) -> list[int]:
     """The first, the last, and every so many in between."""
-    stride = max(1, num_operations // num_places)
+    stride = max(1, num_operations // num_places) | 1  # an odd one, so that both kinds of error come
     return sorted({*range(0, num_operations, stride), num_operations - 1})
 
 
@@ -132,39 +138,89 @@ def test_an_update_that_fails_at_any_operation_is_told(session: Session, monkeyp
     session.optimizer.load_state_dict(before)
 
 
-def failing_at(function: Callable[..., Any], k: int) -> Callable[..., Any]:
-    """`function`, in which memory runs out at operation `k`."""
+def test_a_rehearsal_survives_it_at_every_kth_operation(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation tried: without the `finally` in `rehearse` the optimizer keeps what was rehearsed."""
+    working = rehearse
+    with OutOfMemoryAt(-1) as counting:
+        follow(prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs))
+    fresh = state_of(session)
+    for k in spread(counting.num_operations, 8):
+        out_of_memory = OutOfMemoryAt(k)
 
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        with OutOfMemoryAt(k):
-            return function(*args, **kwargs)
+        def failing(*args: Any, out_of_memory: OutOfMemoryAt = out_of_memory, **kwargs: Any) -> None:
+            with out_of_memory:
+                working(*args, **kwargs)
 
-    return failing
+        monkeypatch.setattr(prepare, "rehearse", failing)
+        steps = prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs)
+        (revised,) = follow(steps)
+        assert (revised.step, revised.phase, revised.micro_batch_tokens) == (0, "rehearsal", 256)
+        for name, tensor in state_of(session).items():
+            assert torch.equal(tensor, fresh[name])
+
+
+@pytest.fixture(scope="module")
+def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory, plans_made_once: None) -> Path:
+    """A run that may be resumed at its last step but one."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run_until_step(tiny_config(folder, base, *OPTIONS, "training.save_every=1", "training.max_steps=3"), 3)
+    return folder
 
 
 @pytest.mark.parametrize(
-    "where, name, k, said",
+    "where, name, said",
     [
-        (prepare, "read_inputs", 100, "loading and rehearsing: found no memory left"),  # while a small copy is tried
-        (prepare, "load_quantized", 0, "loading and rehearsing: found no memory left"),
-        (prepare, "load_quantized", 40, "loading and rehearsing: found no memory left"),
-        (prepare, "attach_new_adapters", 5, "loading and rehearsing: found no memory left"),
-        (loop, "save_checkpoint", 3, "saving step 2: found no memory left"),
+        (prepare, "read_inputs", "loading and rehearsing: found no memory left"),
+        (prepare, "load_quantized", "loading and rehearsing: found no memory left"),
+        (prepare, "attach_new_adapters", "loading and rehearsing: found no memory left"),
+        (prepare, "restore", "loading and rehearsing: found no memory left"),
+        (loop, "save_checkpoint", "saving step 3: found no memory left"),
+        (loop, "finish", "exporting the adapter: found no memory left"),
     ],
 )
 def test_a_phase_with_nothing_smaller_to_try_ends_in_one_line(
     where: Any,
     name: str,
-    k: int,
     said: str,
-    tmp_path: Path,
+    stopped: Path,
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(where, name, failing_at(getattr(where, name), k))
-    assert train_command(tiny_config(tmp_path, base, *OPTIONS)) == 3
-    assert said in complaint(capsys)
+    """At the first, the last and some operations between; each is a resume of its own, of which the first succeeds.
+
+    Mutation tried: `finish` outside of `lack_of_memory_told` ends with a traceback.
+    """
+    working = getattr(where, name)
+    num_operations = 0
+
+    def watched(k: int) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal num_operations
+            with OutOfMemoryAt(k) as mode:
+                try:
+                    return working(*args, **kwargs)
+                finally:
+                    num_operations = max(num_operations, mode.num_operations)
+
+        return call
+
+    run = stopped / name
+    config = tiny_config(stopped, base, *OPTIONS, "training.save_every=1", "training.max_steps=3", f"output.dir={run}")
+
+    def command(k: int) -> int:
+        if run.exists():
+            shutil.rmtree(run)
+        shutil.copytree(stopped / "run", run, symlinks=True)
+        monkeypatch.setattr(where, name, watched(k))
+        return train_command(config, "--resume", "auto")
+
+    assert command(-1) == 0
+    assert num_operations > 0
+    capsys.readouterr()
+    for k in spread(num_operations, 4):
+        assert command(k) == 3, k
+        assert said in complaint(capsys), k
 
 
 def test_a_revised_plan_is_written_and_kept_by_the_next_checkpoint(

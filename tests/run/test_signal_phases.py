@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 
 from qlora_trainer.run import attempts, loop, prepare
 from qlora_trainer.run.checkpoint.load import newest_verified
+from qlora_trainer.run.checkpoint.storage import LocalStorage
 from qlora_trainer.step.optimizer import AdapterOptimizer
+from tests.run.faulty_storage import Crash
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
@@ -83,6 +87,43 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(
     assert train_command(config, "--resume", "auto") == 0
     assert course(tmp_path / "run") == undisturbed
     assert loaded.step == step
+
+
+def test_a_second_signal_in_a_save_leaves_the_last_commit(
+    tmp_path: Path, base: Path, undisturbed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a process exits at once then is shown in test_signals; here its exit is a crash, half-way through a file.
+
+    Mutation tried: a second signal that is taken for the first lets the save go on, and nothing crashes.
+    """
+    codes = []
+    working = LocalStorage.write
+
+    def exiting(code: int) -> None:
+        codes.append(code)
+        raise Crash
+
+    def signalled_twice(storage: LocalStorage, file: FileIO, data: memoryview) -> None:
+        if ".tmp-step-00000004/optimizer" in os.fsdecode(file.name):
+            working(storage, file, data[: len(data) // 2])
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        working(storage, file, data)
+
+    config = tiny_config(tmp_path, base, *OPTIONS)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "write", signalled_twice)
+        patch.setattr(os, "_exit", exiting)
+        with pytest.raises(Crash):
+            train_command(config)
+    assert codes == [128 + signal.SIGTERM]
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("*step-*")) == [".tmp-step-00000004", "step-00000002"]
+    loaded = newest_verified(checkpoints)
+    assert loaded is not None
+    assert loaded.step == 2
+    assert train_command(config, "--resume", "auto") == 0
+    assert course(tmp_path / "run") == undisturbed
 
 
 def test_an_evaluation_that_a_signal_put_off_is_logged_once(

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
@@ -15,9 +16,9 @@ import torch
 
 from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.run.checkpoint.load import newest_verified
-from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME
+from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from qlora_trainer.run.checkpoint.storage import LocalStorage
-from qlora_trainer.run.records import StepDone
+from qlora_trainer.run.records import Resumed, StepDone
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
@@ -162,6 +163,52 @@ def test_a_path_to_resume_from_stays_inside_the_run(
     assert "expected" in complaint(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run", "run.yaml"]
     assert list((tmp_path / "run").rglob("*")) == []
+
+
+def test_other_packages_at_a_resume_are_told(tmp_path: Path, base: Path) -> None:
+    """Mutation tried: without `version_notes` in prepare nothing is said."""
+    config = tiny_config(tmp_path, base, *PLAIN, "training.max_steps=3")
+    run_until_step(config, 3)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    manifest = read_manifest(checkpoint)
+    made_by = {**manifest.versions, "torch": "1.0", "gone": "2"}
+    (checkpoint / MANIFEST_NAME).write_bytes(replace(manifest, versions=made_by).to_bytes())
+    (resumed,) = [record for record in run_to_end(config, resume="auto") if isinstance(record, Resumed)]
+    assert resumed.notes == (
+        "other packages than at step 2, so bits may differ from here on: "
+        f"gone 2 -> none, torch 1.0 -> {manifest.versions['torch']}",
+    )
+
+
+def test_logs_are_on_the_disk_before_a_step_is_committed(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss after the commit must not take lines of steps that a resume does not do again.
+
+    Mutation tried: without `sync_logs` in `_save` nothing was ever fsynced.
+    """
+    run = tmp_path / "run"
+    synced_bytes: dict[str, int] = {}
+    found = []
+    fsync, rename = os.fsync, LocalStorage.rename
+
+    def noting(descriptor: int) -> None:
+        fsync(descriptor)
+        synced_bytes[Path(os.readlink(f"/proc/self/fd/{descriptor}")).name] = os.fstat(descriptor).st_size
+
+    def committing(storage: LocalStorage, source: Path, target: Path) -> None:
+        if target.name.startswith("step-"):
+            logs = sorted(path.name for path in run.glob("*.jsonl"))
+            found.append(([synced_bytes.get(name) for name in logs], [(run / name).stat().st_size for name in logs]))
+        rename(storage, source, target)
+
+    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(LocalStorage, "rename", committing)
+    run_to_end(tiny_config(tmp_path, base, "training.eval_every=2", "training.max_steps=4"))
+    assert len(found) == 2
+    for synced, written in found:
+        assert synced == written
+        assert len(written) == 2  # metrics.jsonl and evals.jsonl
 
 
 def test_a_clock_that_goes_back_does_not_matter(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"the undisturbed run failed with exit code {code}: see {work / 'whole.log'}")
         return 1
     pace = _pace(work / "whole", time.monotonic() - start)
-    print(f"undisturbed: {pace.load_seconds:.1f} s to the first step, {pace.step_seconds:.3f} s a step", flush=True)
+    plan = json.loads((work / "whole" / "plan.json").read_text())["in_force"]["plan"]
+    told = f"{plan['micro_batches_per_step']} micro-batches of {plan['micro_batch_tokens']} tokens a step"
+    print(
+        f"undisturbed: {pace.load_seconds:.1f} s to the first step, {pace.step_seconds:.3f} s a step, {told}",
+        flush=True,
+    )
     num_kills, num_runs, differences = 0, 0, []
     exactly = not _other_memory(options)
     while num_kills < options.kills:
@@ -90,7 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = compare(work / "whole", folder, exactly=exactly)
         print(f"{folder.name}: {'equal' if not found else '; '.join(found)}", flush=True)
         differences += found
-    print(f"{num_kills} kills in {num_runs} runs, {len(differences)} differences")
+    num_terms = sum(log.read_bytes().count(b"SIGTERM: finishing this step") for log in work.glob("killed-*.log"))
+    print(f"{num_kills} kills in {num_runs} runs, {num_terms} after a SIGTERM, {len(differences)} differences")
     return 1 if differences else 0
 
 

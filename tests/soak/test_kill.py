@@ -25,12 +25,17 @@ def kill(work: Path, *arguments: str, kills: int) -> list[str]:
 
 
 def test_three_kills_change_nothing(tmp_path: Path) -> None:
-    """Mutation tried: without `rewind` in prepare, metrics.jsonl has lines of lost steps twice."""
-    lines = kill(tmp_path, "--steps=12", "--seed=1", kills=3)
+    """Four micro-batches a step; the third kill comes after a SIGTERM that the run has seen.
+
+    Mutations tried: without `rewind` in prepare, metrics.jsonl has lines of lost steps twice; a script that sends no
+    SIGTERM is found by its last line.
+    """
+    lines = kill(tmp_path, "--steps=12", "--seed=1", "--dropout=0.1", "--micro-batch-tokens=96", kills=3)
+    assert lines[0].endswith(" 4 micro-batches of 96 tokens a step")
     assert sum(line.startswith("kill ") for line in lines) == 3
     assert any("exit -9" in line for line in lines)
     assert lines[-1].startswith("3 kills in ")
-    assert lines[-1].endswith(" 0 differences")
+    assert lines[-1].endswith(" 1 after a SIGTERM, 0 differences")
 
 
 @pytest.mark.soak
@@ -47,7 +52,11 @@ def test_three_kills_change_nothing(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_thirty_kills_change_nothing(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    assert kill(tmp_path, "--steps=24", *arguments, kills=30)[-1].endswith(" 0 differences")
+    lines = kill(tmp_path, "--steps=24", *arguments, kills=30)
+    assert lines[-1].endswith(" 0 differences")
+    assert " 0 after a SIGTERM" not in lines[-1]
+    if "--micro-batch-tokens=96" in arguments:
+        assert " 4 micro-batches of " in lines[0]
 
 
 def write_run(path: Path, *, losses: list[float]) -> Path:

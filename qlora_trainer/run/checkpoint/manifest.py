@@ -42,8 +42,9 @@ class Manifest:
         step: optimizer steps done.
         run_id: the run that made it; rotation touches no other.
         files: by name; exactly `FILE_NAMES`.
-        fingerprints: hashes of what the run was made of (config, base, tokenizer, data, ...), compared at resume.
-        versions: of the packages that a result depends on.
+        fingerprints: hashes of what the run was made of (base, tokenizer, data), compared at resume; the config is in
+            the state, where it is compared by key.
+        versions: of the packages that a result depends on; a resume tells of others.
     """
 
     step: int

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from qlora_trainer.run.checkpoint.storage import (
     refusal,
     remove_tree,
     sweep,
+    write_new,
 )
 from qlora_trainer.run.checkpoint.tensors import lay_out, render, require_finite
 from qlora_trainer.run.records import Saved
@@ -83,7 +84,8 @@ def save_checkpoint(
         step: optimizer steps done.
         adapter: the adapter's weights by parameter name, on any device.
         optimizer: fp32 master and moments by parameter name, in their own dtypes.
-        state: all else that a resume needs, as JSON values; must hold `run_id`. `step` is added to it.
+        state: all else that a resume needs, as JSON values; must hold `run_id`, and `best_step` (an earlier one, this
+            one or None), which rotation leaves as long as this checkpoint. `step` is added to it.
         fingerprints: hashes of what the run was made of, kept in the manifest.
         keep_checkpoints: how many of the newest stay (two at least); `best` and `last` stay besides.
         is_best: whether the evaluation at this step was the best so far.
@@ -175,12 +177,15 @@ def _write_and_commit(target: Path, contents: tuple[_Content, ...], label: _Labe
 def _write(path: Path, pieces: Iterable[memoryview], storage: Storage) -> FileEntry:
     digest = hashlib.sha256()
     num_bytes = 0
-    with storage.open(path) as file:
+
+    def counted() -> Iterator[memoryview]:
+        nonlocal num_bytes
         for piece in pieces:
             digest.update(piece)
-            storage.write(file, piece)
             num_bytes += piece.nbytes
-        storage.fsync(file)
+            yield piece
+
+    write_new(path, counted(), storage)
     return FileEntry(num_bytes=num_bytes, sha256=digest.hexdigest())
 
 

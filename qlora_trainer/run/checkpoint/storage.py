@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -116,6 +117,14 @@ def sweep(folder: Path, storage: Storage) -> None:
             remove_tree(folder / name, storage)
 
 
+def write_new(path: Path, pieces: Iterable[memoryview], storage: Storage) -> None:
+    """Write a file that does not exist yet, and return when its bytes are on the disk."""
+    with storage.open(path) as file:
+        for piece in pieces:
+            storage.write(file, piece)
+        storage.fsync(file)
+
+
 def write_atomically(path: Path, data: bytes, storage: Storage = LOCAL) -> None:
     """Replace a file so that a crash or a power loss leaves either the old or the new one, whole.
 
@@ -131,9 +140,7 @@ def write_atomically(path: Path, data: bytes, storage: Storage = LOCAL) -> None:
     try:
         if temporary.exists():  # left by a crash; `open` insists on a new file
             storage.remove(temporary)
-        with storage.open(temporary) as file:
-            storage.write(file, memoryview(data))
-            storage.fsync(file)
+        write_new(temporary, [memoryview(data)], storage)
         storage.rename(temporary, path)
         storage.fsync_dir(path.parent)
     except OSError as error:
