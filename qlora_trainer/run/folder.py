@@ -329,7 +329,7 @@ def named_checkpoint(folder: RunFolder, resume: str) -> Path | None:
     if resume == AUTO:
         return None
     path = None if "\0" in resume else Path(resume).resolve()
-    if path is None or path.parent != folder.checkpoints_path.resolve() or not path.is_dir():
+    if path is None or path.parent != folder.checkpoints_path.resolve() or not os.path.isdir(path):
         raise ConfigError(
             where="--resume",
             found=resume,
