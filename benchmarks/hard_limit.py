@@ -4,10 +4,11 @@
 
 The smallest budget is what the smallest plan needs, as `train` itself says; the largest is a little above what the
 fastest plan needs; the others lie between, in equal ratios. Each run, in a process of its own, has an evaluation before
-and after, two steps and a checkpoint. Must be run by a user who may make control groups (root, as a rule).
+and after, four steps in fp32 (the first at a learning rate of 0) and a checkpoint. Must be run by a user who may make
+control groups (root, as a rule).
 
-Exit code 1 if a run does not end well, if the kernel ended a process of the group, or if a plan leaves more than 15 %
-of its budget although a faster plan would need more than it took.
+Exit code 1 if a run does not end well, if the kernel ended a process of the group (its own counter says so), or if a
+plan leaves more than 15 % of its budget although a faster plan would need more than it took.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from tests.hardware.memory_group import memory_group
 REPOSITORY = Path(__file__).parents[1]
 MIB = 2**20
 LEAST_USED_SHARE = 0.85
+IN_FP32 = "quantization.compute_dtype=float32"  # losses of different cuts are compared
 # The plan asks what its own process takes, and `train` imports a little more than what plans here.
 SPARE_BYTES = 12 * MIB
 _PLAN = """
@@ -48,14 +50,17 @@ class Outcome:
     Attributes:
         budget_bytes: the limit of the group, and `memory.budget`.
         exit_code: of the process; negative, the signal that ended it.
+        num_kills: processes of the group that the kernel ended for want of memory.
         planned_bytes, measured_bytes: resident peak by plan and by kernel; 0 for a run that did not end well.
         micro_batch_tokens, kept_layers, loss_chunk: the plan's choice.
         tokens_per_second: as planned.
         losses: of the steps.
+        eval_losses: of held-out rows, before and after.
     """
 
     budget_bytes: int
     exit_code: int
+    num_kills: int
     planned_bytes: int = 0
     measured_bytes: int = 0
     micro_batch_tokens: int = 0
@@ -63,11 +68,12 @@ class Outcome:
     loss_chunk: int = 0
     tokens_per_second: float = 0.0
     losses: tuple[float, ...] = ()
+    eval_losses: tuple[float, ...] = ()
 
     def is_right(self, fastest: float) -> bool:
         """It ended well, and used its budget if anything faster exists."""
         is_used = self.planned_bytes >= LEAST_USED_SHARE * self.budget_bytes
-        return self.exit_code == 0 and (is_used or self.tokens_per_second >= 0.999 * fastest)
+        return self.exit_code == 0 and self.num_kills == 0 and (is_used or self.tokens_per_second >= 0.999 * fastest)
 
 
 def smallest_and_fastest(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -100,14 +106,16 @@ def run_limited(overrides: Sequence[str], budget_bytes: int, folder: Path) -> Ou
         )
         group.add(child.pid)
         child.communicate(b"go\n")
+        num_kills = group.num_kills()
     if child.returncode != 0:
-        return Outcome(budget_bytes=budget_bytes, exit_code=child.returncode)
+        return Outcome(budget_bytes=budget_bytes, exit_code=child.returncode, num_kills=num_kills)
     summary = json.loads((folder / "summary.json").read_text())
     plan = json.loads((folder / "plan.json").read_text())
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return Outcome(
         budget_bytes=budget_bytes,
         exit_code=0,
+        num_kills=num_kills,
         planned_bytes=plan["predicted"]["process_peak_bytes"],
         measured_bytes=summary["measured_peak_bytes"],
         micro_batch_tokens=plan["knobs"]["micro_batch_tokens"],
@@ -115,6 +123,7 @@ def run_limited(overrides: Sequence[str], budget_bytes: int, folder: Path) -> Ou
         loss_chunk=plan["knobs"]["loss_chunk"],
         tokens_per_second=plan["predicted"]["tokens_per_second"],
         losses=tuple(line["loss"] for line in lines if "loss" in line),
+        eval_losses=(summary["eval_loss_before"], summary["eval_loss_after"]),
     )
 
 
@@ -125,7 +134,7 @@ def between(smallest: int, largest: int, count: int) -> list[int]:
 
 def _row(outcome: Outcome) -> str:
     ending = "ended well" if outcome.exit_code == 0 else f"exit code {outcome.exit_code}"
-    if outcome.exit_code == -signal.SIGKILL:
+    if outcome.exit_code == -signal.SIGKILL or outcome.num_kills:
         ending = "KILLED"
     cells = (
         f"{outcome.budget_bytes / MIB:,.0f}",
@@ -154,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="hard-limit-", dir=chosen.folder) as temporary:
         folder = Path(temporary)
-        overrides = small_run(folder, chosen.base, seq_len=chosen.seq_len, batch=chosen.batch)
+        overrides = [*small_run(folder, chosen.base, seq_len=chosen.seq_len, batch=chosen.batch), IN_FP32]
         run_limited(overrides, 16 * 2**30, folder / "warm")  # the NF4 cache is made
         smallest, fastest = smallest_and_fastest(overrides)
         least, most = (plan["predicted"]["process_peak_bytes"] + SPARE_BYTES for plan in (smallest, fastest))
@@ -170,14 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def small_run(folder: Path, base: str, *, seq_len: int, batch: int) -> list[str]:
-    """Overrides of a run of two steps, of `batch` documents of `seq_len` tokens each; its data are written."""
+    """Overrides of a run of four steps, of `batch` documents of `seq_len` tokens each; its data are written."""
     from qlora_trainer.model.base import read_tokenizer, resolve_base
 
     if base in ARCHITECTURES:
         base = str(write_base(folder / base, base))
     tokenizer = read_tokenizer(resolve_base(base).folder)
     train, held_out = folder / "train.jsonl", folder / "eval.jsonl"
-    lengths = write_documents(train, tokenizer, num_tokens=seq_len, count=2 * batch)
+    lengths = write_documents(train, tokenizer, num_tokens=seq_len, count=4 * batch)
     write_documents(held_out, tokenizer, num_tokens=seq_len, count=batch)
     return [
         f"model.base={base}",
@@ -185,7 +194,8 @@ def small_run(folder: Path, base: str, *, seq_len: int, batch: int) -> list[str]
         f"data.eval={held_out}",
         f"data.seq_len={max(lengths)}",
         f"training.global_batch_size={batch}",
-        "training.max_steps=2",
+        "training.max_steps=4",
+        "training.learning_rate=1e-3",
         "output.sample_questions=1",
     ]
 

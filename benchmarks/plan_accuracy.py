@@ -140,7 +140,10 @@ class Bench:
 
 
 def _compared(predicted: Mapping[str, Any], counted: Sequence[Mapping[str, int]]) -> dict[str, tuple[int, int]]:
-    """Phase -> (predicted, counted), of run and resume the one that is further off."""
+    """Phase -> (predicted, counted), of run and resume the one that is further off.
+
+    Every phase must be in one of the two; only "forward" has no entry of its own, being counted with the loss.
+    """
     expected: dict[str, int] = dict(predicted["phases"])
     # Where the profile's first part ends, adapters and optimizer are there too.
     expected["load"] = max(expected["load"], sum(predicted["resident"].values()))
@@ -150,8 +153,9 @@ def _compared(predicted: Mapping[str, Any], counted: Sequence[Mapping[str, int]]
     found: dict[str, tuple[int, int]] = {}
     for name, num_bytes in expected.items():
         pairs = [(num_bytes, phases[name]) for phases in counted if name in phases]
-        if pairs:
-            found[name] = max(pairs, key=lambda pair: abs(off(pair)))
+        if not pairs:
+            raise RuntimeError(f"no profile shows the phase {name}, of {sorted(expected)}: nothing is known of it")
+        found[name] = max(pairs, key=lambda pair: abs(off(pair)))
     return found
 
 

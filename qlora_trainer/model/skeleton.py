@@ -93,9 +93,6 @@ def find_parts(module: PreTrainedModel) -> Parts:
     model_type = module.config.model_type
     if module.config.get_text_config() is not module.config:
         raise _refuse(model_type, "more than a text decoder in one model (vision or audio parts)")
-    renamed = get_model_conversion_mapping(module, add_legacy=False)
-    if renamed:
-        raise _refuse(model_type, f"weights whose files name them otherwise ({renamed[0].source_patterns[0]})")
     head_module = module.get_output_embeddings()
     if not isinstance(head_module, nn.Linear):
         raise _refuse(model_type, "no linear output projection onto the vocabulary")
@@ -113,6 +110,9 @@ def find_parts(module: PreTrainedModel) -> Parts:
         if parameter.ndim >= 2 and owner not in embeddings and owner != head:
             raise _refuse(model_type, f"the weight {name} of shape {tuple(parameter.shape)} outside any linear layer")
         dense.append(name)
+    renamed = get_model_conversion_mapping(module, add_legacy=False)
+    if renamed:
+        raise _refuse(model_type, f"weights whose files name them otherwise ({renamed[0].source_patterns[0]})")
     return Parts(linears, embeddings, head, is_tied, tuple(dense))
 
 

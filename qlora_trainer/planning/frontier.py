@@ -18,14 +18,20 @@ def frontier_cells(
     estimate: Estimator,
     is_within: Callable[[Usage], bool],
     chosen: PlanKnobs,
+    *,
+    max_positions: int | None,
 ) -> tuple[FrontierCell, ...]:
     """One cell for each of `RANKS` x `SEQ_LENS` and the plan's own; everything else that the plan chose stays.
+
+    Lengths beyond the model's positions are left out: no plan may have them.
 
     The largest micro-batch is of whole documents with every layer recomputed; its speed is what it reaches when as many
     layers as fit are kept.
     """
     ranks = sorted({*RANKS, chosen.rank})
-    lengths = sorted({*(length for length in SEQ_LENS), chosen.seq_len})
+    lengths = sorted(
+        {*(length for length in SEQ_LENS if max_positions is None or length <= max_positions), chosen.seq_len}
+    )
     return tuple(
         _cell(space_of(rank, length), price, estimate, is_within, chosen) for rank in ranks for length in lengths
     )

@@ -348,7 +348,10 @@ class _Planner:
         )
 
     def frontier(self, plan: Plan) -> tuple[FrontierCell, ...]:
-        return frontier_cells(self.space, self.price, self.estimate, self.is_within, plan.knobs)
+        positions = getattr(self.dry.model.module.config, "max_position_embeddings", None)
+        return frontier_cells(
+            self.space, self.price, self.estimate, self.is_within, plan.knobs, max_positions=positions
+        )
 
 
 def _different(found: Sequence[Candidate]) -> list[Candidate]:

@@ -150,3 +150,24 @@ def test_python_m_is_the_command_too(work: Path) -> None:
     )
     assert child.returncode == 2
     assert child.stderr == "qlora-trainer: error: No such command 'frobnicate'. See `qlora-trainer --help`.\n"
+
+
+@pytest.mark.slow
+def test_a_plan_by_name_imports_no_more_than_it_needs(work: Path) -> None:
+    """The step runs on torch, transformers (which imports accelerate itself) and bitsandbytes: no data, no plot."""
+    needless = ("datasets", "matplotlib", "peft", "trl", "gguf", "tensorboard")
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            REPORT_IMPORTS.replace(str(HEAVY), str(needless)),
+            *("plan", "--model", "smollm2-135m", "--vram", "8GiB", "--set", "data.seq_len=256", "--json"),
+        ],
+        cwd=work,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert child.returncode == 0
+    assert child.stdout.endswith("}\n[]\n")

@@ -54,7 +54,7 @@ def test_every_key_is_printed_under_its_meaning_and_default(config: RunConfig) -
         for key, description in keys.items():
             assert sum(line.startswith(f"  {key}:") for line in lines) >= 1
             assert f"{description} (" in words
-    assert "costs under 5 % of the speed. (default: 16)" in words
+    assert "what is learned then depends on memory.budget. (default: 16)" in words
     assert "(required)" in words
     assert max(map(len, lines)) <= 120
 

@@ -21,6 +21,13 @@ class MemoryGroup:
         """From now on, what process `pid` newly takes counts against the limit; what it has does not."""
         (self.folder / "cgroup.procs").write_text(str(pid))
 
+    def num_kills(self) -> int:
+        """Processes of the group that the kernel has ended for want of memory."""
+        version_1 = self.folder / "memory.oom_control"
+        file = version_1 if version_1.is_file() else self.folder / "memory.events"
+        counts = dict(line.split() for line in file.read_text().splitlines())
+        return int(counts["oom_kill"])
+
 
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:

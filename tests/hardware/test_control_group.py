@@ -91,3 +91,17 @@ def test_a_process_in_a_real_group_finds_its_limit() -> None:
         printed, _ = child.communicate("go\n", timeout=60)
 
     assert printed.strip() == str(300 * 2**20)
+
+
+@pytest.mark.skipif(not can_limit_memory(), reason="this user can make no memory-limited control group")
+@pytest.mark.parametrize("num_bytes, num_kills", [(2**20, 0), (2**28, 1)])
+def test_the_kernel_counts_what_it_ends(num_bytes: int, num_kills: int) -> None:
+    """Also of a grandchild, whose end the parent need not notice."""
+    take = f"bytearray(b'1') * {num_bytes}"
+    child = f"import subprocess, sys; sys.stdin.readline(); subprocess.run([sys.executable, '-S', '-c', {take!r}])"
+    with memory_group(2**26) as group:
+        with subprocess.Popen([sys.executable, "-S", "-c", child], stdin=subprocess.PIPE) as process:
+            group.add(process.pid)
+            process.communicate(b"go\n")
+        assert process.returncode == 0
+        assert group.num_kills() == num_kills

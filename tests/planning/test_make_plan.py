@@ -399,7 +399,8 @@ def test_the_json_form_of_a_plan_that_fits(fitting: Plan) -> None:
         assert tuple(one["predicted"]["breakdown"]) == tuple(one["predicted"]["resident"]) == CATEGORIES
     for cell in values["frontier"]:
         assert cell.keys() == {"rank", "seq_len", "micro_batch_tokens", "tokens_per_second"}
-    assert {(8, 512), (128, 8192), (16, SEQ_LEN)} <= {(cell["rank"], cell["seq_len"]) for cell in values["frontier"]}
+    assert {cell["rank"] for cell in values["frontier"]} == {8, 16, 32, 64, 128}
+    assert {cell["seq_len"] for cell in values["frontier"]} == {SEQ_LEN, 512}  # the model has 512 positions
 
 
 def test_the_json_form_of_a_plan_that_does_not_fit() -> None:
