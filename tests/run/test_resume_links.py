@@ -75,7 +75,7 @@ def copied(undisturbed: Path, folder: Path, base: Path) -> tuple[Path, RunConfig
 
 
 def test_a_step_before_the_best_can_be_resumed_from(tmp_path: Path, base: Path, undisturbed: Path) -> None:
-    """Mutation tried: a `rewind` that only removes `best` ends with exit code 5, since step 4 is what it was."""
+    """Mutation tried: a `rewind` that removes `best` instead of pointing it at step 4."""
     run, config = copied(undisturbed, tmp_path, base)
     run_until_step(config, 5, resume=str(run / "checkpoints" / "step-00000004"))
     assert links(run) == {"last": "step-00000004", "best": "step-00000004"}

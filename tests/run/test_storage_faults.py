@@ -20,6 +20,7 @@ from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from qlora_trainer.run.checkpoint.storage import LocalStorage
 from qlora_trainer.run.records import Resumed, StepDone
 from qlora_trainer.step.optimizer import AdapterOptimizer
+from tests.run.small_run import save
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
@@ -174,6 +175,19 @@ def test_a_path_to_resume_from_stays_inside_the_run(
     assert "expected" in complaint(capsys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rows.jsonl", "run", "run.yaml"]
     assert list((tmp_path / "run").rglob("*")) == [tmp_path / "run" / "checkpoints"]
+
+
+def test_a_whole_checkpoint_of_another_run_is_not_resumed_from(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation tried: without the comparison of folders in `find_checkpoint` it is loaded, and fails only later."""
+    other, run = tmp_path / "other" / "checkpoints", tmp_path / "run"
+    for folder in (other, run / "checkpoints"):
+        folder.mkdir(parents=True)
+    path = save(other, 2).path
+    for given in (path, run / "checkpoints" / ".." / ".." / "other" / "checkpoints" / path.name):
+        assert train_command(tiny_config(tmp_path, base), "--resume", str(given)) == 2
+        assert f"--resume: found {given}; expected 'auto' or a checkpoint in {run}" in complaint(capsys)
 
 
 def test_other_packages_at_a_resume_are_told(tmp_path: Path, base: Path) -> None:
