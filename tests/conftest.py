@@ -11,6 +11,7 @@ import pytest
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub reads it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers share the cores: threads that spin hinder the other
 
 # Before transformers or peft import bitsandbytes themselves: this import keeps it from asking the hub for a kernel.
 import qlora_trainer.hardware.quant_library  # noqa: F401

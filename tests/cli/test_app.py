@@ -144,6 +144,7 @@ def test_segments_expand_unless_the_user_said_otherwise(
         seen.append({name: os.environ[name] for name in ALLOCATOR if name in os.environ})
         return ""
 
+    (work / "adapter_config.json").touch()
     stand_in(monkeypatch, "qlora_trainer.run.loop", train=run)
     stand_in(monkeypatch, "qlora_trainer.report.progress", show=lambda records, console: None)
     stand_in(monkeypatch, "qlora_trainer.run.answer", answer=run)
