@@ -7,8 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from qlora_trainer.config.bases import check_base
+from qlora_trainer.config.data_files import data_files
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.errors import ConfigError, DataError, StorageError
+from qlora_trainer.errors import ConfigError, StorageError
 
 _IN_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
@@ -25,9 +26,9 @@ def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
         DataError: a data file is missing, unreadable or empty.
         StorageError: the run folder cannot be written, or `memory.paging_dir` is no folder on a disk.
     """
-    _check_data_file(config.data.train, key="data.train")
+    data_files(config.data.train, key="data.train")
     if config.data.eval is not None:
-        _check_data_file(config.data.eval, key="data.eval")
+        data_files(config.data.eval, key="data.eval")
     check_base(config.model)
     _check_run_folder(Path(config.output.dir), resume=resume)
     if config.memory.paging_dir is not None:
@@ -68,21 +69,6 @@ def file_system_kind(folder: Path) -> str:
         if before.split()[2] == number:
             return after.split()[0]
     return "unknown"
-
-
-def _check_data_file(name: str, *, key: str) -> None:
-    path = Path(name)
-    try:
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
-        else:
-            with path.open("rb") as file:
-                if file.read(1):
-                    return
-            found = "an empty file"
-    except OSError as error:
-        found = _reason(error)
-    raise DataError(where=f"{key} {name}", found=found, expected="a JSONL file", fix=f"Check {key}.")
 
 
 def _check_run_folder(folder: Path, *, resume: bool) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.data.chat import prompt_ids, require_chat_template
+from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.rows import Message
+from qlora_trainer.data.template import require_chat_template
 from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
 from qlora_trainer.model.adapters import attach_adapters

@@ -22,10 +22,11 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Plan]:
     machine = decide_machine_knobs(config, choose_device())
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = read_inputs(config)
+    yield from (told for told in inputs.data.told if isinstance(told, Preparing))
     lengths = [document.num_tokens for document in inputs.data.train.documents]
     yield Preparing(
         what=f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
         f"{inputs.data.train.num_supervised_tokens:,} of them supervised; longest {max(lengths):,}; "
-        f"{inputs.data.train.num_rows - len(lengths):,} rows dropped"
+        f"{inputs.data.train.num_dropped:,} rows dropped"
     )
     yield plan_run(config, inputs.base, machine, lengths=lengths, seq_len=inputs.data.seq_len)
