@@ -203,5 +203,8 @@ def test_records_are_read_one_by_one(tmp_path: Path) -> None:
     path = write(tmp_path / "a.json", "[" + text * 50_000 + "nonsense")
     records = iter_records(path)
     assert next(records).fields == ROWS[0]
+    with path.open("rb") as file:
+        assert next(iter_array(file, "a.json")) == ROWS[0]
+        assert file.tell() < path.stat().st_size / 2
     with pytest.raises(DataError, match="broken JSON"):
         list(records)
