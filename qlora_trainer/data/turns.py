@@ -158,8 +158,7 @@ def _prefix_turns(
     rewritten: list[int] = []
     for index in answers if train_on == "all" else sorted(learned):
         prompt = render_prompt(messages[:index], tokenizer, row.tools)
-        is_last = index == len(messages) - 1
-        upto = text if is_last else render(messages[: index + 1], tokenizer, row.tools)
+        upto = _open_end(messages[: index + 1], tokenizer, row.tools)
         if upto.startswith(prompt) and text.startswith(upto):
             turns.append(Turn(len(prompt), max(len(prompt), len(upto.rstrip())), index in learned))
         else:
@@ -173,6 +172,22 @@ def _prefix_turns(
             fix="Let rows end with the answer to learn, or use a template that leaves earlier turns unchanged.",
         )
     return Rendered(text, tuple(turns), num_rewritten=0 if train_on == "all" else num_rewritten)
+
+
+def _open_end(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str) -> str:
+    """The text up to the end of the last turn, as it reads when others follow.
+
+    Phi-3's template, for one, writes EOS after a whole conversation, which no answer ends with.
+    """
+    text, eos = render(messages, tokenizer, tools), tokenizer.eos_token
+    if not isinstance(eos, str) or not text.endswith(eos):
+        return text
+    try:
+        going_on = render_prompt(messages, tokenizer, tools)
+    except TemplateError:  # some allow no answer after an answer
+        return text
+    without = text.removesuffix(eos)
+    return without if going_on.startswith(without) and not going_on.startswith(text) else text
 
 
 def _refuse_controls(row: Row, controls: Sequence[str]) -> None:
