@@ -130,6 +130,8 @@ def _marked_turns(
 ) -> Rendered:
     """Turns as the template marks them, one passage an answer."""
     text, passages = render_marked(messages, tokenizer, row.tools)
+    if len(passages) > len(answers):  # an answer in parts, such as Phi-3's EOS after the last one
+        passages = _joined(passages)
     if len(passages) != len(answers):
         raise DataError(
             where=row.where,
@@ -142,6 +144,17 @@ def _marked_turns(
         for index, (start, end) in zip(answers, passages, strict=True)
     )
     return Rendered(text, turns)
+
+
+def _joined(passages: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Passages with nothing between them as one."""
+    joined: list[tuple[int, int]] = []
+    for start, end in passages:
+        if joined and joined[-1][1] == start:
+            joined[-1] = (joined[-1][0], end)
+        else:
+            joined.append((start, end))
+    return joined
 
 
 def _prefix_turns(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
 from functools import cache
+from importlib import resources
 from itertools import groupby
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 from qlora_trainer.data.chat import prompt_ids, tokenize
 from qlora_trainer.data.messages import Message
@@ -170,3 +173,72 @@ def make_tool_row() -> Callable[[str], Row]:
         return Row(path="x", index=0, line=1, messages=messages, tools=tools)
 
     return build
+
+
+PACKAGED = {  # by TRL, as the models publish them
+    "llama_3_1": "llama3_1",
+    "qwen_2_5": "qwen2_5",
+    "qwen_3": "qwen3",
+    "gemma_2": "gemma",
+    "gemma_3": "gemma3",
+    "phi_3": "phi3",
+}
+
+
+def packaged_template(name: str) -> str:
+    return resources.files("trl").joinpath("chat_templates", f"{name}.jinja").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+@given(turns=conversations(), is_asked=st.booleans())
+def test_the_fixtures_write_what_the_models_templates_write(
+    name: str, turns: list[tuple[str, str]], is_asked: bool
+) -> None:
+    tokenizer = tokenizer_of(name)
+    turns = list(without_system(BY_NAME[name], turns))
+    messages = [{"role": role, "content": content} for role, content in (turns[:-1] if is_asked else turns)]
+    ours, theirs = (
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=is_asked)
+        for template in (tokenizer.get_chat_template(), packaged_template(PACKAGED[name]))
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "name, marked", [("qwen_2_5", "qwen2_5"), ("qwen_3", "qwen3"), ("gemma_3", "gemma3"), ("phi_3", "phi3")]
+)
+@given(turns=conversations(), weights=st.lists(st.integers(0, 1), min_size=3, max_size=3))
+def test_generation_marks_are_the_mask(
+    name: str, marked: str, turns: list[tuple[str, str]], weights: list[int]
+) -> None:
+    """transformers' own mask is the oracle, but for a newline that is marked after the stop token.
+
+    A token that the tokenizer merges across the start of an answer is marked whole; such answers are left out here.
+    """
+    turns = [(role, content.strip() if role == "assistant" else content) for role, content in turns]
+    tokenizer = deepcopy(tokenizer_of(name))
+    tokenizer.chat_template = packaged_template(f"{marked}_training")
+    row, answer = row_of(turns), 0
+    messages = []
+    for message in row.messages:
+        is_answer = message.role == "assistant"
+        messages.append(replace(message, weight=weights[answer]) if is_answer else message)
+        answer += is_answer
+    text = tokenizer.apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    assert isinstance(text, BatchEncoding)
+    ids, mask = text["input_ids"], text["assistant_masks"]
+    runs = [list(run) for is_marked, run in groupby(range(len(ids)), key=lambda at: mask[at]) if is_marked]
+    expected = [str(tokenizer.decode([ids[at] for at in run])).rstrip() for run in runs]
+    kept = [text for text, weight in zip(expected, weights, strict=False) if weight]
+    data = tokenize([replace(row, messages=tuple(messages))], tokenizer)
+    if not kept:
+        assert (data.documents, data.num_dropped_untrainable) == ((), 1)
+        return
+    [document] = data.documents
+    assert [text for text, is_learned in segments_of(document, tokenizer) if is_learned] == kept
+    assert data.num_rewritten_turns == 0
