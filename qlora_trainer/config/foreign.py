@@ -32,8 +32,9 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
     (Counterpart(("model.revision",)), "base_model_revision model_revision"),
     (
         Counterpart((), "the tokenizer of model.base is used"),
-        "tokenizer tokenizer_config tokenizer_type tokenizer_name tokenizer_name_or_path template chat_template",
+        "tokenizer tokenizer_config tokenizer_type tokenizer_name tokenizer_name_or_path",
     ),
+    (Counterpart(("data.chat_template",), "it is a Jinja file"), "template chat_template_jinja chat_template_path"),
     (
         Counterpart((), "remote code is never run"),
         "trust_remote_code trust_remote_code_model tokenizer_trust_remote_code",

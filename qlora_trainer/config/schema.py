@@ -179,6 +179,11 @@ class DataSection(Section):
     eval_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the rows of train held out when eval is null; 0 = no evaluation."
     )
+    chat_template: PathText | None = Field(
+        None,
+        description="Jinja file that says how conversations are written, in place of the tokenizer's own template; it "
+        "is kept beside the adapter.",
+    )
     train_on: Literal["assistant", "last_assistant", "all"] = Field(
         "assistant",
         description="What is learned of a conversation: the assistant's turns and the stop tokens after them, the last "

@@ -168,19 +168,23 @@ def _prefix_turns(
     """Turns that follow in the text what follows their prompt."""
     text = render(messages, tokenizer, row.tools)
     turns: list[Turn] = []
-    rewritten: list[int] = []
+    rewritten: dict[int, str] = {}
     for index in answers if train_on == "all" else sorted(learned):
         prompt = render_prompt(messages[:index], tokenizer, row.tools)
         upto = _open_end(messages[: index + 1], tokenizer, row.tools)
         if upto.startswith(prompt) and text.startswith(upto):
             turns.append(Turn(len(prompt), max(len(prompt), len(upto.rstrip())), index in learned))
         else:
-            rewritten.append(index)
+            rewritten[index] = (
+                f"message {index} reads otherwise once others follow"
+                if upto.startswith(prompt)
+                else f"the text before message {index} reads otherwise once that answer is there"
+            )
     num_rewritten = len(learned.intersection(rewritten))
     if rewritten and (num_rewritten < len(rewritten) if train_on == "all" else not turns):
         raise DataError(
             where=row.where,
-            found=f"a chat template that rewrites history (message {rewritten[-1]} reads otherwise once others follow)",
+            found=f"a chat template that rewrites history ({list(rewritten.values())[-1]})",
             expected="a turn rendered as it was when the model wrote it",
             fix="Let rows end with the answer to learn, or use a template that leaves earlier turns unchanged.",
         )

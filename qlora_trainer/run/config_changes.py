@@ -29,6 +29,7 @@ REFUSED_KEYS = frozenset(
         "data.eval_fraction",
         "data.format",
         "data.columns",
+        "data.chat_template",
         "data.train_on",
         "data.seq_len",
         "data.overlong",

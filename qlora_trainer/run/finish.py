@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.memory import process_peak_bytes, read_memory
 from qlora_trainer.model.adapter_folder import write_adapter_folder
@@ -79,6 +80,8 @@ def _write_adapter(session: Session, folder: Path, weights: Mapping[str, Tensor]
             base_name=session.base.name,
             revision=session.base.revision,
         )
+        if session.config.data.chat_template is not None:  # else a later answer would be asked for otherwise
+            (temporary / CHAT_TEMPLATE_FILE).write_text(session.tokenizer.get_chat_template(), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.chat import tokenize
 from qlora_trainer.data.named import forms_told, iter_named
@@ -58,8 +59,8 @@ class Inputs:
 
     Attributes:
         base: its weights may still be on the hub.
-        tokenizer: of the base.
-        tokenizer_hash: over its files.
+        tokenizer: of the base, with the template of the config where that has one.
+        tokenizer_hash: over its files, and that template.
         data: what is learned.
     """
 
@@ -77,11 +78,15 @@ def read_inputs(config: RunConfig) -> Inputs:
     """
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
     tokenizer = read_tokenizer(base.folder)
+    tokenizer_hash = _tokenizer_hash(base.folder)
+    if config.data.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(config.data.chat_template)
+        tokenizer_hash = hashlib.sha256(f"{tokenizer_hash}\n{tokenizer.chat_template}".encode()).hexdigest()
     require_fast(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
     data = _read_data(config, base, tokenizer)
     _require_a_batch(data, config.training.global_batch_size)
-    return Inputs(base, tokenizer, _tokenizer_hash(base.folder), data)
+    return Inputs(base, tokenizer, tokenizer_hash, data)
 
 
 def _read_data(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Data:
@@ -94,7 +99,7 @@ def _read_data(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase
     else:
         rows, eval_rows = hold_out(read.rows, config.data.eval_fraction, config.training.seed)
     if any(row.messages for row in (*rows, *eval_rows)):  # a plain text needs no template
-        require_chat_template(tokenizer, str(base.folder))
+        require_chat_template(tokenizer, config.data.chat_template or str(base.folder))
     train_data = tokenize(rows, tokenizer, train_on=config.data.train_on)
     eval_data = tokenize(eval_rows, tokenizer, train_on=config.data.train_on)
     require_most_rows(train_data, config.data.max_dropped_share)

@@ -106,7 +106,10 @@ def test_an_answer_follows_the_tokens_that_generation_sees(name: str, question: 
     "name, found",
     [
         ("gemma_2", r"refuses \(System role not supported\); its roles: system, user, assistant"),
-        ("mistral_v0_3", "rewrites history"),  # it writes the system's text only before an answer that is not there yet
+        (
+            "mistral_v0_3",
+            r"rewrites history \(the text before message 2 reads otherwise",
+        ),  # it writes the system's text only before an answer that is not there yet
     ],
 )
 def test_a_system_turn_that_the_template_does_not_learn_with_is_refused(name: str, found: str) -> None:

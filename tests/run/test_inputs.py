@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.run import prepare
+from qlora_trainer.run.answer import answer
 from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped
-from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base, write_rows
+from tests.run.tiny_run import CHATML, run_to_end, run_until_step, tiny_config, write_base, write_rows
 from tests.run.told import complaint, train_command
 
 LONG_MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It is 2. " * 60}]
@@ -97,6 +98,30 @@ def test_a_plain_text_needs_no_chat_template(tmp_path: Path) -> None:
     assert prepared.num_tokens - prepared.num_supervised_tokens == 24  # only the first token of each
     told = [record.what for record in records if isinstance(record, Preparing)]
     assert f"30 rows of the form text in {tmp_path / 'rows.jsonl'}" in told
+
+
+def test_a_template_of_the_config_is_used_and_kept_beside_the_adapter(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation tried: `generate` with the template of the base; the model is asked in other words than it learned."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("Be brief. " + CHATML)
+    config = tiny_config(tmp_path, base, f"data.chat_template={template}", "training.max_steps=2")
+    run_to_end(config)
+    assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text() == template.read_text()
+    asked: list[str] = []
+
+    def encode_prompt(text: str, tokenizer: object) -> list[int]:
+        asked.append(text)
+        return [0]
+
+    monkeypatch.setattr("qlora_trainer.data.chat.encode_prompt", encode_prompt)
+    answer(tmp_path / "run", "2 + 2?", base=None, max_new_tokens=1, temperature=0.0, seed=0)
+    assert asked[0].startswith("Be brief. <|im_start|>user")
+    template.write_text(CHATML)
+    capsys.readouterr()
+    assert train_command(config, "--resume", "auto") == 2
+    assert "found another tokenizer than this run began with" in complaint(capsys)
 
 
 def test_a_conversation_needs_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
