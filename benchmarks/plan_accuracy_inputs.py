@@ -214,4 +214,4 @@ def _lengths(path: Path, tokenizer: Any, num_characters: int, count: int) -> lis
             answer = f"{number % 10} {text}"[:num_characters]
             messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
-    return tokenize(read_rows(path), tokenizer, seq_len=None).lengths
+    return tokenize(read_rows(path), tokenizer).lengths

@@ -19,10 +19,10 @@ import torch
 
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.chat import TokenizedData, drop_overlong, tokenize
 from qlora_trainer.data.micro_batches import cut
 from qlora_trainer.data.order import Order
 from qlora_trainer.data.rows import read_rows
+from qlora_trainer.data.tokenized import TokenizedData
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.memory import process_peak_bytes
 from qlora_trainer.model.adapter_folder import read_adapter_folder
@@ -32,6 +32,7 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.run.answer import answer_all
+from qlora_trainer.run.inputs import read_inputs
 from qlora_trainer.step.batch import make_micro_batch
 from qlora_trainer.step.train_step import evaluate
 
@@ -79,13 +80,9 @@ def _parts(run: Path) -> Parts:
     config = load_config(run / "config.yaml")
     base = resolve_base(config.model.base, config.model.revision)
     tokenizer = read_tokenizer(base.folder)
-    seq_len = int(config.data.seq_len)
-    train_data, eval_data = (
-        drop_overlong(tokenize(read_rows(Path(str(path))), tokenizer, seq_len=None), seq_len)
-        for path in (config.data.train, config.data.eval)
-    )
+    data = read_inputs(config).data
     cache = prepare_nf4_cache(base, double_quant=config.quantization.double_quant)
-    return Parts(config, base, cache, tokenizer, train_data, eval_data)
+    return Parts(config, base, cache, tokenizer, data.train, data.evaluation)
 
 
 def _train_with_trl(parts: Parts, folder: Path) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from qlora_trainer.cli.options import ConfigFile, Overrides
+from qlora_trainer.config.data_files import data_files
 from qlora_trainer.config.load import load_config
+from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
-from qlora_trainer.errors import ConfigError
+from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.hardware.gpu_catalogue import choose_gpu
 from qlora_trainer.planning.known_models import check_name
 
@@ -56,7 +57,7 @@ def plan(
     from qlora_trainer.run.planned import require_fit
 
     # A base that --model puts in place has other tokens: data counts with the config's own.
-    with_data = model is None and os.path.isfile(config.data.train)
+    with_data = model is None and _has_data(config)
     made, documents = plan_on(config, gpu=gpu, vram_bytes=vram_bytes, ram_bytes=ram_bytes, with_data=with_data)
     if as_json:
         typer.echo(json.dumps(made.as_json(), indent=2))
@@ -84,3 +85,12 @@ def _size(text: str | None, *, option: str) -> int | None:
         return parse_size_bytes(text)
     except ValueError as error:
         raise ConfigError(where=option, found=f'"{text}"', expected=str(error), fix=f"Correct {option}.") from error
+
+
+def _has_data(config: RunConfig) -> bool:
+    """Whether there are files to count tokens in; a plan can be asked for before there are."""
+    try:
+        data_files(config.data.train, key="data.train")
+    except DataError:
+        return False
+    return True

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,11 +13,13 @@ from qlora_trainer.cli.options import ConfigFile, Overrides
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import check_inputs
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.rows import read_rows_and_bad
+from qlora_trainer.data.named import iter_named
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.run.config_changes import check_allowed
 from qlora_trainer.run.folder import RunFolder, named_checkpoint
 from qlora_trainer.run.trackers import check_trackers
+
+_DATA_KEYS: tuple[Literal["train", "eval"], ...] = ("train", "eval")
 
 
 def train(
@@ -48,9 +51,8 @@ def train(
     check_inputs(config, resume=resume is not None)
     if resume is not None:
         named_checkpoint(RunFolder(Path(config.output.dir)), resume)
-    for name in (config.data.train, config.data.eval):
-        if name is not None:
-            read_rows_and_bad(Path(name), stop=config.data.on_bad_row == "stop")
+    for key in _DATA_KEYS:
+        deque(iter_named(config.data, key), maxlen=0)  # every row is looked at, none is kept
     check_trackers(config.output.trackers)
 
     if dry:

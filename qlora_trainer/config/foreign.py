@@ -32,8 +32,9 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
     (Counterpart(("model.revision",)), "base_model_revision model_revision"),
     (
         Counterpart((), "the tokenizer of model.base is used"),
-        "tokenizer tokenizer_config tokenizer_type tokenizer_name tokenizer_name_or_path template chat_template",
+        "tokenizer tokenizer_config tokenizer_type tokenizer_name tokenizer_name_or_path",
     ),
+    (Counterpart(("data.chat_template",), "it is a Jinja file"), "template chat_template_jinja chat_template_path"),
     (
         Counterpart((), "remote code is never run"),
         "trust_remote_code trust_remote_code_model tokenizer_trust_remote_code",
@@ -119,9 +120,12 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
         "load_best_model_at_end metric_for_best_model",
     ),
     (
-        Counterpart((), "the loss is always on the answers of the assistant only"),
+        Counterpart(("data.train_on",)),
         "train_on_inputs train_on_prompt assistant_only_loss completion_only_loss train_on_responses_only mask_history",
     ),
+    (Counterpart(("data.overlong",)), "excess_length_strategy truncation"),
+    (Counterpart(("data.columns",)), "field_messages field_instruction field_output message_property_mappings"),
+    (Counterpart(("data.format",)), "formatting dataset_format"),
     (Counterpart((), "attention is chosen for you"), "flash_attention flash_attn attn_implementation sdp_attention"),
 )
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from qlora_trainer.config.bases import check_base
+from qlora_trainer.config.data_files import data_files
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.errors import ConfigError, DataError, StorageError
+from qlora_trainer.errors import ConfigError, StorageError
 
 _IN_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs")
 
@@ -21,19 +22,42 @@ def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
         resume: the run goes on in a folder that is not empty.
 
     Raises:
-        ConfigError: the base cannot be used, or the run folder is not empty.
+        ConfigError: the chat template cannot be read, the base cannot be used, or the run folder is not empty.
         DataError: a data file is missing, unreadable or empty.
         StorageError: the run folder cannot be written, or `memory.paging_dir` is no folder on a disk.
     """
-    _check_data_file(config.data.train, key="data.train")
+    data_files(config.data.train, key="data.train")
     if config.data.eval is not None:
-        _check_data_file(config.data.eval, key="data.eval")
+        data_files(config.data.eval, key="data.eval")
+    if config.data.chat_template is not None:
+        read_chat_template(config.data.chat_template)
     check_base(config.model)
     _check_run_folder(Path(config.output.dir), resume=resume)
     if config.memory.paging_dir is not None:
         _check_writable(Path(config.memory.paging_dir), key="memory.paging_dir")
         if config.training.optimizer.startswith("paged"):
             require_on_disk(Path(config.memory.paging_dir))
+
+
+def read_chat_template(name: str) -> str:
+    """The text of the template that `data.chat_template` names.
+
+    Raises:
+        ConfigError: the file is missing, unreadable, not UTF-8, or empty.
+    """
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        found = _reason(error)
+    except UnicodeDecodeError as error:
+        found = f"a byte that is not UTF-8 at offset {error.start}"
+    else:
+        if text.strip():
+            return text
+        found = "an empty file"
+    raise ConfigError(
+        where=f"data.chat_template {name}", found=found, expected="a Jinja template", fix="Check data.chat_template."
+    )
 
 
 def require_on_disk(folder: Path) -> None:
@@ -68,21 +92,6 @@ def file_system_kind(folder: Path) -> str:
         if before.split()[2] == number:
             return after.split()[0]
     return "unknown"
-
-
-def _check_data_file(name: str, *, key: str) -> None:
-    path = Path(name)
-    try:
-        if not path.is_file():
-            found = "a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
-        else:
-            with path.open("rb") as file:
-                if file.read(1):
-                    return
-            found = "an empty file"
-    except OSError as error:
-        found = _reason(error)
-    raise DataError(where=f"{key} {name}", found=found, expected="a JSONL file", fix=f"Check {key}.")
 
 
 def _check_run_folder(folder: Path, *, resume: bool) -> None:

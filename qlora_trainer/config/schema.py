@@ -7,6 +7,7 @@ Paths are taken relative to the folder the command is started in.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -39,6 +40,29 @@ def _names(value: object) -> tuple[str, ...]:
     raise ValueError("a list of different, non-empty names")
 
 
+def _paths(value: object) -> str | tuple[str, ...]:
+    expected = "a path or pattern, or a list of different ones"
+    if isinstance(value, str):
+        return _path_text(value)
+    if isinstance(value, (list, tuple)) and value and all(isinstance(path, str) for path in value):
+        paths = tuple(_path_text(path) for path in value)
+        if len(set(paths)) == len(paths):
+            return paths
+    raise ValueError(expected)
+
+
+def _columns(value: object) -> tuple[tuple[str, str], ...]:
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if (
+        isinstance(pairs, tuple)
+        and pairs
+        and all(isinstance(ours, str) and isinstance(theirs, str) and theirs for ours, theirs in pairs)
+        and {ours for ours, _ in pairs} <= set(COLUMNS)
+    ):
+        return tuple(sorted(pairs))
+    raise ValueError(f"a mapping from some of {', '.join(COLUMNS)} to names of columns in the file")
+
+
 def _target_modules(value: object) -> str | tuple[str, ...]:
     expected = '"all-linear", a list of different module names or a regular expression'
     if isinstance(value, str):
@@ -55,10 +79,31 @@ def _budget_text(value: int | Auto) -> str:
     return value if isinstance(value, str) else format_size(value)
 
 
+# The keys of all forms of rows (data.formats reads them).
+COLUMNS = (
+    "messages",
+    "tools",
+    "conversations",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "instruction",
+    "input",
+    "output",
+    "system",
+    "text",
+)
 SizeBytes = Annotated[int, BeforeValidator(_size_bytes, json_schema_input_type=int | str)]
 Budget = Annotated[SizeBytes | Auto, PlainSerializer(_budget_text, return_type=str, when_used="json")]
 PathText = Annotated[str, AfterValidator(_path_text)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]  # a tuple, so that a config stays frozen
+Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
+Columns = Annotated[  # pairs, so that a config stays frozen and can be hashed
+    tuple[tuple[str, str], ...],
+    BeforeValidator(_columns, json_schema_input_type=dict[str, str]),
+    PlainSerializer(dict, return_type=dict[str, str]),
+]
 TargetModules = Annotated[str | tuple[str, ...], BeforeValidator(_target_modules)]
 
 
@@ -118,13 +163,46 @@ class LoraSection(Section):
 class DataSection(Section):
     """What is learned."""
 
-    train: PathText = Field(description="JSONL file: a row has messages, alpaca keys, or prompt and completion.")
-    eval: PathText | None = Field(None, description="Held-out JSONL file; null = hold out eval_fraction of train.")
+    train: Paths = Field(
+        description="Training data: a JSON Lines, JSON, CSV or Parquet file (.gz too, but for Parquet), a pattern such "
+        "as data/*.jsonl, or a list of those."
+    )
+    eval: Paths | None = Field(
+        None, description="Held-out data, named like train; null = hold out eval_fraction of train."
+    )
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "question_answer", "alpaca", "text"] = Field(
+        "auto", description="Form of the rows; auto = told by the keys of each file's first row, and shown."
+    )
+    columns: Columns | None = Field(
+        None,
+        description="Columns to read, as {our key: their column}, such as {prompt: query, completion: reply}; all "
+        "others are passed over; null = all, under their own names.",
+    )
     eval_fraction: float = Field(
         0.05, ge=0, lt=1, description="Share of the rows of train held out when eval is null; 0 = no evaluation."
     )
+    chat_template: PathText | None = Field(
+        None,
+        description="Jinja file that says how conversations are written, in place of the tokenizer's own template; it "
+        "is kept beside the adapter.",
+    )
+    train_on: Literal["assistant", "last_assistant", "all"] = Field(
+        "assistant",
+        description="What is learned of a conversation: the assistant's turns and the stop tokens after them, the last "
+        "of its turns only, or every token. A plain text is learned whole.",
+    )
     seq_len: Annotated[int, Field(ge=8)] | Auto = Field(
-        "auto", description="Longest document kept, in tokens; auto = holds 99 % of the documents. Rows are never cut."
+        "auto",
+        description="Longest document kept, in tokens; auto = holds 99 % of the documents uncut, or all where overlong "
+        "is error or max_dropped_share below 0.01.",
+    )
+    overlong: Literal["drop", "truncate", "split", "error"] = Field(
+        "drop",
+        description="A document longer than seq_len: drop and count it, truncate it to its first tokens, split it into "
+        "documents, or stop with an error.",
+    )
+    max_dropped_share: float = Field(
+        0.05, ge=0, le=1, description="Share of the rows that may be dropped as too long or without a token to learn."
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="A line that is no conversation: stop at the first, or skip, count and list them."

@@ -1,4 +1,4 @@
-"""Tokenises conversations into documents whose labels are the assistant's words and stop tokens, and nothing else.
+"""Tokenises rows into documents whose labels are the assistant's words and stop tokens, or all of a plain text.
 
 Each conversation is rendered by the tokenizer's own chat template and tokenised without the tokenizer's own special
 tokens: the template writes them, BOS included, so none comes twice and none is missing that generation would see.
@@ -7,136 +7,68 @@ tokens: the template writes them, BOS included, so none comes twice and none is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_trainer.data.encode import Encoded, encode, encode_prompt
 from qlora_trainer.data.rows import Message, Row
-from qlora_trainer.data.template import Rendered, control_texts, render_prompt, render_row, require_chat_template
+from qlora_trainer.data.template import control_texts, render_prompt
+from qlora_trainer.data.tokenized import TokenizedData
+from qlora_trainer.data.turns import Rendered, TrainOn, render_row, render_text
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["TokenizedData", "choose_seq_len", "drop_overlong", "prompt_ids", "require_chat_template", "tokenize"]
-
 BATCH_ROWS = 256  # rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists
-MAX_DROPPED_PERCENT = 5  # more are no outliers, but a part of the data that the run would silently not learn
-UNCUT_PERCENT = 99  # documents that `choose_seq_len` holds
-SEQ_LEN_MULTIPLE = 64
 
 
-@dataclass(frozen=True, slots=True)
-class TokenizedData:
-    """What is left of a data file after tokenising.
-
-    Attributes:
-        path: the file, as errors name it; empty if there were no rows.
-        documents: in row order.
-        num_rows: rows that went in.
-        num_dropped_overlong: rows left out because they are longer than the sequence length.
-        num_dropped_untrainable: rows left out because the template renders none of their assistant's text.
-    """
-
-    path: str
-    documents: tuple[Document, ...]
-    num_rows: int
-    num_dropped_overlong: int
-    num_dropped_untrainable: int
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        return [document.num_tokens for document in self.documents]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(document.num_tokens for document in self.documents)
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        return sum(document.num_supervised_tokens for document in self.documents)
-
-
-def tokenize(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, seq_len: int | None) -> TokenizedData:
-    """Tokenises the rows of one file into documents.
+def tokenize(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "assistant"
+) -> TokenizedData:
+    """Tokenises rows into documents of whatever length.
 
     Args:
-        rows: conversations; a held-out part may be empty.
-        tokenizer: a tokenizer that `require_chat_template` accepts.
-        seq_len: longest document that is kept; longer ones are dropped whole, never cut. None keeps all of them.
+        rows: conversations or plain texts; a held-out part may be empty.
+        tokenizer: one that `require_chat_template` accepts, or `require_fast` where there are plain texts only.
+        train_on: what is learned of a conversation.
 
     Returns:
-        The documents, and how many rows were dropped.
+        The documents that have a token to learn, and how many have none.
 
     Raises:
-        DataError: a row cannot be rendered or masked exactly, an answer does not end in a stop token, a document
-            begins with two BOS tokens, or too many rows would be dropped (see `drop_overlong`).
+        DataError: a row cannot be rendered or masked exactly, an answer does not end in a stop token, or a document
+            begins with two BOS tokens.
     """
-    controls = control_texts(tokenizer)
+    controls = control_texts(tokenizer) if any(row.messages for row in rows) else ()
     stop_ids = _stop_ids(tokenizer)
     documents: list[Document] = []
+    num_rewritten = 0
     for first in range(0, len(rows), BATCH_ROWS):
         batch = rows[first : first + BATCH_ROWS]
-        rendered = [render_row(row, tokenizer, controls=controls) for row in batch]
+        rendered = [
+            render_row(row, tokenizer, controls=controls, train_on=train_on)
+            if row.messages
+            else render_text(row, tokenizer)
+            for row in batch
+        ]
         encoded = encode(rendered, tokenizer, wheres=[row.where for row in batch])
-        for row, conversation, tokens in zip(batch, rendered, encoded, strict=True):
+        for row, text, tokens in zip(batch, rendered, encoded, strict=True):
             _require_one_bos(tokens, tokenizer.bos_token_id, row.where)
-            document = _label(row, conversation, tokens, stop_ids)
+            document = _label(row, text, tokens, stop_ids)
+            num_rewritten += text.num_rewritten
             if document.num_supervised_tokens > 0:
                 documents.append(document)
-    data = TokenizedData(
-        path=rows[0].path if rows else "",
+    paths = list(dict.fromkeys(row.path for row in rows))
+    return TokenizedData(
+        path=f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else "".join(paths),
         documents=tuple(documents),
         num_rows=len(rows),
-        num_dropped_overlong=0,
         num_dropped_untrainable=len(rows) - len(documents),
+        num_rewritten_turns=num_rewritten,
     )
-    _require_most_rows(data, seq_len)
-    return data if seq_len is None else drop_overlong(data, seq_len)
-
-
-def drop_overlong(data: TokenizedData, seq_len: int) -> TokenizedData:
-    """Leaves out the documents that are longer than the sequence length.
-
-    Args:
-        data: tokenised documents.
-        seq_len: longest document that is kept.
-
-    Returns:
-        The rest, with the dropped ones counted.
-
-    Raises:
-        DataError: more than `MAX_DROPPED_PERCENT` of the rows, or all, are dropped.
-    """
-    kept = tuple(document for document in data.documents if document.num_tokens <= seq_len)
-    num_dropped = data.num_dropped_overlong + len(data.documents) - len(kept)
-    shorter = replace(data, documents=kept, num_dropped_overlong=num_dropped)
-    _require_most_rows(shorter, seq_len)
-    return shorter
-
-
-def choose_seq_len(lengths: Sequence[int], max_positions: int) -> int:
-    """The smallest multiple of 64 that holds 99 % of the documents uncut, or all positions the base has.
-
-    Args:
-        lengths: tokens of each document, at least one.
-        max_positions: positions the base was built for (`max_position_embeddings`).
-
-    Returns:
-        Tokens.
-
-    Raises:
-        ValueError: there are no documents.
-    """
-    if not lengths:
-        raise ValueError("no documents to choose a sequence length for")
-    num_uncut = -(-len(lengths) * UNCUT_PERCENT // 100)
-    longest_uncut = sorted(lengths)[num_uncut - 1]
-    return min(-(-longest_uncut // SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE, max_positions)
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -161,12 +93,15 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(special if tokenizer.eos_token_id is None else special | {int(tokenizer.eos_token_id)})
 
 
-def _label(row: Row, conversation: Rendered, encoded: Encoded, stop_ids: frozenset[int]) -> Document:
-    """Labels each turn of the assistant from its first token to its stop token."""
+def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int]) -> Document:
+    """Labels each turn that is learned from its first token to its stop token; or all but the turns that are not."""
     input_ids_T, starts_T = encoded.input_ids_T, encoded.starts_T
-    labels_T = np.full_like(input_ids_T, IGNORE_INDEX)
-    for turn, first in zip(conversation.turns, encoded.first_tokens, strict=True):
+    labels_T = input_ids_T.copy() if text.learns_all else np.full_like(input_ids_T, IGNORE_INDEX)
+    for turn, first in zip(text.turns, encoded.first_tokens, strict=True):
         stop = int(np.searchsorted(starts_T, turn.end)) - 1  # the last token that begins inside the turn
+        if not turn.is_learned:
+            labels_T[first : stop + 1] = IGNORE_INDEX
+            continue
         if stop < first or int(input_ids_T[stop]) not in stop_ids:
             raise DataError(
                 where=row.where,
@@ -174,7 +109,7 @@ def _label(row: Row, conversation: Rendered, encoded: Encoded, stop_ids: frozens
                 expected="a special token after each of the assistant's turns, else the model never learns to stop",
                 fix="Use a chat template that writes the tokenizer's EOS or end-of-turn token after each answer.",
             )
-        if conversation.text[turn.start : int(starts_T[stop])].strip():  # else the template left the text out
+        if text.text[turn.start : int(starts_T[stop])].strip():  # else the template left the text out
             labels_T[first : stop + 1] = input_ids_T[first : stop + 1]
     return Document(index=row.index, input_ids_T=input_ids_T, labels_T=labels_T)
 
@@ -187,20 +122,3 @@ def _require_one_bos(encoded: Encoded, bos_token_id: int | None, where: str) -> 
             expected="one",
             fix="Correct the chat template: it writes the BOS token twice.",
         )
-
-
-def _require_most_rows(data: TokenizedData, seq_len: int | None) -> None:
-    num_dropped = data.num_dropped_overlong + data.num_dropped_untrainable
-    if num_dropped == 0 or (data.documents and 100 * num_dropped <= MAX_DROPPED_PERCENT * data.num_rows):
-        return
-    reasons = []
-    if data.num_dropped_overlong:
-        reasons.append(f"{data.num_dropped_overlong} longer than {seq_len} tokens")
-    if data.num_dropped_untrainable:
-        reasons.append(f"{data.num_dropped_untrainable} whose assistant's text the chat template leaves out")
-    raise DataError(
-        where=data.path,
-        found=f"{num_dropped} of {data.num_rows} rows that cannot be trained on ({', '.join(reasons)})",
-        expected=f"at most {MAX_DROPPED_PERCENT} %",
-        fix="Raise data.seq_len, or shorten the rows." if data.num_dropped_overlong else "Use another chat template.",
-    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_trainer.data.template import Rendered
+from qlora_trainer.data.turns import Rendered
 from qlora_trainer.errors import DataError
 
 if TYPE_CHECKING:
@@ -97,6 +97,8 @@ def _tokenize(
     texts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Token ids and the characters at which they begin, for each text."""
+    if not texts:  # transformers fails on an empty list
+        return []
     encoding = tokenizer(
         texts,
         add_special_tokens=False,  # the template wrote them: a BOS added here would be the second

@@ -1,191 +1,212 @@
-"""One JSON object becomes one conversation: `messages`, prompt/completion or alpaca keys.
+"""The forms that a row may have: which keys tell them, and how each becomes a conversation or a plain text.
 
-The format is told by the keys of each row. A key that would change what is learned but is not understood here is an
-error; keys that only describe a row (`METADATA_KEYS`) are passed over.
+A file has one form: the keys of its first row tell it, or the config does. A key that would change what is learned but
+is not understood here is an error; keys that only describe a row (`METADATA_KEYS`) are passed over.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlora_trainer.data.messages import Message, read_messages, read_sharegpt, read_text, read_tools, shown
 from qlora_trainer.errors import DataError
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 METADATA_KEYS = frozenset({"id", "idx", "index", "prompt_id", "source", "dataset", "category", "language", "metadata"})
-EXPECTED_KEYS = '"messages", or "prompt" + "completion", or "instruction" + "output" (+ "input", "system")'
-MAX_SHOWN_CHARS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One turn of a conversation."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The keys by which a row format is known.
+    """The keys by which a form is known.
 
     Attributes:
-        name: what errors call it.
+        name: what the config and errors call it.
         required: keys that must all be there.
         optional: keys that may be there too.
     """
 
     name: str
-    required: frozenset[str]
-    optional: frozenset[str]
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
-# Sets such as UltraChat and No Robots repeat the first question as `prompt` beside complete `messages`.
-MESSAGES = Format("messages", frozenset({"messages"}), frozenset({"prompt"}))
-PROMPT_COMPLETION = Format("prompt/completion", frozenset({"prompt", "completion"}), frozenset())
-ALPACA = Format("alpaca", frozenset({"instruction", "output"}), frozenset({"input", "system"}))
-FORMATS = (MESSAGES, PROMPT_COMPLETION, ALPACA)
+# Sets such as UltraChat and No Robots repeat the first question as `prompt` beside complete `messages`;
+# `parallel_tool_calls` is a setting of OpenAI's service that no template renders.
+MESSAGES = Format("messages", ("messages",), ("tools", "functions", "prompt", "parallel_tool_calls"))
+SHAREGPT = Format("sharegpt", ("conversations",), ("system", "tools"))
+PROMPT_COMPLETION = Format("prompt_completion", ("prompt", "completion"))
+QUESTION_ANSWER = Format("question_answer", ("question", "answer"))
+ALPACA = Format("alpaca", ("instruction", "output"), ("input", "system", "text"))  # Stanford's file repeats all as text
+TEXT = Format("text", ("text",))
+FORMATS = (MESSAGES, SHAREGPT, PROMPT_COMPLETION, QUESTION_ANSWER, ALPACA, TEXT)
 
 
-def parse_conversation(row: Mapping[str, object], *, where: str) -> tuple[Message, ...]:
-    """Reads one row in whichever format its keys tell.
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What one row holds: a conversation, or a plain text.
 
-    Args:
-        row: the decoded JSON object.
-        where: `file:line` for errors.
+    Attributes:
+        messages: in order; at least one is the assistant's, the first is not. Empty for a plain text.
+        tools: functions that the assistant may ask for, as JSON text; may be empty.
+        text: the plain text; empty for a conversation.
+    """
 
-    Returns:
-        The turns in order; at least one is the assistant's, the first is not, and no assistant text is blank.
+    messages: tuple[Message, ...] = ()
+    tools: str = ""
+    text: str = ""
+
+
+def format_named(name: str) -> Format:
+    """The form that the config names.
 
     Raises:
-        DataError: unknown keys, wrong types, unknown roles, or nothing to learn.
+        KeyError: there is none of that name.
     """
-    row_format = _detect(row, where)
-    if row_format is MESSAGES:
-        messages = _message_list(row["messages"], where, "messages")
-    elif row_format is PROMPT_COMPLETION:
-        messages = _prompt_completion(row, where)
-    else:
-        messages = _alpaca(row, where)
-    _require_answers(messages, where, row_format.name)
-    return messages
+    return {row_format.name: row_format for row_format in FORMATS}[name]
 
 
-def shown(value: object) -> str:
-    """A value as an error shows it: its repr, cut short."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
+def detect_format(fields: Mapping[str, object], *, where: str) -> Format:
+    """Tells the form of a row by its keys.
 
+    Args:
+        fields: the row.
+        where: the row, for errors.
 
-def _detect(row: Mapping[str, object], where: str) -> Format:
+    Raises:
+        DataError: the keys of no form are there.
+    """
     for row_format in FORMATS:
-        if not row_format.required <= row.keys():
-            continue
-        known = row_format.required | row_format.optional | METADATA_KEYS
-        unknown = [key for key, value in row.items() if key not in known and value is not None]
-        if unknown:
-            raise DataError(
-                where=where,
-                found=f"unknown keys {shown(unknown)} in a row of {row_format.name} form",
-                expected=f"only {', '.join(sorted(row_format.required | row_format.optional))}",
-                fix="Remove them, or rename them to the keys that are meant.",
-            )
-        return row_format
+        if set(row_format.required) <= fields.keys():
+            return row_format
+    forms = "; ".join(f"{row_format.name} ({' + '.join(row_format.required)})" for row_format in FORMATS)
     raise DataError(
         where=where,
-        found=f"a row with keys {shown(list(row))}",
-        expected=EXPECTED_KEYS,
-        fix="Rename the keys of every row to one of these forms.",
+        found=f"a row with keys {shown(list(fields))}",
+        expected=f"the keys of one of these forms: {forms}",
+        fix="Name the columns that are meant, e.g. data.columns: {prompt: THEIRS, completion: THEIRS}.",
     )
 
 
-def _message_list(value: object, where: str, name: str) -> tuple[Message, ...]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            where=where,
-            found=f"{name} = {shown(value)}",
-            expected='a non-empty list of {"role": ..., "content": ...}',
-            fix=f'Write "{name}" as a list of messages.',
-        )
-    return tuple(_message(item, where, f"{name}[{index}]") for index, item in enumerate(value))
+def rename_columns(
+    fields: Mapping[str, object], columns: tuple[tuple[str, str], ...], *, where: str
+) -> Mapping[str, object]:
+    """Takes the columns that the config names, under our names; no other is read.
+
+    Args:
+        fields: the row.
+        columns: (our key, their column) pairs; empty takes the row as it is.
+        where: the row, for errors.
+
+    Raises:
+        DataError: a column is not there.
+    """
+    if not columns:
+        return fields
+    for ours, theirs in columns:
+        if theirs not in fields:
+            raise DataError(
+                where=where,
+                found=f"a row with keys {shown(list(fields))}",
+                expected=f"the column {theirs!r} that data.columns names for {ours} (null stands for nothing)",
+                fix="Correct data.columns, or the row.",
+            )
+    return {ours: fields[theirs] for ours, theirs in columns}
 
 
-def _message(value: object, where: str, name: str) -> Message:
-    if not isinstance(value, dict) or not {"role", "content"} <= value.keys():
+def read_content(fields: Mapping[str, object], row_format: Format, *, where: str) -> Content:
+    """Reads one row.
+
+    Args:
+        fields: the row, under our keys.
+        row_format: of the file.
+        where: the row, for errors.
+
+    Raises:
+        DataError: missing or unknown keys, wrong types, unknown roles, or nothing to learn.
+    """
+    _require_keys(fields, row_format, where)
+    if row_format is TEXT:
+        return Content(text=_plain_text(fields, where))
+    messages, tools = _conversation(fields, row_format, where)
+    _require_answers(messages, where, row_format.name)
+    return Content(messages=messages, tools=sys.intern(tools))  # often the same in every row
+
+
+def _require_keys(fields: Mapping[str, object], row_format: Format, where: str) -> None:
+    known = (*row_format.required, *row_format.optional)
+    if not set(row_format.required) <= fields.keys():
         raise DataError(
             where=where,
-            found=f"{name} = {shown(value)}",
-            expected='an object with "role" and "content"',
-            fix='Rename its keys (ShareGPT\'s "from"/"value" are "role"/"content" here).',
+            found=f"a row with keys {shown(list(fields))}",
+            expected=f"{' + '.join(row_format.required)}, the form {row_format.name} of this file",
+            fix="Give all rows of a file one form (see data.format and data.columns), or correct this one.",
         )
-    unknown = [key for key, item in value.items() if key not in ("role", "content") and item is not None]
+    unknown = [
+        key for key, value in fields.items() if key not in known and key not in METADATA_KEYS and value is not None
+    ]
     if unknown:
         raise DataError(
             where=where,
-            found=f"unknown keys {shown(unknown)} in {name}",
-            expected='only "role" and "content"',
-            fix="Remove them: they would not be learned.",
+            found=f"unknown keys {shown(unknown)} in a row of {row_format.name} form",
+            expected=f"only {', '.join(known)}",
+            fix="Remove them, rename them to the keys that are meant, or name the columns to read in data.columns.",
         )
-    role = value["role"]
-    if role not in ROLES:
-        raise DataError(
-            where=where,
-            found=f"{name}.role = {shown(role)}",
-            expected=f"one of {', '.join(ROLES)}",
-            fix='Rename the role (ShareGPT\'s "human"/"gpt" are "user"/"assistant" here).',
-        )
-    return Message(role=role, content=_text(value["content"], where, f"{name}.content"))
 
 
-def _prompt_completion(row: Mapping[str, object], where: str) -> tuple[Message, ...]:
-    prompt, completion = row["prompt"], row["completion"]
+def _conversation(fields: Mapping[str, object], row_format: Format, where: str) -> tuple[tuple[Message, ...], str]:
+    if row_format is MESSAGES:
+        key = "functions" if fields.get("functions") is not None else "tools"
+        return read_messages(fields["messages"], where, "messages"), read_tools(fields.get(key), where, key)
+    if row_format is SHAREGPT:
+        messages = read_sharegpt(fields["conversations"], where, "conversations")
+        return (*_system(fields, where), *messages), read_tools(fields.get("tools"), where, "tools")
+    if row_format is ALPACA:
+        return (*_system(fields, where), *_alpaca(fields, where)), ""
+    return _pair(fields, *row_format.required, where=where), ""
+
+
+def _pair(fields: Mapping[str, object], asked: str, answered: str, *, where: str) -> tuple[Message, ...]:
+    prompt, completion = fields[asked], fields[answered]
     if isinstance(prompt, list) and isinstance(completion, list):
-        return _message_list(prompt, where, "prompt") + _message_list(completion, where, "completion")
+        return read_messages(prompt, where, asked) + read_messages(completion, where, answered)
     if isinstance(prompt, str) and isinstance(completion, str):
         return (
-            Message("user", _text(prompt, where, "prompt")),
-            Message("assistant", _text(completion, where, "completion")),
+            Message("user", read_text(prompt, where, asked)),
+            Message("assistant", read_text(completion, where, answered)),
         )
     raise DataError(
         where=where,
-        found=f"prompt = {shown(prompt)}, completion = {shown(completion)}",
+        found=f"{asked} = {shown(prompt)}, {answered} = {shown(completion)}",
         expected="two strings, or two lists of messages",
         fix="Give both in the same form.",
     )
 
 
-def _alpaca(row: Mapping[str, object], where: str) -> tuple[Message, ...]:
-    system = _optional_text(row, "system", where)
-    question = _text(row["instruction"], where, "instruction")
-    if context := _optional_text(row, "input", where):
+def _alpaca(fields: Mapping[str, object], where: str) -> tuple[Message, ...]:
+    question = read_text(fields["instruction"], where, "instruction")
+    if context := _optional_text(fields, "input", where):
         question = f"{question}\n\n{context}"
-    turns = (Message("user", question), Message("assistant", _text(row["output"], where, "output")))
-    return (Message("system", system), *turns) if system else turns
+    return Message("user", question), Message("assistant", read_text(fields["output"], where, "output"))
 
 
-def _optional_text(row: Mapping[str, object], name: str, where: str) -> str:
-    value = row.get(name)
-    return "" if value is None else _text(value, where, name)
+def _system(fields: Mapping[str, object], where: str) -> tuple[Message, ...]:
+    system = _optional_text(fields, "system", where)
+    return (Message("system", system),) if system else ()
 
 
-def _text(value: object, where: str, name: str) -> str:
-    if not isinstance(value, str):
+def _optional_text(fields: Mapping[str, object], name: str, where: str) -> str:
+    value = fields.get(name)
+    return "" if value is None else read_text(value, where, name)
+
+
+def _plain_text(fields: Mapping[str, object], where: str) -> str:
+    text = read_text(fields["text"], where, "text")
+    if not text.strip():
         raise DataError(
-            where=where,
-            found=f"{name} = {shown(value)}",
-            expected="a string",
-            fix=f'Write "{name}" as text.',
+            where=where, found="an empty text", expected="text to learn from", fix="Fill it in, or remove the row."
         )
-    try:
-        value.encode("utf-8")  # JSON escapes can spell what no tokenizer takes
-    except UnicodeEncodeError as error:
-        raise DataError(
-            where=where,
-            found=f"half of a surrogate pair at character {error.start} of {name}",
-            expected="text that UTF-8 can hold",
-            fix="Write both halves of the pair, or remove the \\ud8xx escape.",
-        ) from error
-    return value
+    return text
 
 
 def _require_answers(messages: tuple[Message, ...], where: str, format_name: str) -> None:
@@ -204,7 +225,7 @@ def _require_answers(messages: tuple[Message, ...], where: str, format_name: str
             expected="at least one answer to learn from",
             fix="Add the answer, or remove the row.",
         )
-    if any(not answer.content.strip() for answer in answers):
+    if any(answer.weight and not answer.content.strip() and not answer.tool_calls for answer in answers):
         raise DataError(
             where=where,
             found=f"an empty assistant text in a row of {format_name} form",

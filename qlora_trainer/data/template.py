@@ -1,21 +1,16 @@
-"""Renders conversations through the tokenizer's own chat template and finds the assistant's turns in the text.
-
-A turn begins where the prompt for it ends: the template renders the messages before the turn, with its generation
-prompt, and that text must be a prefix of the whole conversation's. So what is trained on follows exactly what
-generation will have seen, for any template, without a rule of our own about its markers.
-"""
+"""Writes conversations as text, through the tokenizer's own chat template."""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from qlora_trainer.data.formats import Message, shown
-from qlora_trainer.data.rows import Row
-from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.data.messages import Message
+from qlora_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,27 +22,22 @@ PINNED_DATE = (
     "{{ {'%Y-%m-%d': '2024-07-26', '%d %b %Y': '26 Jul 2024'}.get(format, '26 July 2024') }}"
     "{%- endmacro -%}"
 )
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One turn of the assistant in a rendered conversation, as character positions.
+def require_fast(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuses a tokenizer that cannot say where its tokens lie in the text.
 
-    Attributes:
-        start: where the prompt for it ends.
-        end: where its stop token ends; whitespace that the template writes after that is not part of it.
+    Raises:
+        ConfigError: it is a slow one.
     """
-
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """A conversation as the text that is tokenised, special tokens included."""
-
-    text: str
-    turns: tuple[Turn, ...]
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            where=where,
+            found=f"{type(tokenizer).__name__}, a slow tokenizer",
+            expected="a fast tokenizer (tokenizer.json), which tells where each token lies in the text",
+            fix="Use a base that ships a tokenizer.json.",
+        )
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
@@ -58,15 +48,9 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> Non
         where: the base, for the error.
 
     Raises:
-        ConfigError: no chat template, a broken one, or a tokenizer that cannot say where its tokens lie in the text.
+        ConfigError: no chat template, a broken one, or a slow tokenizer.
     """
-    if not tokenizer.is_fast:
-        raise ConfigError(
-            where=where,
-            found=f"{type(tokenizer).__name__}, a slow tokenizer",
-            expected="a fast tokenizer (tokenizer.json), which tells where each token lies in the text",
-            fix="Use a base that ships a tokenizer.json.",
-        )
+    require_fast(tokenizer, where)
     try:
         render_prompt((Message("user", "Hi"),), tokenizer)
     except (TemplateError, TypeError, ValueError) as error:  # ValueError: there is none, or none named "default"
@@ -87,80 +71,88 @@ def control_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted(named | ({tokenizer.bos_token, tokenizer.eos_token} - {None})))
 
 
-def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
+def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str = "") -> str:
     """The text after which the model answers.
 
     Raises:
         jinja2.exceptions.TemplateError: the template refuses these messages.
     """
-    return _render(messages, tokenizer, add_generation_prompt=True)
+    return render(messages, tokenizer, tools, add_generation_prompt=True)
 
 
-def render_row(row: Row, tokenizer: PreTrainedTokenizerBase, *, controls: Sequence[str]) -> Rendered:
-    """Renders one conversation and finds its assistant's turns.
-
-    Args:
-        row: the conversation.
-        tokenizer: carries the chat template.
-        controls: `control_texts(tokenizer)`; a message that holds one would forge a turn or an end.
+def render(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: str = "",
+    *,
+    add_generation_prompt: bool = False,
+) -> str:
+    """The whole conversation as text, special tokens included.
 
     Raises:
-        DataError: the template refuses the conversation, renders an earlier turn otherwise once later ones follow, or
-            a message holds a control token.
+        jinja2.exceptions.TemplateError: the template refuses these messages.
     """
-    _refuse_controls(row, controls)
-    try:
-        return _find_turns(row, tokenizer)
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(message.role for message in row.messages)
-        raise DataError(
-            where=row.where,
-            found=f"a conversation that the chat template refuses ({error}); its roles: {roles}",
-            expected="roles in the order that the model's template knows",
-            fix="Reorder or merge the turns, or remove the row.",
-        ) from error
-
-
-def _find_turns(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    text = _render(row.messages, tokenizer)
-    turns: list[Turn] = []
-    for index, message in enumerate(row.messages):
-        if message.role != "assistant":
-            continue
-        prompt = render_prompt(row.messages[:index], tokenizer)
-        is_last = index == len(row.messages) - 1
-        upto = text if is_last else _render(row.messages[: index + 1], tokenizer)
-        if not (upto.startswith(prompt) and text.startswith(upto)):
-            raise DataError(
-                where=row.where,
-                found=f"a chat template that rewrites history (message {index} reads otherwise once others follow)",
-                expected="every turn rendered as it was when the model wrote it",
-                fix="Use rows with one answer each, or a template that leaves earlier turns unchanged.",
-            )
-        turns.append(Turn(start=len(prompt), end=max(len(prompt), len(upto.rstrip()))))
-    return Rendered(text=text, turns=tuple(turns))
-
-
-def _refuse_controls(row: Row, controls: Sequence[str]) -> None:
-    for index, message in enumerate(row.messages):
-        for control in controls:
-            if control in message.content:
-                raise DataError(
-                    where=row.where,
-                    found=f"the control token {shown(control)} in the text of message {index}",
-                    expected="plain text; the chat template writes the control tokens",
-                    fix="Remove it from the text (was the row rendered through a template already?), or drop the row.",
-                )
-
-
-def _render(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
-) -> str:
     text = tokenizer.apply_chat_template(
-        [{"role": message.role, "content": message.content} for message in messages],
-        chat_template=PINNED_DATE + tokenizer.get_chat_template(),
+        _as_template_sees(messages),
+        tools=_tools(tools),
+        chat_template=_pinned_template(tokenizer, tools),
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
     )
     assert isinstance(text, str)
     return text
+
+
+def render_marked(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str
+) -> tuple[str, list[tuple[int, int]]]:
+    """The whole conversation as text, and where the passages lie that the template marks with `{% generation %}`.
+
+    Raises:
+        jinja2.exceptions.TemplateError: the template refuses these messages.
+    """
+    from transformers.utils import chat_template_utils
+
+    untyped: Any = chat_template_utils.render_jinja_template  # typed as if it gave a text only
+    [text], [passages] = untyped(
+        conversations=[_as_template_sees(messages)],
+        tools=_tools(tools),
+        chat_template=_pinned_template(tokenizer, tools),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    return text, passages
+
+
+def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template marks what the assistant generates."""
+    return GENERATION_MARK.search(tokenizer.get_chat_template()) is not None
+
+
+def _tools(tools: str) -> Any:
+    return json.loads(tools) if tools else None
+
+
+def _as_template_sees(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Keys only where they have a value: templates ask whether they are there."""
+    return [
+        {"role": message.role, "content": message.content}
+        | ({"name": message.name} if message.name else {})
+        | ({"tool_call_id": message.tool_call_id} if message.tool_call_id else {})
+        | (
+            {
+                "tool_calls": [
+                    ({"id": call.call_id} if call.call_id else {})
+                    | {"type": "function", "function": {"name": call.name, "arguments": json.loads(call.arguments)}}
+                    for call in message.tool_calls
+                ]
+            }
+            if message.tool_calls
+            else {}
+        )
+        for message in messages
+    ]
+
+
+def _pinned_template(tokenizer: PreTrainedTokenizerBase, tools: str) -> str:
+    return PINNED_DATE + tokenizer.get_chat_template(tools=_tools(tools))

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.data.chat import prompt_ids, require_chat_template
+from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
+from qlora_trainer.config.paths import read_chat_template
+from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.rows import Message
+from qlora_trainer.data.template import require_chat_template
 from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
 from qlora_trainer.model.adapters import attach_adapters
@@ -45,6 +48,9 @@ def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, 
     named = fields.get("base_model_name_or_path") or ""
     resolved = resolve_base(named, fields.get("revision")) if base is None else resolve_base(base)
     tokenizer = read_tokenizer(resolved.folder)
+    own_template = folder / CHAT_TEMPLATE_FILE
+    if own_template.is_file():  # the run had data.chat_template
+        tokenizer.chat_template = read_chat_template(str(own_template))
     require_chat_template(tokenizer, str(resolved.folder))
     require_tokenizer_fits(tokenizer, resolved)
     device = choose_device()

@@ -27,7 +27,12 @@ REFUSED_KEYS = frozenset(
         "data.train",
         "data.eval",
         "data.eval_fraction",
+        "data.format",
+        "data.columns",
+        "data.chat_template",
+        "data.train_on",
         "data.seq_len",
+        "data.overlong",
         "data.on_bad_row",
         "data.packing",
         "training.global_batch_size",
@@ -54,6 +59,7 @@ FLAGGED_KEYS = frozenset(
 # They change what is written, where and when; a budget may change the micro-batches, which is told by the new plan.
 LOGGED_KEYS = frozenset(
     {
+        "data.max_dropped_share",
         "training.save_every",
         "training.eval_every",
         "memory.budget",

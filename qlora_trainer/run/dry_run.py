@@ -22,6 +22,7 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Plan]:
     machine = decide_machine_knobs(config, choose_device())
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = read_inputs(config)
+    yield from (told for told in inputs.data.told if isinstance(told, Preparing))
     yield Preparing(what=counted_documents(inputs))
     yield plan_run(config, inputs, machine)
 
@@ -32,5 +33,5 @@ def counted_documents(inputs: Inputs) -> str:
     return (
         f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
         f"{inputs.data.train.num_supervised_tokens:,} of them supervised; longest {max(lengths):,}; "
-        f"{inputs.data.train.num_rows - len(lengths):,} rows dropped"
+        f"{inputs.data.train.num_dropped:,} rows dropped"
     )

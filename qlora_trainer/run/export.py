@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
+from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, CHAT_TEMPLATE_FILE
 from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, adapter_config, adapter_tensors
 from qlora_trainer.model.adapters import LoraSettings
 from qlora_trainer.run.checkpoint.storage import LOCAL, TEMPORARY_PREFIX, Storage, refusal, remove_tree, write_new
@@ -26,6 +26,7 @@ def export_adapter(
     linear_names: Sequence[str],
     base_name: str,
     revision: str | None,
+    chat_template: str | None = None,
     storage: Storage = LOCAL,
 ) -> None:
     """Write a PEFT folder, in place of one that is there.
@@ -36,6 +37,7 @@ def export_adapter(
         settings: rank, alpha, dropout, targets.
         linear_names: every linear of the base, to write targets as short names where that means the same.
         base_name, revision: what to call the base.
+        chat_template: kept beside it where it is not the base's own: later questions are asked as those trained on.
         storage: where to write.
 
     Raises:
@@ -49,6 +51,8 @@ def export_adapter(
         storage.make_dir(temporary)
         write_new(temporary / WEIGHTS_FILE, render(tensors, lay_out(tensors)), storage)
         write_new(temporary / ADAPTER_CONFIG_FILE, [memoryview(config)], storage)
+        if chat_template is not None:
+            write_new(temporary / CHAT_TEMPLATE_FILE, [memoryview(chat_template.encode())], storage)
         storage.fsync_dir(temporary)
         if folder.name in storage.list_dir(folder.parent):  # a folder cannot be renamed over another
             storage.rename(folder, replaced)

@@ -33,6 +33,7 @@ def finish(session: Session, progress: Progress, *, status: Status) -> Finished:
             linear_names=list(session.model.linears),
             base_name=session.base.name,
             revision=session.base.revision,
+            chat_template=None if session.config.data.chat_template is None else session.tokenizer.get_chat_template(),
         )
     is_cuda = session.device.type == "cuda"
     summary = Summary(

@@ -197,7 +197,7 @@ def _prepared(session: Session) -> Prepared:
         compute_dtype=session.knobs.machine.compute_dtype,
         num_train_documents=len(session.train_data.documents),
         num_eval_documents=len(session.eval_data.documents),
-        num_dropped_documents=session.train_data.num_rows - len(session.train_data.documents),
+        num_dropped_documents=session.train_data.num_dropped,
         num_tokens=session.train_data.num_tokens,
         num_supervised_tokens=session.train_data.num_supervised_tokens,
         seq_len=session.knobs.plan.seq_len,

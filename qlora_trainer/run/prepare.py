@@ -79,7 +79,7 @@ def prepare(
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
     inputs = read_inputs(config)
     data = inputs.data
-    yield from data.skipped
+    yield from data.told
     order = Order(
         num_documents=len(data.train.documents),
         global_batch_size=config.training.global_batch_size,

@@ -10,9 +10,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.chat import TokenizedData
 from qlora_trainer.data.order import Order
 from qlora_trainer.data.rows import Message
+from qlora_trainer.data.tokenized import TokenizedData
 from qlora_trainer.model.adapters import LoraSettings
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.quantized import QuantizedModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import resource
 import subprocess
@@ -28,6 +29,8 @@ def work(tmp_path: Path) -> Path:
     (tmp_path / "train.jsonl").write_text(ROW * 4)
     (tmp_path / "broken.jsonl").write_text(ROW + '{"messages": [\n')
     (tmp_path / "unanswered.jsonl").write_text('{"messages": [{"role": "user", "content": "2 + 2?"}]}\n')
+    (tmp_path / "broken.json").write_text(f"[{ROW},{ROW}")
+    (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"prompt,completion\nHi,Hello\nHi\n"))
     (tmp_path / "empty.jsonl").touch()
     for name, file in (("pickled", "pytorch_model.bin"), ("full", "metrics.jsonl")):
         (tmp_path / name).mkdir()
@@ -75,6 +78,17 @@ def run(work: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], 
         (["run.yaml", "--set", "data.train=empty.jsonl"], 4, "an empty file"),
         (["run.yaml", "--set", "data.train=broken.jsonl"], 4, "broken.jsonl:2"),
         (["run.yaml", "--set", "data.eval=unanswered.jsonl"], 4, "unanswered.jsonl:1"),
+        (["run.yaml", "--set", "data.train=[train.jsonl, none*.csv]"], 4, "no file of this pattern"),
+        (["run.yaml", "--set", "data.train=broken.json"], 4, "broken.json:3"),
+        (["run.yaml", "--set", "data.train=table.csv.gz"], 4, "table.csv.gz:3"),
+        (["run.yaml", "--set", "data.format=alpaca"], 4, "the form alpaca of this file"),
+        (
+            ["run.yaml", "--set", "data.chat_template=none.jinja"],
+            2,
+            "data.chat_template none.jinja: found no such file",
+        ),
+        (["run.yaml", "--set", "data.chat_template=empty.jsonl"], 2, "found an empty file"),
+        (["run.yaml", "--set", "data.columns={prompts: query}"], 2, "a mapping from some of messages"),
         (["run.yaml", "--set", "output.dir=train.jsonl"], 5, "a file at train.jsonl"),
     ],
 )

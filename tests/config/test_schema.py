@@ -38,7 +38,13 @@ def test_defaults() -> None:
             "train": "train.jsonl",
             "eval": None,
             "eval_fraction": 0.05,
+            "format": "auto",
+            "columns": None,
+            "chat_template": None,
+            "train_on": "assistant",
             "seq_len": "auto",
+            "overlong": "drop",
+            "max_dropped_share": 0.05,
             "on_bad_row": "stop",
             "packing": True,
         },
@@ -77,6 +83,8 @@ def test_defaults() -> None:
         ("lora.alpha", 0.5),
         ("lora.dropout", 0),
         ("lora.target_modules", r".*\.(q|v)_proj"),
+        ("data.train", ("a.jsonl", "b/*.csv")),
+        ("data.columns", (("completion", "reply"), ("prompt", "query"))),
         ("data.seq_len", 8),
         ("data.eval_fraction", 0),
         ("training.epochs", 0.25),
@@ -106,10 +114,16 @@ def test_accepts(dotted: str, value: object) -> None:
         ("lora.dropout", [1, -0.1, "0"]),
         ("lora.dtype", ["float16"]),
         ("lora.target_modules", ["", "[", [], ["q", "q"], ["q", 3], [" "], 3, None, {"q": 1}]),
-        ("data.train", ["", None, ["a"]]),
-        ("data.eval", ["", 3]),
+        ("data.train", ["", None, [], [3], ["a", "a"], ["a", ""]]),
+        ("data.eval", ["", 3, [None]]),
+        ("data.format", ["openai", None]),
+        ("data.columns", ["prompt", ["prompt"], {"prompts": "x"}, {"prompt": ""}, {"prompt": 3}, {}]),
         ("data.eval_fraction", [1, -0.1]),
         ("data.seq_len", [7, 0, -8, "many", 512.0]),
+        ("data.chat_template", ["", 3]),
+        ("data.train_on", ["user", None]),
+        ("data.overlong", ["cut", None]),
+        ("data.max_dropped_share", [-0.1, 1.1, "5%"]),
         ("data.packing", ["yes", 1]),
         ("training.epochs", [0, -1, float("inf")]),
         ("training.max_steps", [0, 1.5]),
@@ -149,6 +163,8 @@ def test_sizes_become_bytes() -> None:
 
 
 def test_lists_become_tuples_so_that_a_config_can_be_hashed() -> None:
+    assert hash(config_with("data.train", ["a", "b"]))
+    assert hash(config_with("data.columns", {"prompt": "query"}))
     config = config_with("lora.target_modules", ["q_proj", "v_proj"])
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert hash(config) == hash(config_with("lora.target_modules", ["q_proj", "v_proj"]))

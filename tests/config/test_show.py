@@ -15,6 +15,7 @@ UNUSUAL = (
     "data.train='1e5'",
     'data.eval="été: \\x85 # 1"',
     "data.seq_len=64",
+    "data.columns={prompt: 'my query', completion: \"no\"}",
     "lora.target_modules=[q_proj, 'no']",
     "lora.alpha=1e-3",
     "training.max_grad_norm=null",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_trainer.data.formats import Message
+from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.data.chat import TokenizedData, choose_seq_len, drop_overlong, prompt_ids, tokenize
+from qlora_trainer.data.chat import prompt_ids, tokenize
 from qlora_trainer.data.rows import Row
+from qlora_trainer.data.tokenized import TokenizedData, require_most_rows
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 
@@ -59,7 +60,7 @@ def replace_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTr
 def test_chatml_labels_are_the_answers_and_stops(
     chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row], turns: Turns
 ) -> None:
-    document = only(tokenize([make_row(*turns)], chatml, seq_len=None))
+    document = only(tokenize([make_row(*turns)], chatml))
     answers = [content for role, content in turns if role == "assistant"]
     assert supervised_texts(document, chatml) == [answer + "<|im_end|>" for answer in answers]
     supervised = document.labels_T != IGNORE_INDEX
@@ -72,7 +73,7 @@ def test_chatml_labels_are_the_answers_and_stops(
 def test_llama3_labels_are_the_answers_and_stops_after_one_bos(
     llama3: PreTrainedTokenizerFast, make_row: Callable[..., Row], turns: Turns
 ) -> None:
-    document = only(tokenize([make_row(*turns)], llama3, seq_len=None))
+    document = only(tokenize([make_row(*turns)], llama3))
     answers = [content for role, content in turns if role == "assistant"]
     assert supervised_texts(document, llama3) == [answer.strip() + "<|eot_id|>" for answer in answers]
     assert document.input_ids_T[0] == llama3.bos_token_id
@@ -90,7 +91,7 @@ def test_an_answer_follows_the_tokens_that_generation_sees(
 ) -> None:
     row = make_row(("user", question), ("assistant", answer))
     for tokenizer in (chatml, llama3):
-        document = only(tokenize([row], tokenizer, seq_len=None))
+        document = only(tokenize([row], tokenizer))
         first = int(np.flatnonzero(document.labels_T != IGNORE_INDEX)[0])
         assert document.input_ids_T[:first].tolist() == prompt_ids(row.messages[:1], tokenizer)
 
@@ -121,7 +122,7 @@ def test_labels_equal_the_mask_of_generation_markers(
     )
     assert isinstance(oracle, BatchEncoding)
     for tokenizer in (chatml, marked):
-        document = only(tokenize([make_row(*turns)], tokenizer, seq_len=None))
+        document = only(tokenize([make_row(*turns)], tokenizer))
         assert document.input_ids_T.tolist() == oracle["input_ids"]
         assert (document.labels_T != IGNORE_INDEX).tolist() == [bool(mask) for mask in oracle["assistant_masks"]]
 
@@ -131,7 +132,7 @@ def test_newlines_that_the_tokenizer_merges_across_the_start_are_cut_there(
 ) -> None:
     row = make_row(("user", "Hi"), ("assistant", "\nHello"), ("user", "Hi"), ("assistant", "\n\nHello"))
     assert len(chatml("\n\n", add_special_tokens=False)["input_ids"]) == 1, "else this tests nothing"
-    document = only(tokenize([row], chatml, seq_len=None))
+    document = only(tokenize([row], chatml))
     assert supervised_texts(document, chatml) == ["\nHello<|im_end|>", "\n\nHello<|im_end|>"]
 
 
@@ -139,7 +140,7 @@ def test_sentencepiece_labels_are_the_answers_and_stops(
     mistral: PreTrainedTokenizerFast, make_row: Callable[..., Row]
 ) -> None:
     row = make_row(("user", "What does it do?"), ("assistant", "The answer is"), ("user", "Hi"), ("assistant", "Hello"))
-    document = only(tokenize([row], mistral, seq_len=None))
+    document = only(tokenize([row], mistral))
     assert supervised_texts(document, mistral) == ["The answer is</s>", "Hello</s>"]
     assert (document.input_ids_T == mistral.bos_token_id).sum() == 1
     assert (document.labels_T == mistral.eos_token_id).sum() == 2
@@ -154,7 +155,7 @@ def test_an_answer_that_cannot_be_told_from_its_prompt_is_refused(
         "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}",
     )
     with pytest.raises(DataError, match=r"train\.jsonl:1: found an answer whose first characters"):
-        tokenize([make_row(("user", "you"), ("assistant", "Hi"))], merging, seq_len=None)
+        tokenize([make_row(("user", "you"), ("assistant", "Hi"))], merging)
 
 
 def test_a_bos_that_the_template_writes_twice_is_refused(
@@ -162,7 +163,7 @@ def test_a_bos_that_the_template_writes_twice_is_refused(
 ) -> None:
     doubled = replace_template(llama3, "{{ bos_token }}" + str(llama3.chat_template))
     with pytest.raises(DataError, match="two BOS tokens"):
-        tokenize([make_row(("user", "Hi"), ("assistant", "Hello"))], doubled, seq_len=None)
+        tokenize([make_row(("user", "Hi"), ("assistant", "Hello"))], doubled)
 
 
 def test_a_template_without_stop_token_is_refused(
@@ -170,7 +171,7 @@ def test_a_template_without_stop_token_is_refused(
 ) -> None:
     endless = replace_template(chatml, "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}")
     with pytest.raises(DataError, match=r"train\.jsonl:1: found an answer that .* does not end with a stop token"):
-        tokenize([make_row(("user", "Hi"), ("assistant", "Hello"))], endless, seq_len=None)
+        tokenize([make_row(("user", "Hi"), ("assistant", "Hello"))], endless)
 
 
 def test_rows_whose_answers_the_template_leaves_out_are_counted(
@@ -181,86 +182,35 @@ def test_rows_whose_answers_the_template_leaves_out_are_counted(
     )
     good = [make_row(("user", "Hi"), ("assistant", "Hello"), index=index) for index in range(19)]
     bad = make_row(("user", "Hi"), ("assistant", "(secret) \n"), index=19)
-    data = tokenize([*good, bad], forgetful, seq_len=None)
+    data = tokenize([*good, bad], forgetful)
     assert (data.num_rows, data.num_dropped_untrainable, len(data.documents)) == (20, 1, 19)
     assert all(document.num_supervised_tokens > 1 for document in data.documents)
-    with pytest.raises(DataError, match=r"2 of 20 rows .*2 whose assistant's text the chat template leaves out"):
-        tokenize([*good[1:], bad, bad], forgetful, seq_len=None)
-
-
-def test_overlong_rows_are_dropped_whole_and_counted(
-    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]
-) -> None:
-    rows = [
-        make_row(("user", "Hi"), ("assistant", "Hello" * (40 if index == 3 else 1)), index=index) for index in range(40)
-    ]
-    everything = tokenize(rows, chatml, seq_len=None)
-    longest = max(everything.lengths)
-    data = tokenize(rows, chatml, seq_len=longest - 1)
-    assert (data.num_rows, data.num_dropped_overlong, data.num_dropped_untrainable) == (40, 1, 0)
-    assert [document.index for document in data.documents] == [index for index in range(40) if index != 3]
-    assert tokenize(rows, chatml, seq_len=longest).lengths == everything.lengths
-    shorter = drop_overlong(everything, longest - 1)
-    assert shorter.lengths == data.lengths
-    assert data.num_tokens == sum(data.lengths) == everything.num_tokens - longest
-    assert data.num_supervised_tokens == sum(document.num_supervised_tokens for document in data.documents)
-
-
-def test_too_many_overlong_rows_are_refused_with_counts(
-    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]
-) -> None:
-    rows = [
-        make_row(("user", "Hi"), ("assistant", "Hello" * (40 if index < 3 else 1)), index=index) for index in range(40)
-    ]
+    require_most_rows(data, 0.05)
     with pytest.raises(
-        DataError, match=r"train\.jsonl: found 3 of 40 rows .*3 longer than 40 tokens.*Raise data\.seq_len"
+        DataError, match=r"train\.jsonl: found 1 of 20 rows .*1 without a token to learn\); expected at"
     ):
-        tokenize(rows, chatml, seq_len=40)
-    with pytest.raises(DataError, match=r"1 of 1 rows"):
-        tokenize(rows[:1], chatml, seq_len=8)
+        require_most_rows(data, 0.04)
 
 
 def test_no_rows_give_no_documents(chatml: PreTrainedTokenizerFast) -> None:
-    assert tokenize([], chatml, seq_len=64) == TokenizedData(
-        path="", documents=(), num_rows=0, num_dropped_overlong=0, num_dropped_untrainable=0
-    )
+    assert tokenize([], chatml) == TokenizedData(path="", documents=(), num_rows=0)
 
 
 def test_batches_do_not_show(
     chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [make_row(("user", "Hi" * index), ("assistant", "Hello"), index=index) for index in range(7)]
-    whole = tokenize(rows, chatml, seq_len=None)
+    whole = tokenize(rows, chatml)
     monkeypatch.setattr("qlora_trainer.data.chat.BATCH_ROWS", 3)
-    pieces = tokenize(rows, chatml, seq_len=None)
+    pieces = tokenize(rows, chatml)
     assert [d.input_ids_T.tolist() for d in pieces.documents] == [d.input_ids_T.tolist() for d in whole.documents]
     assert [d.index for d in pieces.documents] == list(range(7))
-
-
-@given(st.lists(st.integers(1, 5000), min_size=1), st.integers(1, 4096))
-def test_the_chosen_seq_len_is_the_smallest_that_holds_99_percent(lengths: list[int], max_positions: int) -> None:
-    def holds(seq_len: int) -> bool:
-        return 100 * sum(length <= seq_len for length in lengths) >= 99 * len(lengths)
-
-    seq_len = choose_seq_len(lengths, max_positions)
-    if seq_len < max_positions:
-        assert seq_len % 64 == 0
-        assert holds(seq_len)
-        assert not holds(seq_len - 64)
-    else:
-        assert seq_len == max_positions
-        assert not holds((max_positions - 1) // 64 * 64)
-
-
-def test_seq_len_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="no documents"):
-        choose_seq_len([], 2048)
 
 
 def test_the_shipped_base_tokenizes_exactly(smollm2: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
     answer = "Hello — ünïcode 日本 😀\n\nCopy 128 files. "
     row = make_row(("user", "Hi  é"), ("assistant", answer), ("user", "And?"), ("assistant", "\n\nBye"))
-    document = only(tokenize([row], smollm2, seq_len=None))
+    document = only(tokenize([row], smollm2))
     assert supervised_texts(document, smollm2) == [answer + "<|im_end|>", "\n\nBye<|im_end|>"]
     assert str(smollm2.decode(document.input_ids_T.tolist())).startswith("<|im_start|>system\nYou are a helpful AI")
     assert smollm2.pad_token_id == smollm2.eos_token_id  # the stop token is a label all the same
@@ -270,6 +220,6 @@ def test_the_shipped_base_tokenizes_exactly(smollm2: PreTrainedTokenizerFast, ma
 
 
 def test_documents_are_values(chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
-    data = tokenize([make_row(("user", "Hi"), ("assistant", "Hello"), index=5)], chatml, seq_len=None)
+    data = tokenize([make_row(("user", "Hi"), ("assistant", "Hello"), index=5)], chatml)
     assert only(data).index == 5
     assert replace(data, documents=()).num_tokens == 0

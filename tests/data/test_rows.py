@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_trainer.data import json_text
 from qlora_trainer.data import rows as rows_module
-from qlora_trainer.data.rows import Message, read_rows
+from qlora_trainer.data.rows import FileRead, Message, RowsRead, collect, iter_files, read_rows
 from qlora_trainer.errors import DataError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
@@ -21,6 +22,10 @@ def write(folder: Path, data: bytes) -> Path:
     path = folder / "train.jsonl"
     path.write_bytes(data)
     return path
+
+
+def read_one(path: Path) -> RowsRead:
+    return collect(iter_files([path], stop=False))
 
 
 @pytest.mark.parametrize(
@@ -60,7 +65,7 @@ def test_bom_crlf_and_blank_lines_are_read(tmp_path: Path, data: bytes, lines: l
         (b"\x1f\x8b\x08\x00", "byte 0x8b at position 1"),
         (b'{"prompt": "\\ud800", "completion": "x"}', "half of a surrogate pair"),
         (b'{"prompt": "Hi", "completion": ""}', "an empty assistant text"),
-        (b"[" + GOOD + b"]", "a JSON array; expected JSON Lines"),
+        (b"[" + GOOD + b"]", "found [{'prompt': 'Hi', 'completion': 'Hello'}]; expected one complete JSON object"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -72,12 +77,6 @@ def test_a_bad_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_json_array_file_is_told_what_is_expected(tmp_path: Path) -> None:
-    path = write(tmp_path, b"[\n  " + GOOD + b"\n]\n")
-    with pytest.raises(DataError, match=r"train\.jsonl:1: found a JSON array; expected JSON Lines"):
-        read_rows(path)
-
-
 @pytest.mark.parametrize("data", [b"", b"\n\n", b"\xef\xbb\xbf", b"  \r\n"])
 def test_a_file_without_rows_is_refused(tmp_path: Path, data: bytes) -> None:
     with pytest.raises(DataError, match="found no rows"):
@@ -85,7 +84,7 @@ def test_a_file_without_rows_is_refused(tmp_path: Path, data: bytes) -> None:
 
 
 def test_an_overlong_line_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(json_text, "MAX_LINE_BYTES", 2**20)
     path = tmp_path / "train.jsonl"
     with path.open("wb") as file:
         file.write(GOOD + b"\n")
@@ -115,8 +114,9 @@ def test_any_text_comes_back_as_written(
 
 def test_reading_rows_imports_no_torch() -> None:
     program = (
-        "import sys, qlora_trainer.data.rows, qlora_trainer.data.split, qlora_trainer.data.stdlib_docs; "
-        "print([name for name in ('torch', 'transformers', 'numpy', 'jinja2') if name in sys.modules])"
+        "import sys, qlora_trainer.data.named, qlora_trainer.data.split, qlora_trainer.data.stdlib_docs; "
+        "heavy = ('torch', 'transformers', 'numpy', 'jinja2', 'pyarrow', 'datasets'); "
+        "print([name for name in heavy if name in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     finished = subprocess.run(
@@ -130,26 +130,65 @@ def test_bad_rows_are_counted_and_the_first_of_them_told(tmp_path: Path, monkeyp
     monkeypatch.setattr(rows_module, "MAX_REASONS", 3)
     bad = [b"nonsense", b'{"prompt": "Hi"}', b'{"prompt": "caf\xe9", "completion": "x"}', b"3", b"[]"]
     path = write(tmp_path, b"\n".join([GOOD, *bad, b"", GOOD]))
-    read = rows_module.read_rows_and_bad(path, stop=False)
+    read = read_one(path)
     assert [(row.index, row.line) for row in read.rows] == [(0, 1), (1, 8)]
-    assert read.num_bad == 5
-    assert [reason.split(": ")[0] for reason in read.reasons] == [f"{path}:{line}" for line in (2, 3, 4)]
-    assert "broken JSON" in read.reasons[0]
-    assert "byte 0xe9" in read.reasons[2]
+    [file] = read.files
+    assert (file.num_rows, file.num_bad) == (2, 5)
+    assert [reason.split(": ")[0] for reason in file.reasons] == [f"{path}:{line}" for line in (2, 3, 4)]
+    assert "broken JSON" in file.reasons[0]
+    assert "byte 0xe9" in file.reasons[2]
     with pytest.raises(DataError, match=r"train\.jsonl:2: found broken JSON"):
-        rows_module.read_rows_and_bad(path, stop=True)
+        read_rows(path)
 
 
 def test_a_file_of_bad_rows_only_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path, b"a,b\n1,2\n")
     with pytest.raises(DataError, match=r"found no rows but 2 bad ones, the first .*train\.jsonl:1: broken JSON"):
-        rows_module.read_rows_and_bad(path, stop=False)
+        read_one(path)
 
 
 def test_an_overlong_line_is_passed_over_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_module, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(json_text, "MAX_LINE_BYTES", 1000)
     for length in (1001, 2002, 5000):
         path = write(tmp_path, b"\n".join([GOOD, b"x" * length, GOOD]) + b"\n" + b"y" * length)
-        read = rows_module.read_rows_and_bad(path, stop=False)
+        read = read_one(path)
         assert [row.line for row in read.rows] == [1, 3]
-        assert read.num_bad == 2
+        assert read.files[0].num_bad == 2
+
+
+def test_rows_of_several_files_are_numbered_through(tmp_path: Path) -> None:
+    """Draws and the held-out part are keyed by the number. Mutation tried: each file counted from 0."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + GOOD)
+    (tmp_path / "b.jsonl").write_bytes(b'\nnonsense\n{"question": "Hi", "answer": "Hello"}')
+    read = collect(iter_files([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], stop=False))
+    assert [(Path(row.path).name, row.index, row.line) for row in read.rows] == [
+        ("a.jsonl", 0, 1),
+        ("a.jsonl", 1, 2),
+        ("b.jsonl", 2, 3),
+    ]
+    assert [(file.format_name, file.num_rows, file.num_bad) for file in read.files] == [
+        ("prompt_completion", 2, 0),
+        ("question_answer", 1, 1),
+    ]
+    (tmp_path / "empty.jsonl").write_bytes(b"\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: found no rows"):
+        collect(iter_files([tmp_path / "a.jsonl", tmp_path / "empty.jsonl"]))
+
+
+def test_the_first_row_tells_the_form_of_its_file(tmp_path: Path) -> None:
+    path = write(tmp_path, b"nonsense\n" + GOOD + b'\n{"text": "Hi"}\n' + GOOD)
+    assert read_one(path).files[0] == FileRead(
+        path=str(path),
+        format_name="prompt_completion",
+        num_rows=2,
+        num_bad=2,
+        reasons=read_one(path).files[0].reasons,
+    )
+    with pytest.raises(DataError, match=r"train\.jsonl:2: found a row with keys \['prompt', .*the form text of this"):
+        collect(iter_files([write(tmp_path, b'{"text": "Hi"}\n' + GOOD)]))
+    path = write(tmp_path, b'{"text": "Hi", "title": "x"}')
+    columns = (("question", "title"), ("answer", "text"))
+    [row] = collect(iter_files([path], row_format="question_answer", columns=columns)).rows
+    assert row.messages == (Message("user", "x"), Message("assistant", "Hi"))
+    with pytest.raises(DataError, match=r"train\.jsonl:1: found a row with keys .*the form alpaca of this file"):
+        collect(iter_files([path], row_format="alpaca"))

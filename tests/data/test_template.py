@@ -1,69 +1,22 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_trainer.data.formats import Message
-from qlora_trainer.data.rows import Row
-from qlora_trainer.data.template import control_texts, render_prompt, render_row, require_chat_template
-from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.data.messages import Message
+from qlora_trainer.data.template import control_texts, render_prompt, require_chat_template
+from qlora_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-FORGETS_THOUGHTS = (  # as Qwen3 and DeepSeek-R1 do: what was thought in earlier turns is left out
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and not loop.last %}{{ m.content.split('</think>')[-1] }}"
-    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def with_template(tokenizer: PreTrainedTokenizerFast, template: str | dict[str, str] | None) -> PreTrainedTokenizerFast:
     changed = deepcopy(tokenizer)
     changed.chat_template = template
     return changed
-
-
-def test_turns_lie_where_the_answers_are(chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
-    row = make_row(("user", "Hi"), ("assistant", "Hello "), ("user", "Bye"), ("assistant", " Bye"))
-    rendered = render_row(row, chatml, controls=control_texts(chatml))
-    assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == ["Hello <|im_end|>", " Bye<|im_end|>"]
-    assert rendered.text[: rendered.turns[0].start] == render_prompt(row.messages[:1], chatml)
-
-
-def test_a_template_that_rewrites_history_is_refused(
-    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]
-) -> None:
-    forgetful = with_template(chatml, FORGETS_THOUGHTS)
-    controls = control_texts(forgetful)
-    one = make_row(("user", "Hi"), ("assistant", "<think>Who?</think>Hello"), index=4)
-    rendered = render_row(one, forgetful, controls=controls)
-    assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == ["<think>Who?</think>Hello<|im_end|>"]
-    two = make_row(*[(message.role, message.content) for message in one.messages * 2], index=4)
-    with pytest.raises(DataError, match=r"train\.jsonl:5: found a chat template that rewrites history \(message 1 "):
-        render_row(two, forgetful, controls=controls)
-
-
-def test_roles_that_the_template_refuses_are_told(
-    mistral: PreTrainedTokenizerFast, make_row: Callable[..., Row]
-) -> None:
-    row = make_row(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"))
-    with pytest.raises(DataError, match=r"Only user and assistant roles!.*its roles: system, user, assistant"):
-        render_row(row, mistral, controls=())
-
-
-@pytest.mark.parametrize("turn", [0, 1])
-def test_control_tokens_in_the_text_are_refused(
-    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row], turn: int
-) -> None:
-    turns = [("user", "Hi"), ("assistant", "Hello")]
-    turns[turn] = (turns[turn][0], "Hello<|im_end|>\n<|im_start|>user")
-    with pytest.raises(DataError, match=rf"the control token '<\|im_end\|>' in the text of message {turn}"):
-        render_row(make_row(*turns), chatml, controls=control_texts(chatml))
 
 
 def test_control_texts_are_what_the_template_writes(

@@ -9,10 +9,13 @@ import pytest
 
 from qlora_trainer.model.sealed_folder import sha256_of
 from qlora_trainer.run import prepare
+from qlora_trainer.run.answer import answer
 from qlora_trainer.run.checkpoint.manifest import read_manifest
-from qlora_trainer.run.records import Prepared, RowsSkipped
-from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base, write_rows
+from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped
+from tests.run.tiny_run import CHATML, run_to_end, run_until_step, tiny_config, write_base, write_rows
 from tests.run.told import complaint, train_command
+
+LONG_MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It is 2. " * 60}]
 
 
 @pytest.fixture
@@ -108,6 +111,78 @@ def test_bad_rows_are_skipped_only_where_that_is_asked(
     assert skipped.num_rows == 2
     (prepared,) = [record for record in records if isinstance(record, Prepared)]
     assert prepared.num_train_documents == 48
+
+
+def test_a_plain_text_needs_no_chat_template(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", chat_template=None)
+    texts = [json.dumps({"text": f"{number} and {number} are {2 * number}. " * 6}) for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(texts))
+    records = run_to_end(tiny_config(tmp_path, base, "training.max_steps=1", "output.sample_questions=2"))
+    (prepared,) = [record for record in records if isinstance(record, Prepared)]
+    assert prepared.num_train_documents == 24
+    assert prepared.num_tokens - prepared.num_supervised_tokens == 24  # only the first token of each
+    told = [record.what for record in records if isinstance(record, Preparing)]
+    assert f"30 rows of the form text in {tmp_path / 'rows.jsonl'}" in told
+
+
+def test_a_template_of_the_config_is_used_and_kept_beside_the_adapter(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation tried: `generate` with the template of the base; the model is asked in other words than it learned."""
+    template = tmp_path / "mine.jinja"
+    template.write_text("Be brief. " + CHATML)
+    config = tiny_config(tmp_path, base, f"data.chat_template={template}", "training.max_steps=2")
+    run_to_end(config)
+    assert (tmp_path / "run" / "adapter" / "chat_template.jinja").read_text() == template.read_text()
+    asked: list[str] = []
+
+    def encode_prompt(text: str, tokenizer: object) -> list[int]:
+        asked.append(text)
+        return [0]
+
+    monkeypatch.setattr("qlora_trainer.data.chat.encode_prompt", encode_prompt)
+    answer(tmp_path / "run", "2 + 2?", base=None, max_new_tokens=1, temperature=0.0, seed=0)
+    assert asked[0].startswith("Be brief. <|im_start|>user")
+    template.write_text(CHATML)
+    capsys.readouterr()
+    assert train_command(config, "--resume", "auto") == 2
+    assert "found another tokenizer than this run began with" in complaint(capsys)
+
+
+def test_a_conversation_needs_a_chat_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = write_base(tmp_path / "base", chat_template=None)
+    capsys.readouterr()
+    assert train_command(tiny_config(tmp_path, base)) == 2
+    assert "a tokenizer without a chat template" in complaint(capsys)
+
+
+@pytest.mark.parametrize("overlong", ["drop", "truncate", "split", "error"])
+def test_what_is_too_long_is_handled_as_asked_and_told(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], overlong: str
+) -> None:
+    lines = write_rows(tmp_path / "rows.jsonl", 40).read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text("\n".join(lines[:20]))
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[20:], json.dumps({"messages": LONG_MESSAGES})]))
+    config = tiny_config(
+        tmp_path,
+        base,
+        f"data.train={tmp_path / '[ab].jsonl'}",
+        f"data.eval={tmp_path / 'rows.jsonl'}",
+        "data.seq_len=64",
+        f"data.overlong={overlong}",
+        "training.max_steps=1",
+    )
+    if overlong == "error":
+        assert train_command(config) == 4
+        assert "b.jsonl:21: found a row of" in complaint(capsys)
+        return
+    records = run_to_end(config)
+    (prepared,) = [record for record in records if isinstance(record, Prepared)]
+    told = "; ".join(record.what for record in records if isinstance(record, Preparing))
+    assert f"81 rows of the form messages in {tmp_path / 'a.jsonl'} and 2 more" in told
+    assert prepared.num_dropped_documents == (1 if overlong == "drop" else 0)
+    assert ("1 rows were cut" in told, "1 rows were split" in told) == (overlong == "truncate", overlong == "split")
+    assert (prepared.num_train_documents > 41) == (overlong == "split")
 
 
 def test_another_base_at_resume_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:

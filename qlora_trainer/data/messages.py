@@ -1,0 +1,290 @@
+"""One turn of a conversation, and how OpenAI's fine-tuning files and ShareGPT write it.
+
+What a turn says that this does not understand is an error: it would silently not be learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qlora_trainer.errors import DataError
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+MAX_SHOWN_CHARS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function that the assistant asks for.
+
+    Attributes:
+        name: of the function.
+        arguments: a JSON object, as text.
+        call_id: by which the tool's message names it; may be empty.
+    """
+
+    name: str
+    arguments: str
+    call_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of `ROLES`.
+        content: its text; may be empty where there are tool calls.
+        tool_calls: what the assistant asks for.
+        name: of the speaker or the tool; may be empty.
+        tool_call_id: the call that a tool's message answers; may be empty.
+        weight: 0 for a turn of the assistant that is read, but not learned; else 1.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str = ""
+    tool_call_id: str = ""
+    weight: int = 1
+
+
+def read_messages(value: object, where: str, name: str) -> tuple[Message, ...]:
+    """Reads a list of messages as OpenAI's fine-tuning files hold them.
+
+    Args:
+        value: what the row has.
+        where: the row, for errors.
+        name: the key that held it, for errors.
+
+    Raises:
+        DataError: not such a list.
+    """
+    return tuple(_message(item, where, f"{name}[{index}]") for index, item in enumerate(_list(value, where, name)))
+
+
+def read_sharegpt(value: object, where: str, name: str) -> tuple[Message, ...]:
+    """Reads a list of `{"from": ..., "value": ...}`, or of messages, which some files of that kind hold.
+
+    Raises:
+        DataError: neither.
+    """
+    turns = _list(value, where, name)
+    return tuple(_message(_from_sharegpt(turn), where, f"{name}[{index}]") for index, turn in enumerate(turns))
+
+
+def read_tools(value: object, where: str, name: str) -> str:
+    """The functions that the assistant may ask for, as JSON text; empty where there are none.
+
+    Args:
+        value: a list of schemas, or such a list as JSON text.
+        where: the row, for errors.
+        name: the key that held it; the schemas under `functions`, OpenAI's older name, lack their wrapper.
+
+    Raises:
+        DataError: not such a list.
+    """
+    if value is None or value in ("", []):
+        return ""
+    tools = _from_json(value) if isinstance(value, str) else value
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise DataError(
+            where=where,
+            found=f"{name} = {shown(value)}",
+            expected="a list of function schemas",
+            fix=f'Write "{name}" as in OpenAI\'s fine-tuning files.',
+        )
+    if name == "functions":
+        tools = [{"type": "function", "function": tool} for tool in tools]
+    return read_text(json.dumps(tools, ensure_ascii=False), where, name)
+
+
+def read_text(value: object, where: str, name: str) -> str:
+    """A value that must be text which UTF-8 can hold.
+
+    Raises:
+        DataError: it is not.
+    """
+    if not isinstance(value, str):
+        raise DataError(
+            where=where, found=f"{name} = {shown(value)}", expected="a string", fix=f'Write "{name}" as text.'
+        )
+    try:
+        value.encode("utf-8")  # JSON escapes can spell what no tokenizer takes
+    except UnicodeEncodeError as error:
+        raise DataError(
+            where=where,
+            found=f"half of a surrogate pair at character {error.start} of {name}",
+            expected="text that UTF-8 can hold",
+            fix="Write both halves of the pair, or remove the \\ud8xx escape.",
+        ) from error
+    return value
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its repr, cut short."""
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
+
+
+def _list(value: object, where: str, name: str) -> list[object]:
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            where=where,
+            found=f"{name} = {shown(value)}",
+            expected='a non-empty list of {"role": ..., "content": ...}',
+            fix=f'Write "{name}" as a list of messages.',
+        )
+    return value
+
+
+def _from_sharegpt(turn: object) -> object:
+    """The same turn under OpenAI's names; what is no ShareGPT turn comes back as it is."""
+    if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
+        return turn
+    speaker, value = turn["from"], turn["value"]
+    role = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    if speaker == "function_call":
+        return {**rest, "role": role, "content": None, "function_call": _from_json(value)}
+    return {**rest, "role": role, "content": value}
+
+
+def _message(value: object, where: str, name: str) -> Message:
+    if not isinstance(value, dict) or "role" not in value:
+        raise DataError(
+            where=where,
+            found=f"{name} = {shown(value)}",
+            expected='an object with "role" and "content"',
+            fix='Rename its keys; a list of "from" and "value" belongs under the key "conversations".',
+        )
+    unknown = [key for key, item in value.items() if key not in MESSAGE_KEYS and item is not None]
+    if unknown:
+        raise DataError(
+            where=where,
+            found=f"unknown keys {shown(unknown)} in {name}",
+            expected=f"only {', '.join(MESSAGE_KEYS)}",
+            fix="Remove them: they would not be learned.",
+        )
+    role = "tool" if value["role"] == "function" else value["role"]  # OpenAI's older name
+    if role not in ROLES:
+        raise DataError(
+            where=where,
+            found=f"{name}.role = {shown(role)}",
+            expected=f"one of {', '.join(ROLES)}",
+            fix="Rename the role.",
+        )
+    _require_role(value, role, where, name)
+    tool_calls = _tool_calls(value, where, name)
+    content = value.get("content")
+    return Message(
+        role=role,
+        content="" if content is None and tool_calls else _content(content, where, f"{name}.content"),
+        tool_calls=tool_calls,
+        name=_optional(value, "name", where, name),
+        tool_call_id=_optional(value, "tool_call_id", where, name),
+        weight=_weight(value.get("weight"), where, f"{name}.weight"),
+    )
+
+
+def _require_role(value: Mapping[str, object], role: str, where: str, name: str) -> None:
+    owners = {"weight": "assistant", "tool_calls": "assistant", "function_call": "assistant", "tool_call_id": "tool"}
+    for key, owner in owners.items():
+        if role != owner and value.get(key) not in (None, []):
+            raise DataError(
+                where=where,
+                found=f"{key} in {name}, whose role is {role}",
+                expected=f"it in messages of the role {owner} only",
+                fix="Remove it, or correct the role.",
+            )
+
+
+def _content(value: object, where: str, name: str) -> str:
+    """Text, or OpenAI's list of text parts."""
+    if not isinstance(value, list):
+        return read_text(value, where, name)
+    texts = []
+    for index, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise DataError(
+                where=where,
+                found=f"{name}[{index}] = {shown(part)}",
+                expected='parts of {"type": "text", "text": ...} only',
+                fix="Remove the row: images and sound cannot be learned here.",
+            )
+        texts.append(read_text(part.get("text"), where, f"{name}[{index}].text"))
+    return "".join(texts)
+
+
+def _weight(value: object, where: str, name: str) -> int:
+    if value is None:
+        return 1
+    if value in (0, 1) and not isinstance(value, bool):
+        return 1 if value else 0
+    raise DataError(
+        where=where,
+        found=f"{name} = {shown(value)}",
+        expected="0 (read, not learned) or 1",
+        fix="Use 0 or 1: a turn is learned or it is not.",
+    )
+
+
+def _tool_calls(value: Mapping[str, object], where: str, name: str) -> tuple[ToolCall, ...]:
+    if (function := value.get("function_call")) is not None:  # OpenAI's older form of one call
+        return (_tool_call({"function": function}, where, f"{name}.function_call"),)
+    calls = value.get("tool_calls")
+    if calls is None:
+        return ()
+    if not isinstance(calls, list):
+        raise _no_tool_call(calls, where, f"{name}.tool_calls")
+    return tuple(_tool_call(call, where, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls))
+
+
+def _tool_call(value: object, where: str, name: str) -> ToolCall:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(function, dict):
+        raise _no_tool_call(value, where, name)
+    arguments, function_name = function.get("arguments"), function.get("name")
+    parsed = _from_json(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(function_name, str) or not function_name.strip() or not isinstance(parsed, dict):
+        raise _no_tool_call(function, where, name)
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(
+        name=read_text(function_name, where, f"{name}.name"),
+        arguments=read_text(text, where, f"{name}.arguments"),
+        call_id=_optional(value, "id", where, name),
+    )
+
+
+def _no_tool_call(value: object, where: str, name: str) -> DataError:
+    return DataError(
+        where=where,
+        found=f"{name} = {shown(value)}",
+        expected='{"id": ..., "function": {"name": ..., "arguments": "a JSON object as text"}}',
+        fix="Write the call as in OpenAI's fine-tuning files.",
+    )
+
+
+def _optional(value: Mapping[str, object], key: str, where: str, name: str) -> str:
+    found = value.get(key)
+    return "" if found is None else read_text(found, where, f"{name}.{key}")
+
+
+def _from_json(value: object) -> object:
+    """What JSON text holds; text that is not JSON, and what is no text, as it is: the caller says what was expected."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value

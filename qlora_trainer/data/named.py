@@ -1,0 +1,33 @@
+"""The rows that a config names: its files, read the way its `data` section asks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.schema import DataSection
+from qlora_trainer.data.rows import FileRead, Row, iter_files
+
+
+def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[Row | FileRead]:
+    """Yields the rows of the files under `key`, and after each file what was found in it; nothing where none are named.
+
+    Raises:
+        DataError: see `config.data_files` and `data.rows.iter_files`.
+    """
+    names = section.train if key == "train" else section.eval
+    if names is not None:
+        paths = data_files(names, key=f"data.{key}")
+        stop = section.on_bad_row == "stop"
+        yield from iter_files(paths, row_format=section.format, columns=section.columns or (), stop=stop)
+
+
+def forms_told(files: Sequence[FileRead]) -> list[str]:
+    """Which form was found where, a line a form."""
+    lines = []
+    for name in dict.fromkeys(file.format_name for file in files):
+        of_form = [file for file in files if file.format_name == name]
+        where = of_form[0].path if len(of_form) == 1 else f"{of_form[0].path} and {len(of_form) - 1} more"
+        lines.append(f"{sum(file.num_rows for file in of_form):,} rows of the form {name} in {where}")
+    return lines

@@ -1,0 +1,134 @@
+"""The rows of one file as they are written, before anybody asks what they mean.
+
+The name tells the kind: `.csv`, `.parquet`, and JSON (lines or one array) for all others; `.gz` after it for what is
+compressed. Every reader is an iterator that holds a row, or a batch of `PARQUET_BATCH_ROWS`, at a time; no torch.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from qlora_trainer.data.json_text import MAX_LINE_BYTES, begins_array, decode_line, iter_array, iter_lines, parse_line
+from qlora_trainer.data.messages import shown
+from qlora_trainer.errors import DataError
+
+PARQUET_BATCH_ROWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row.
+
+    Attributes:
+        number: 1-based, of the line it begins on, or of the row where lines mean nothing.
+        fields: by column; or what is wrong with the row.
+        is_line: which of the two `number` is.
+    """
+
+    number: int
+    fields: dict[str, object] | DataError
+    is_line: bool = False
+
+
+def iter_records(path: Path) -> Iterator[Record]:
+    """Reads the rows of a file in order.
+
+    Raises:
+        DataError: the file cannot be read, or not beyond some row.
+    """
+    kind = path.name.lower().removesuffix(".gz")
+    try:
+        if kind.endswith(".parquet"):
+            yield from _parquet(path)
+            return
+        with _opened(path) as file:
+            is_array = not kind.endswith(".csv") and begins_array(file)
+        with _opened(path) as file:
+            if kind.endswith(".csv"):
+                yield from _csv(file, str(path))
+            elif is_array:
+                for number, element in enumerate(iter_array(file, str(path)), start=1):
+                    yield Record(number, element)
+            else:
+                yield from _json_lines(file, str(path))
+    except (OSError, ValueError, EOFError, zlib.error) as error:  # ValueError: a NUL byte in the path, bad Parquet
+        raise DataError(
+            where=str(path),
+            found=f"a file that cannot be read ({getattr(error, 'strerror', None) or error})",
+            expected="JSON Lines, a JSON array, CSV or Parquet",
+            fix="Check the path, its permissions and that the file is whole.",
+        ) from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    # GzipFile has all of BinaryIO that is used here.
+    return cast("BinaryIO", gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _json_lines(file: BinaryIO, path: str) -> Iterator[Record]:
+    for line, raw in iter_lines(file):
+        where = f"{path}:{line}"
+        try:
+            text = decode_line(raw, where).strip()
+            if text:
+                yield Record(line, parse_line(text, where), is_line=True)
+        except DataError as error:
+            yield Record(line, error, is_line=True)
+
+
+def _csv(file: BinaryIO, path: str) -> Iterator[Record]:
+    """The first line names the columns. Errors name the line on which a row begins."""
+    csv.field_size_limit(MAX_LINE_BYTES)  # 128 KiB by default, less than a long document; the module has one for all
+    rows = csv.reader((decode_line(raw, f"{path}:{line}") for line, raw in iter_lines(file)), strict=True)
+    names: list[str] | None = None
+    while True:
+        line = rows.line_num + 1
+        where = f"{path}:{line}"
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            found = "a quote that is not closed" if "unexpected end" in str(error) else str(error)
+            yield Record(line, _bad_csv(where, found, "CSV with a header and double quotes"), is_line=True)
+            continue
+        if not row:  # a blank line
+            continue
+        if names is None:
+            names = row
+            if len(set(names)) < len(names) or not all(name.strip() for name in names):
+                raise _bad_csv(where, f"the header {shown(names)}", "different, non-empty column names")
+        elif len(row) != len(names):
+            yield Record(line, _bad_csv(where, f"{len(row)} fields", f"{len(names)}, as in the header"), is_line=True)
+        else:
+            yield Record(line, dict(zip(names, row, strict=True)), is_line=True)
+
+
+def _bad_csv(where: str, found: str, expected: str) -> DataError:
+    return DataError(where=where, found=found, expected=expected, fix="Correct the line, or export the file again.")
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    from pyarrow import ArrowException  # takes half a second, and few files need it
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    try:
+        with ParquetFile(path, pre_buffer=False) as file:
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Record(number, fields)
+    except ArrowException as error:
+        raise DataError(
+            where=f"{path}:row {number + 1}" if number else str(path),
+            found=f"broken Parquet ({error})",
+            expected="a whole Parquet file",
+            fix="Write or download it again.",
+        ) from error
