@@ -170,8 +170,8 @@ class DataSection(Section):
     eval: Paths | None = Field(
         None, description="Held-out data, named like train; null = hold out eval_fraction of train."
     )
-    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "question_answer", "alpaca", "text"] = Field(
-        "auto", description="Form of the rows; auto = told by the keys of each file's first row, and shown."
+    format: Literal["messages", "sharegpt", "prompt_completion", "question_answer", "alpaca", "text"] | None = Field(
+        None, description="Form of the rows; null = told by the keys of each file's first row, and shown."
     )
     columns: Columns | None = Field(
         None,

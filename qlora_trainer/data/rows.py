@@ -98,7 +98,7 @@ def collect(read: Iterable[Row | FileRead]) -> RowsRead:
 def iter_files(
     paths: Sequence[Path | str],
     *,
-    row_format: str = "auto",
+    row_format: str | None = None,
     columns: tuple[tuple[str, str], ...] = (),
     stop: bool = True,
 ) -> Iterator[Row | FileRead]:
@@ -108,7 +108,7 @@ def iter_files(
 
     Args:
         paths: the files.
-        row_format: the name of the form of all rows; "auto" takes it from the first row of each file.
+        row_format: the name of the form of all rows; None takes it from the first row of each file.
         columns: (our key, their column) pairs; empty takes all columns under their own names.
         stop: whether the first bad row is an error.
 
@@ -117,7 +117,7 @@ def iter_files(
     """
     index = 0
     for path in map(str, paths):
-        known = None if row_format == "auto" else format_named(row_format)
+        known = None if row_format is None else format_named(row_format)
         num_bad, first, reasons = 0, index, list[str]()
         for record in iter_records(Path(path)):
             try:
