@@ -334,6 +334,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, base: Path, cache_ho
     plan: Any = told[-1]
     assert plan.fits
     assert plan.knobs.seq_len > 0
-    assert "48 documents" in str(told[1])
+    assert "60 rows of the form messages" in str(told[1])
+    assert "48 documents" in str(told[2])
     assert not (tmp_path / "run").exists()
     assert not (cache_home / "nf4").exists()
