@@ -112,13 +112,22 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     order += [("backward", layer.backward) for layer in reversed(layers)]
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
-    for phase, segment in order:
+    for number, (phase, segment) in enumerate(order):
         own = prices.outline(segment, layout)
         peak = int(level.sum()) + own.peak_bytes
         if phase not in levels or peak > levels[phase].peak_bytes:
             levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (level + own.at_peak).tolist(), strict=True)))
         level = level + own.net
+        if number == len(layers) and 0 < layout.num_recomputed < len(layers):
+            # From the loss on, a tensor of hidden states between recomputed and kept layers that neither's trace shows.
+            level[CATEGORIES.index("saved_activation")] += _hidden_bytes(prices, layout)
     return list(levels.values())
+
+
+def _hidden_bytes(prices: Prices, layout: Layout) -> int:
+    hidden, head = prices.parts.head_spec
+    num_bytes = layout.tokens * head.shape[1] * hidden.dtype.itemsize
+    return -(-num_bytes // prices.memory.alignment_bytes) * prices.memory.alignment_bytes
 
 
 def evaluation_level(prices: Prices, layout: Layout) -> Level:

@@ -38,9 +38,8 @@ def cases(*fast: tuple[str, str]) -> pytest.MarkDecorator:
     )
 
 
-# Between recomputed and kept layers a tensor of the hidden states is counted in neither. Norms behind the products
-# (olmo3, gemma3) keep something of a layer that only the next one's recomputation shows.
-MAX_MIXED, MAX_RECOMPUTED = 0.015, {"olmo3": 0.007, "gemma3": 0.005}
+# Norms behind the products (olmo3, gemma3) keep something of a layer that only the next one's recomputation shows.
+MAX_MIXED, MAX_RECOMPUTED = {"olmo3": 0.012}, {"olmo3": 0.007, "gemma3": 0.005}
 
 
 def config_of(name: str) -> PreTrainedConfig:
@@ -106,7 +105,7 @@ def test_some_layers_recomputed(
     planners: Callable[[str, str], _Planner],
 ) -> None:
     priced, traced = priced_and_traced(planners(name, device), tokens, num_recomputed, loss_chunk)
-    assert priced.peak_bytes == pytest.approx(traced.peak_bytes, rel=MAX_MIXED)
+    assert priced.peak_bytes == pytest.approx(traced.peak_bytes, rel=MAX_MIXED.get(name, 0.0))
 
 
 def test_a_length_that_is_no_multiple_of_the_documents(planners: Callable[[str, str], _Planner]) -> None:
