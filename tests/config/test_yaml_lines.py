@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.config.yaml_lines import MAX_TEXT_CHARACTERS, read_yaml, write_yaml, write_yaml_line
@@ -22,6 +22,8 @@ def test_written_values_are_read_back(value: dict[str, object]) -> None:
 
 
 @given(SCALARS | st.lists(SCALARS, max_size=3))
+@example("\n")
+@example(["a\nb", "\n\n"])
 def test_values_on_one_line_are_read_back(value: object) -> None:
     line = write_yaml_line(value)
     assert "\n" not in line
