@@ -202,7 +202,7 @@ def write_documents(path: Path, tokenizer: Any, *, num_tokens: int, count: int) 
 
 
 def _lengths(path: Path, tokenizer: Any, num_characters: int, count: int) -> list[int]:
-    from qlora_trainer.data.chat import tokenize
+    from qlora_trainer.data.chat import RowTokenizer
     from qlora_trainer.data.rows import read_rows
 
     problems = (PROBLEM.format(n % 90 + 10, n * 7 % 90 + 10, n * 3 % 9 + 1) for n in range(num_characters))
@@ -214,4 +214,4 @@ def _lengths(path: Path, tokenizer: Any, num_characters: int, count: int) -> lis
             answer = f"{number % 10} {text}"[:num_characters]
             messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
             file.write(json.dumps({"messages": messages}) + "\n")
-    return tokenize(read_rows(path), tokenizer).lengths
+    return [row.document.num_tokens for row in RowTokenizer(tokenizer)(read_rows(path))]

@@ -69,6 +69,7 @@ def train(
 
 
 def _dry_run(config: RunConfig) -> None:
+    from qlora_trainer.planning.plan import Plan
     from qlora_trainer.report.plan_tables import plan_report
     from qlora_trainer.report.screen import stdout_console
     from qlora_trainer.run.dry_run import dry_run
@@ -79,6 +80,6 @@ def _dry_run(config: RunConfig) -> None:
     for told in dry_run(config):
         if isinstance(told, Preparing):
             console.print(told.what)
-            continue
-        console.print(plan_report(told))
-        require_fit(told, config)
+        elif isinstance(told, Plan):
+            console.print(plan_report(told))
+            require_fit(told, config)

@@ -7,14 +7,14 @@ tokens: the template writes them, BOS included, so none comes twice and none is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qlora_trainer.data.encode import Encoded, encode, encode_prompt
 from qlora_trainer.data.rows import Message, Row
-from qlora_trainer.data.template import control_texts, render_prompt
-from qlora_trainer.data.tokenized import TokenizedData
+from qlora_trainer.data.template import control_texts, render_prompt, require_chat_template
 from qlora_trainer.data.turns import Rendered, TrainOn, render_row, render_text
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
@@ -22,53 +22,61 @@ from qlora_trainer.step.document import IGNORE_INDEX, Document
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BATCH_ROWS = 256  # rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists
 
+@dataclass(frozen=True, slots=True)
+class TokenizedRow:
+    """A row and its document, of whatever length.
 
-def tokenize(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "assistant"
-) -> TokenizedData:
-    """Tokenises rows into documents of whatever length.
-
-    Args:
-        rows: conversations or plain texts; a held-out part may be empty.
-        tokenizer: one that `require_chat_template` accepts, or `require_fast` where there are plain texts only.
-        train_on: what is learned of a conversation.
-
-    Returns:
-        The documents that have a token to learn, and how many have none.
-
-    Raises:
-        DataError: a row cannot be rendered or masked exactly, an answer does not end in a stop token, or a document
-            begins with two BOS tokens.
+    Attributes:
+        row: as it was read.
+        document: its tokens; there may be none to learn.
+        num_rewritten: answers that are read but not learned, since the chat template rewrites them.
     """
-    controls = control_texts(tokenizer) if any(row.messages for row in rows) else ()
-    stop_ids = _stop_ids(tokenizer)
-    documents: list[Document] = []
-    num_rewritten = 0
-    for first in range(0, len(rows), BATCH_ROWS):
-        batch = rows[first : first + BATCH_ROWS]
+
+    row: Row
+    document: Document
+    num_rewritten: int
+
+
+class RowTokenizer:
+    """A tokenizer with what must be known of it and its template once."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, train_on: TrainOn = "assistant", where: str = "the tokenizer"
+    ) -> None:
+        """Takes a fast tokenizer; `where` names it, or its template, in errors."""
+        self._tokenizer = tokenizer
+        self._train_on: TrainOn = train_on
+        self._where = where
+        self._stop_ids = _stop_ids(tokenizer)
+        self._controls: tuple[str, ...] | None = None  # unknown until there is a conversation: texts need no template
+
+    def __call__(self, rows: Sequence[Row]) -> list[TokenizedRow]:
+        """Tokenises rows, a few hundred at once for the tokenizer's threads.
+
+        Raises:
+            ConfigError: a row is a conversation and the tokenizer has no chat template, or one that fails.
+            DataError: a row cannot be rendered or masked exactly, an answer does not end in a stop token, or a document
+                begins with two BOS tokens.
+        """
+        if self._controls is None and any(row.messages for row in rows):
+            require_chat_template(self._tokenizer, self._where)
+            self._controls = control_texts(self._tokenizer)
         rendered = [
-            render_row(row, tokenizer, controls=controls, train_on=train_on)
+            render_row(row, self._tokenizer, controls=self._controls or (), train_on=self._train_on)
             if row.messages
-            else render_text(row, tokenizer)
-            for row in batch
+            else render_text(row, self._tokenizer)
+            for row in rows
         ]
-        encoded = encode(rendered, tokenizer, wheres=[row.where for row in batch])
-        for row, text, tokens in zip(batch, rendered, encoded, strict=True):
-            _require_one_bos(tokens, tokenizer.bos_token_id, row.where)
-            document = _label(row, text, tokens, stop_ids)
-            num_rewritten += text.num_rewritten
-            if document.num_supervised_tokens > 0:
-                documents.append(document)
-    paths = list(dict.fromkeys(row.path for row in rows))
-    return TokenizedData(
-        path=f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else "".join(paths),
-        documents=tuple(documents),
-        num_rows=len(rows),
-        num_dropped_untrainable=len(rows) - len(documents),
-        num_rewritten_turns=num_rewritten,
-    )
+        encoded = encode(rendered, self._tokenizer, wheres=[row.where for row in rows])
+        return [
+            TokenizedRow(row, self._document(row, text, tokens), text.num_rewritten)
+            for row, text, tokens in zip(rows, rendered, encoded, strict=True)
+        ]
+
+    def _document(self, row: Row, text: Rendered, tokens: Encoded) -> Document:
+        _require_one_bos(tokens, self._tokenizer.bos_token_id, row.where)
+        return _label(row, text, tokens, self._stop_ids)
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

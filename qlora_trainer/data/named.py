@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Literal
 
 from qlora_trainer.config.data_files import data_files
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data.rows import FileRead, Row, iter_files
+from qlora_trainer.data.rows import FileRead, Reading, Row, iter_files
 
 
-def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[Row | FileRead]:
-    """Yields the rows of the files under `key`, and after each file what was found in it; nothing where none are named.
+def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[Row | Reading | FileRead]:
+    """Yields what `data.rows.iter_files` does for the files under `key`; nothing where none are named.
 
     Raises:
         DataError: see `config.data_files` and `data.rows.iter_files`.
@@ -21,6 +21,22 @@ def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[
         paths = data_files(names, key=f"data.{key}")
         stop = section.on_bad_row == "stop"
         yield from iter_files(paths, row_format=section.format, columns=section.columns or (), stop=stop)
+
+
+def rows_named(section: DataSection, key: Literal["train", "eval"], numbers: Collection[int]) -> list[Row]:
+    """The rows of these numbers, in order; the files are read up to the last of them.
+
+    Raises:
+        DataError: see `iter_named`.
+    """
+    wanted = set(numbers)
+    rows: list[Row] = []
+    for item in iter_named(section, key) if wanted else ():
+        if isinstance(item, Row) and item.index in wanted:
+            rows.append(item)
+            if len(rows) == len(wanted):
+                break
+    return rows
 
 
 def forms_told(files: Sequence[FileRead]) -> list[str]:

@@ -10,7 +10,7 @@ import csv
 import gzip
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -29,11 +29,13 @@ class Record:
         number: 1-based, of the line it begins on, or of the row where lines mean nothing.
         fields: by column; or what is wrong with the row.
         is_line: which of the two `number` is.
+        share: of the file that has been read with it, 0 to 1.
     """
 
     number: int
     fields: dict[str, object] | DataError
     is_line: bool = False
+    share: float = 0.0
 
 
 def iter_records(path: Path) -> Iterator[Record]:
@@ -47,16 +49,10 @@ def iter_records(path: Path) -> Iterator[Record]:
         if kind.endswith(".parquet"):
             yield from _parquet(path)
             return
-        with _opened(path) as file:
-            is_array = not kind.endswith(".csv") and begins_array(file)
-        with _opened(path) as file:
-            if kind.endswith(".csv"):
-                yield from _csv(file, str(path))
-            elif is_array:
-                for number, element in enumerate(iter_array(file, str(path)), start=1):
-                    yield Record(number, element)
-            else:
-                yield from _json_lines(file, str(path))
+        num_bytes = max(path.stat().st_size, 1)
+        with path.open("rb") as raw:
+            for record in _text_records(raw, path, is_csv=kind.endswith(".csv")):
+                yield replace(record, share=raw.tell() / num_bytes)
     except (OSError, ValueError, EOFError, zlib.error) as error:  # ValueError: a NUL byte in the path, bad Parquet
         raise DataError(
             where=str(path),
@@ -66,9 +62,19 @@ def iter_records(path: Path) -> Iterator[Record]:
         ) from error
 
 
-def _opened(path: Path) -> BinaryIO:
+def _text_records(raw: BinaryIO, path: Path, *, is_csv: bool) -> Iterator[Record]:
+    is_compressed = path.name.lower().endswith(".gz")
     # GzipFile has all of BinaryIO that is used here.
-    return cast("BinaryIO", gzip.open(path, "rb")) if path.name.lower().endswith(".gz") else path.open("rb")
+    file = cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if is_compressed else raw
+    is_array = not is_csv and begins_array(file)
+    file.seek(0)
+    if is_csv:
+        yield from _csv(file, str(path))
+    elif is_array:
+        for number, element in enumerate(iter_array(file, str(path)), start=1):
+            yield Record(number, element)
+    else:
+        yield from _json_lines(file, str(path))
 
 
 def _json_lines(file: BinaryIO, path: str) -> Iterator[Record]:
@@ -121,10 +127,11 @@ def _parquet(path: Path) -> Iterator[Record]:
     number = 0
     try:
         with ParquetFile(path, pre_buffer=False) as file:
+            num_rows = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
                 for fields in batch.to_pylist():
                     number += 1
-                    yield Record(number, fields)
+                    yield Record(number, fields, share=number / num_rows)
     except ArrowException as error:
         raise DataError(
             where=f"{path}:row {number + 1}" if number else str(path),

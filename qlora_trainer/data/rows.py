@@ -5,17 +5,19 @@ Costs one pass over the files with one row in memory beside those that the calle
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_trainer.data.formats import Format, detect_format, format_named, read_content, rename_columns
 from qlora_trainer.data.messages import Message
 from qlora_trainer.data.records import Record, iter_records
 from qlora_trainer.errors import DataError
 
-__all__ = ["FileRead", "Message", "Row", "RowsRead", "collect", "iter_files", "read_rows"]
+__all__ = ["FileRead", "Message", "Reading", "Row", "RowsRead", "collect", "iter_files", "read_rows"]
 
+ROWS_PER_READING = 1000
 MAX_REASONS = 20  # bad rows that are told one by one; a file of another format would have nothing but bad rows
 
 
@@ -44,7 +46,27 @@ class Row:
     @property
     def where(self) -> str:
         """`file:line` or `file:row number`, as errors name the row."""
-        return _where(self.path, self.line, self.is_line)
+        return where_in(self.path, self.line, is_line=self.is_line)
+
+    @property
+    def is_askable(self) -> bool:
+        """Whether the last answer can be compared with a text: there are messages, and no tools to call."""
+        return bool(self.messages) and not self.tools and not any(message.tool_calls for message in self.messages)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How far a file has been read.
+
+    Attributes:
+        path: the file.
+        num_rows: good ones, of all files so far.
+        share: of this file's bytes or rows, 0 to 1.
+    """
+
+    path: str
+    num_rows: int
+    share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +87,11 @@ class FileRead:
     num_bad: int
     reasons: tuple[str, ...]
 
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> FileRead:
+        """The inverse of `dataclasses.asdict`, after a way through JSON."""
+        return cls(**{**entry, "reasons": tuple(entry["reasons"])})
+
 
 @dataclass(frozen=True, slots=True)
 class RowsRead:
@@ -83,14 +110,14 @@ def read_rows(path: Path | str) -> list[Row]:
     return collect(iter_files([path])).rows
 
 
-def collect(read: Iterable[Row | FileRead]) -> RowsRead:
+def collect(read: Iterable[Row | Reading | FileRead]) -> RowsRead:
     """Keeps what `iter_files` yields."""
     rows: list[Row] = []
     files: list[FileRead] = []
     for item in read:
         if isinstance(item, Row):
             rows.append(item)
-        else:
+        elif isinstance(item, FileRead):
             files.append(item)
     return RowsRead(rows, tuple(files))
 
@@ -101,8 +128,8 @@ def iter_files(
     row_format: str | None = None,
     columns: tuple[tuple[str, str], ...] = (),
     stop: bool = True,
-) -> Iterator[Row | FileRead]:
-    """Yields the rows of each file, then what was found in it.
+) -> Iterator[Row | Reading | FileRead]:
+    """Yields the rows of each file, now and then how far it is, and last what was found in it.
 
     Text is UTF-8, with or without a byte order mark; lines end in LF or CRLF; blank lines are passed over.
 
@@ -131,6 +158,8 @@ def iter_files(
             else:
                 index += 1
                 yield row
+            if record.number % ROWS_PER_READING == 0:
+                yield Reading(path, index, record.share)
         if index == first or known is None:
             raise DataError(
                 where=path,
@@ -146,7 +175,7 @@ def _read_record(
 ) -> tuple[Row, Format]:
     if isinstance(record.fields, DataError):
         raise record.fields
-    where = _where(path, record.number, record.is_line)
+    where = where_in(path, record.number, is_line=record.is_line)
     fields = rename_columns(record.fields, columns, where=where)
     row_format = known or detect_format(fields, where=where)
     content = read_content(fields, row_format, where=where)
@@ -154,5 +183,6 @@ def _read_record(
     return row, row_format
 
 
-def _where(path: str, number: int, is_line: bool) -> str:
+def where_in(path: str, number: int, *, is_line: bool) -> str:
+    """`file:line` or `file:row number`, as errors name a row."""
     return f"{path}:{number}" if is_line else f"{path}:row {number}"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qlora_trainer.data.rows import Row
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_trainer.data.document_store import DocumentStore
+from qlora_trainer.data.documents import Documents
 from qlora_trainer.errors import DataError
-from qlora_trainer.step.document import IGNORE_INDEX, Document
 
 Overlong = Literal["drop", "truncate", "split", "error"]
 SEQ_LEN_MULTIPLE = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizedData:
     """Documents, and what became of the rows.
 
@@ -30,7 +32,7 @@ class TokenizedData:
     """
 
     path: str
-    documents: tuple[Document, ...]
+    documents: Documents
     num_rows: int
     num_dropped_overlong: int = 0
     num_dropped_untrainable: int = 0
@@ -43,37 +45,41 @@ class TokenizedData:
         return self.num_dropped_overlong + self.num_dropped_untrainable
 
     @property
-    def lengths(self) -> list[int]:
-        """Tokens of each document."""
-        return [document.num_tokens for document in self.documents]
-
-    @property
     def num_tokens(self) -> int:
-        return sum(document.num_tokens for document in self.documents)
+        return int(self.documents.lengths_N.sum(dtype=np.int64))
 
     @property
     def num_supervised_tokens(self) -> int:
-        return sum(document.num_supervised_tokens for document in self.documents)
+        return int(self.documents.pieces_N["num_supervised"].sum(dtype=np.int64))
 
 
-def fit_documents(
-    data: TokenizedData,
-    seq_len: int,
-    *,
-    overlong: Overlong,
-    max_dropped_share: float,
-    bos_token_id: int | None,
-    rows: Sequence[Row],
-) -> TokenizedData:
+def select(store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int | None) -> TokenizedData:
+    """Some rows of a store, whatever their length.
+
+    Args:
+        store: all rows.
+        rows_N: their numbers, ascending; a held-out part may be empty.
+        bos_token_id: see `Documents`.
+    """
+    paths = store.paths(rows_N)
+    documents = Documents.of_rows(store, rows_N, bos_token_id=bos_token_id)
+    return TokenizedData(
+        path=f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else "".join(paths),
+        documents=documents,
+        num_rows=int(rows_N.size),
+        num_dropped_untrainable=int(rows_N.size) - len(documents),
+        num_rewritten_turns=int(store.num_rewritten_N[rows_N].sum(dtype=np.int64)),
+    )
+
+
+def fit_documents(data: TokenizedData, seq_len: int, *, overlong: Overlong, max_dropped_share: float) -> TokenizedData:
     """Makes every document at most `seq_len` long.
 
     Args:
-        data: tokenised documents.
+        data: tokenised documents, whole rows.
         seq_len: longest document that is kept.
         overlong: what becomes of longer ones.
         max_dropped_share: share of the rows that may be dropped.
-        bos_token_id: begins every piece of a split document that began with it.
-        rows: what was tokenised, for errors.
 
     Returns:
         The rest, with what was done counted.
@@ -81,31 +87,24 @@ def fit_documents(
     Raises:
         DataError: too many rows are dropped or none is left, or one is too long and `overlong` is "error".
     """
-    documents: list[Document] = []
-    num_overlong = num_dropped = num_untrainable = 0
-    for document in data.documents:
-        if document.num_tokens <= seq_len:
-            documents.append(document)
-            continue
-        num_overlong += 1
-        if overlong == "error":
-            raise _overlong_row(document, seq_len, rows)
-        if overlong == "drop":
-            num_dropped += 1
-            continue
-        pieces = [_piece(document, 0, seq_len)] if overlong == "truncate" else _pieces(document, seq_len, bos_token_id)
-        learned = [piece for piece in pieces if piece.num_supervised_tokens]
-        num_untrainable += not learned
-        documents += learned
-    changed = num_overlong - num_dropped - num_untrainable
-    fitted = replace(
-        data,
-        documents=tuple(documents),
-        num_dropped_overlong=data.num_dropped_overlong + num_dropped,
-        num_dropped_untrainable=data.num_dropped_untrainable + num_untrainable,
-        num_truncated=changed if overlong == "truncate" else 0,
-        num_split=changed if overlong == "split" else 0,
-    )
+    whole = data.documents
+    is_long_N = whole.lengths_N > seq_len
+    num_overlong = int(is_long_N.sum())
+    if num_overlong and overlong == "error":
+        raise _overlong_row(whole, int(np.flatnonzero(is_long_N)[0]), seq_len)
+    if overlong == "drop":
+        fitted = replace(data, documents=whole.kept(~is_long_N), num_dropped_overlong=num_overlong)
+    else:
+        documents = whole.cut_to(seq_len, pieces=overlong == "split")
+        num_untrainable = len(whole) - int(np.unique(documents.pieces_N["row"]).size)
+        num_changed = num_overlong - num_untrainable
+        fitted = replace(
+            data,
+            documents=documents,
+            num_dropped_untrainable=data.num_dropped_untrainable + num_untrainable,
+            num_truncated=num_changed if overlong == "truncate" else 0,
+            num_split=num_changed if overlong == "split" else 0,
+        )
     require_most_rows(fitted, max_dropped_share, seq_len)
     return fitted
 
@@ -116,7 +115,7 @@ def require_most_rows(data: TokenizedData, max_dropped_share: float, seq_len: in
     Raises:
         DataError: more than the share is dropped, or nothing is left.
     """
-    if data.documents and data.num_dropped <= round(max_dropped_share * data.num_rows, 6):
+    if len(data.documents) and data.num_dropped <= round(max_dropped_share * data.num_rows, 6):
         return
     if not data.num_rows:
         return
@@ -138,11 +137,13 @@ def require_most_rows(data: TokenizedData, max_dropped_share: float, seq_len: in
     )
 
 
-def choose_seq_len(lengths: Sequence[int], max_positions: int, *, overlong: Overlong, max_dropped_share: float) -> int:
+def choose_seq_len(
+    lengths_N: NDArray[np.int32], max_positions: int, *, overlong: Overlong, max_dropped_share: float
+) -> int:
     """The smallest multiple of 64 that holds 99 % of the documents uncut, or all positions the base has.
 
     Args:
-        lengths: tokens of each document, at least one.
+        lengths_N: tokens of each document, at least one.
         max_positions: positions the base was built for (`max_position_embeddings`).
         overlong: what becomes of the others; "error" leaves no others.
         max_dropped_share: below 1 % it leaves no others.
@@ -153,11 +154,11 @@ def choose_seq_len(lengths: Sequence[int], max_positions: int, *, overlong: Over
     Raises:
         ValueError: there are no documents.
     """
-    if not lengths:
+    if not lengths_N.size:
         raise ValueError("no documents to choose a sequence length for")
     uncut_percent = 100 if overlong == "error" or max_dropped_share < 0.01 else 99
-    num_uncut = -(-len(lengths) * uncut_percent // 100)
-    longest_uncut = sorted(lengths)[num_uncut - 1]
+    num_uncut = -(-lengths_N.size * uncut_percent // 100)
+    longest_uncut = int(np.partition(lengths_N, num_uncut - 1)[num_uncut - 1])
     return min(-(-longest_uncut // SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE, max_positions)
 
 
@@ -171,34 +172,10 @@ def changes_told(data: TokenizedData) -> list[str]:
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
-def _overlong_row(document: Document, seq_len: int, rows: Sequence[Row]) -> DataError:
-    row = next(row for row in rows if row.index == document.index)
+def _overlong_row(documents: Documents, position: int, seq_len: int) -> DataError:
     return DataError(
-        where=row.where,
-        found=f"a row of {document.num_tokens} tokens",
+        where=documents.store.where(int(documents.pieces_N[position]["row"])),
+        found=f"a row of {documents.lengths_N[position]} tokens",
         expected=f"at most data.seq_len = {seq_len}, since data.overlong is error",
         fix="Raise data.seq_len, shorten the row, or set data.overlong to drop, truncate or split.",
     )
-
-
-def _piece(document: Document, first: int, end: int) -> Document:
-    """A copy: a view would keep the whole document in memory."""
-    return replace(
-        document, input_ids_T=document.input_ids_T[first:end].copy(), labels_T=document.labels_T[first:end].copy()
-    )
-
-
-def _pieces(document: Document, seq_len: int, bos_token_id: int | None) -> Iterator[Document]:
-    """Consecutive pieces. They share the index, and with it their draws of one step: those of one row.
-
-    A piece that follows begins with BOS where the document does, else with the last token of the one before it: so
-    every token is learned once, from something before it.
-    """
-    has_bos = bos_token_id is not None and int(document.input_ids_T[0]) == bos_token_id
-    yield _piece(document, 0, seq_len)
-    for first in range(seq_len - 1, document.num_tokens - 1, seq_len - 1):
-        piece = _piece(document, first, first + seq_len)
-        piece.labels_T[0] = IGNORE_INDEX
-        if has_bos:
-            piece.input_ids_T[0] = document.input_ids_T[0]
-        yield piece

@@ -21,10 +21,10 @@ from qlora_trainer.config.bases import MAX_INDEX_BYTES
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.model.acceptance import require_accepted
 from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_base
 from qlora_trainer.model.safetensors_header import require_sane_header
-from qlora_trainer.model.sealed_folder import sha256_of
 from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")

@@ -23,9 +23,9 @@ from transformers import PreTrainedConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.device import choose_device
+from qlora_trainer.hardware.sealed_folder import defects, writing
 from qlora_trainer.model import nf4
 from qlora_trainer.model.base import Base, content_hash, open_weights, weight_files
-from qlora_trainer.model.sealed_folder import defects, writing
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
 
 FORMAT_VERSION = 1  # raise it when the bytes written for the same base change

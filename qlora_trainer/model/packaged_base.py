@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
-from qlora_trainer.model.sealed_folder import defects, sha256_of, writing
+from qlora_trainer.hardware.sealed_folder import defects, sha256_of, writing
 
 
 @dataclass(frozen=True, slots=True)

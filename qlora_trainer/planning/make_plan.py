@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal, cast
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from transformers import PreTrainedConfig
 
 from qlora_trainer.config.schema import RunConfig
@@ -59,11 +61,17 @@ class Documents:
         return cls(seq_len, float(seq_len), seq_len, seq_len * global_batch_size)
 
     @classmethod
-    def of(cls, lengths: Sequence[int], *, seq_len: int, global_batch_size: int) -> Documents:
+    def of(cls, lengths: ArrayLike, *, seq_len: int, global_batch_size: int) -> Documents:
         """Of the documents that are trained on."""
-        longest = sorted(lengths, reverse=True)[:global_batch_size]
-        repeated = longest + longest[:1] * (global_batch_size - len(longest))  # an epoch may end within a batch
-        return cls(seq_len, sum(lengths) / len(lengths), min(lengths), sum(repeated))
+        lengths_N = np.asarray(lengths, dtype=np.int64)
+        largest_batch_tokens = int(np.sort(lengths_N)[-global_batch_size:].sum())
+        num_repeated = max(global_batch_size - lengths_N.size, 0)  # an epoch may end within a batch
+        return cls(
+            seq_len,
+            float(lengths_N.mean()),
+            int(lengths_N.min()),
+            largest_batch_tokens + num_repeated * int(lengths_N.max()),
+        )
 
 
 def make_plan(

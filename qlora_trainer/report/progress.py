@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -12,12 +13,14 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column
 from rich.text import Text
 
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.report.formats import format_bytes, format_clock, format_loss
 from qlora_trainer.report.tables import (
     answers_table,
     event_line,
     finished_table,
     prepared_table,
+    reading_line,
     step_line,
 )
 from qlora_trainer.run.records import (
@@ -73,16 +76,28 @@ class _LiveLine:
 
     def __init__(self, console: Console) -> None:
         words = TextColumn("{task.description}", markup=False, style="dim")
-        self._waiting = Progress(words, TimeElapsedColumn(), console=console, transient=True, refresh_per_second=2)
         facts = TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis"))
         bar = (BarColumn(bar_width=16),) if console.width >= _MIN_WIDTH_WITH_BAR else ()
+        self._waiting = Progress(
+            *bar, words, TimeElapsedColumn(), console=console, transient=True, refresh_per_second=2
+        )
         self._stepping = Progress(*bar, facts, console=console, transient=True, refresh_per_second=4)
         self._waiting_task = self._waiting.add_task("loading the base and the data", total=None)
+        self._reading_task: TaskID | None = None
         self._stepping_task: TaskID | None = None
         self._waiting.start()
 
     def wait(self, what_for: str) -> None:
-        self._waiting.update(self._waiting_task, description=what_for)
+        if self._reading_task is not None:
+            self._waiting.remove_task(self._reading_task)
+            self._reading_task = None
+        self._waiting.update(self._waiting_task, visible=True, description=what_for)
+
+    def read(self, record: Reading) -> None:
+        if self._reading_task is None:  # a total cannot be taken from a task again
+            self._waiting.update(self._waiting_task, visible=False)
+            self._reading_task = self._waiting.add_task("", total=1.0)
+        self._waiting.update(self._reading_task, completed=record.share, description=reading_line(record))
 
     def move(self, record: StepDone, seconds_left: float | None) -> None:
         if self._stepping_task is None:
@@ -118,6 +133,7 @@ class _View:
         self._answers: list[Answered] = []
         self._recent_seconds: deque[float] = deque(maxlen=_PACE_STEPS)
         self._last_line_step: int | None = None
+        self._last_reading_time = time.monotonic()
         self._silent_seconds = 0.0
 
     def show(self, record: Record) -> None:
@@ -127,6 +143,8 @@ class _View:
                     self._live_line.wait(record.what)
                 else:
                     self._print(record.what)
+            case Reading():
+                self._show_reading(record)
             case Prepared():
                 self._print(Padding(prepared_table(record), (0, 0, 1, 0)))
                 if self._live_line:
@@ -139,6 +157,13 @@ class _View:
                 self.finished = record
             case Evaluated() | Saved() | RowsSkipped() | StepSkipped() | Planned() | PlanRevised() | Resumed():
                 self._print(event_line(record))
+
+    def _show_reading(self, record: Reading) -> None:
+        if self._live_line:
+            self._live_line.read(record)
+        elif time.monotonic() - self._last_reading_time >= _MAX_SILENT_SECONDS:
+            self._last_reading_time = time.monotonic()
+            self._print(reading_line(record))
 
     def show_end(self) -> None:
         """The answers and the final table, below all else and with no live line left."""

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.report.formats import counted, format_bytes, format_change, format_clock, format_loss, format_seconds
 from qlora_trainer.report.screen import printable
 from qlora_trainer.run.records import (
@@ -55,6 +56,11 @@ def prepared_table(record: Prepared) -> RenderableType:
         ("folder", str(record.run_path)),
     ]
     return _facts(*facts)
+
+
+def reading_line(record: Reading) -> str:
+    """How far a file is tokenised."""
+    return f"tokenising {record.path}: {counted(record.num_rows, 'row')}, {record.share:.0%} of the file"
 
 
 def step_line(record: StepDone, *, seconds_left: float | None) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.hardware.device import choose_device
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.inputs import Inputs, read_inputs
@@ -13,7 +14,7 @@ from qlora_trainer.run.planned import plan_run
 from qlora_trainer.run.records import Preparing
 
 
-def dry_run(config: RunConfig) -> Iterator[Preparing | Plan]:
+def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | Plan]:
     """Yield what is being done, and the plan last.
 
     Raises:
@@ -21,7 +22,7 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Plan]:
     """
     machine = decide_machine_knobs(config, choose_device())
     yield Preparing(what="reading base config, tokenizer and data")
-    inputs = read_inputs(config)
+    inputs = yield from read_inputs(config)
     yield from (told for told in inputs.data.told if isinstance(told, Preparing))
     yield Preparing(what=counted_documents(inputs))
     yield plan_run(config, inputs, machine)
@@ -29,9 +30,9 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Plan]:
 
 def counted_documents(inputs: Inputs) -> str:
     """In words, what is trained on."""
-    lengths = [document.num_tokens for document in inputs.data.train.documents]
+    data = inputs.data.train
     return (
-        f"{len(lengths):,} documents, {sum(lengths):,} tokens, "
-        f"{inputs.data.train.num_supervised_tokens:,} of them supervised; longest {max(lengths):,}; "
-        f"{inputs.data.train.num_dropped:,} rows dropped"
+        f"{len(data.documents):,} documents, {data.num_tokens:,} tokens, "
+        f"{data.num_supervised_tokens:,} of them supervised; longest {data.documents.longest_tokens:,}; "
+        f"{data.num_dropped:,} rows dropped"
     )

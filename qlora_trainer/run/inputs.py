@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.chat import tokenize
-from qlora_trainer.data.named import forms_told, iter_named
-from qlora_trainer.data.rows import FileRead, Row, collect
+from qlora_trainer.data.named import forms_told, rows_named
+from qlora_trainer.data.rows import FileRead, Reading, Row
 from qlora_trainer.data.split import hold_out
-from qlora_trainer.data.template import require_chat_template, require_fast
-from qlora_trainer.data.tokenized import TokenizedData, changes_told, choose_seq_len, fit_documents, require_most_rows
+from qlora_trainer.data.template import require_fast
+from qlora_trainer.data.token_cache import Tokenizer, tokenize_named
+from qlora_trainer.data.tokenized import (
+    TokenizedData,
+    changes_told,
+    choose_seq_len,
+    fit_documents,
+    require_most_rows,
+    select,
+)
 from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
-from qlora_trainer.model.sealed_folder import sha256_of
 from qlora_trainer.run.records import Preparing, RowsSkipped
 from qlora_trainer.run.session import Question
+
+# Questions are found again in the text of the files; of a huge one only the start is read for them.
+MAX_ROWS_READ_FOR_QUESTIONS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +82,23 @@ class Inputs:
     data: Data
 
 
-def read_inputs(config: RunConfig) -> Inputs:
-    """Find the base, and read and tokenise the data.
+def read_inputs(config: RunConfig) -> Generator[Reading, None, Inputs]:
+    """Find the base, and read and tokenise the data, while yielding how far it is.
 
     Raises:
         QloraTrainerError: see the rooms that are called.
     """
-    return read_documents(config, *find_base(config))
+    return (yield from read_documents(config, *find_base(config)))
+
+
+def unwatched(reading: Generator[Reading, None, Inputs]) -> Inputs:
+    """What it returns; nobody sees how far it is."""
+    while True:
+        try:
+            next(reading)
+        except StopIteration as end:
+            inputs: Inputs = end.value
+            return inputs
 
 
 def find_base(config: RunConfig) -> tuple[Base, PreTrainedTokenizerBase]:
@@ -89,7 +111,9 @@ def find_base(config: RunConfig) -> tuple[Base, PreTrainedTokenizerBase]:
     return base, read_tokenizer(base.folder)
 
 
-def read_documents(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Inputs:
+def read_documents(
+    config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase
+) -> Generator[Reading, None, Inputs]:
     """Read and tokenise the data for a base; the tokenizer gets the config's chat template, if it has one.
 
     Raises:
@@ -101,65 +125,71 @@ def read_documents(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizer
         tokenizer_hash = hashlib.sha256(f"{tokenizer_hash}\n{tokenizer.chat_template}".encode()).hexdigest()
     require_fast(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
-    data = _read_data(config, base, tokenizer)
+    known = Tokenizer(tokenizer, tokenizer_hash, where=config.data.chat_template or str(base.folder))
+    data = yield from _read_data(config, base, known)
     _require_a_batch(data, config.training.global_batch_size)
     return Inputs(base, tokenizer, tokenizer_hash, data)
 
 
-def _read_data(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Data:
-    read = collect(iter_named(config.data, "train"))
-    files, hashes = read.files, {"training data": _files_hash(read.files)}
-    if config.data.eval is not None:
-        rows, eval_read = read.rows, collect(iter_named(config.data, "eval"))
-        eval_rows, files = eval_read.rows, (*files, *eval_read.files)
-        hashes["evaluation data"] = _files_hash(eval_read.files)
+def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator[Reading, None, Data]:
+    section = config.data
+    bos_token_id = tokenizer.tokenizer.bos_token_id
+    train = yield from tokenize_named(section, "train", tokenizer)
+    hashes, files = {"training data": train.content_hash}, train.store.files
+    held_out = train
+    if section.eval is None:
+        train_rows_N, eval_rows_N = hold_out(train.store.num_rows, section.eval_fraction, config.training.seed)
     else:
-        rows, eval_rows = hold_out(read.rows, config.data.eval_fraction, config.training.seed)
-    if any(row.messages for row in (*rows, *eval_rows)):  # a plain text needs no template
-        require_chat_template(tokenizer, config.data.chat_template or str(base.folder))
-    train_data = tokenize(rows, tokenizer, train_on=config.data.train_on)
-    eval_data = tokenize(eval_rows, tokenizer, train_on=config.data.train_on)
-    require_most_rows(train_data, config.data.max_dropped_share)
-    max_positions = getattr(base.config, "max_position_embeddings", None) or max(train_data.lengths)
-    seq_len = config.data.seq_len
-    if seq_len == "auto":
-        seq_len = choose_seq_len(
-            train_data.lengths,
-            max_positions,
-            overlong=config.data.overlong,
-            max_dropped_share=config.data.max_dropped_share,
+        held_out = yield from tokenize_named(section, "eval", tokenizer)
+        hashes["evaluation data"], files = held_out.content_hash, (*files, *held_out.store.files)
+        train_rows_N, eval_rows_N = (
+            np.arange(store.num_rows, dtype=np.int32) for store in (train.store, held_out.store)
         )
-    elif seq_len > max_positions:
-        raise ConfigError(
-            where="data.seq_len",
-            found=f"{seq_len} tokens",
-            expected=f"at most {max_positions}, the positions of {base.name}",
-            fix="Lower data.seq_len, or choose a base with a longer context.",
-        )
-    askable = [row for row in eval_rows if _is_askable(row)]
-    num_questions = min(config.output.sample_questions, len(askable))
+    train_data = select(train.store, train_rows_N, bos_token_id=bos_token_id)
+    eval_data = select(held_out.store, eval_rows_N, bos_token_id=bos_token_id)
+    require_most_rows(train_data, section.max_dropped_share)
+    seq_len = _seq_len(config, base, train_data)
+    askable_rows_N = eval_rows_N[held_out.store.is_askable_N[eval_rows_N]]
+    asked = _spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
+    asked_rows = rows_named(section, "train" if section.eval is None else "eval", asked)
+    fitted, fitted_eval = (
+        fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=section.max_dropped_share)
+        for data in (train_data, eval_data)
+    )
     return Data(
-        train=_fitted(train_data, seq_len, rows, config, tokenizer),
-        evaluation=_fitted(eval_data, seq_len, eval_rows, config, tokenizer),
-        # Spread over the held-out rows: neighbours in a file are often about the same thing.
-        questions=tuple(_question(askable[i * len(askable) // num_questions]) for i in range(num_questions)),
+        train=fitted,
+        evaluation=fitted_eval,
+        questions=tuple(_question(row) for row in asked_rows),
         seq_len=seq_len,
         hashes=hashes,
         files=files,
     )
 
 
-def _fitted(
-    data: TokenizedData, seq_len: int, rows: Sequence[Row], config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> TokenizedData:
-    return fit_documents(
-        data,
-        seq_len,
-        overlong=config.data.overlong,
-        max_dropped_share=config.data.max_dropped_share,
-        bos_token_id=tokenizer.bos_token_id,
-        rows=rows,
-    )
+def _seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
+    max_positions = getattr(base.config, "max_position_embeddings", None) or data.documents.longest_tokens
+    seq_len = config.data.seq_len
+    if seq_len == "auto":
+        return choose_seq_len(
+            data.documents.lengths_N,
+            max_positions,
+            overlong=config.data.overlong,
+            max_dropped_share=config.data.max_dropped_share,
+        )
+    if seq_len > max_positions:
+        raise ConfigError(
+            where="data.seq_len",
+            found=f"{seq_len} tokens",
+            expected=f"at most {max_positions}, the positions of {base.name}",
+            fix="Lower data.seq_len, or choose a base with a longer context.",
+        )
+    return seq_len
+
+
+def _spread(rows_N: NDArray[np.int32], count: int) -> list[int]:
+    """That many of the rows, from all over: neighbours in a file are often about the same thing."""
+    count = min(count, rows_N.size)
+    return [int(rows_N[number * rows_N.size // count]) for number in range(count)]
 
 
 def _require_a_batch(data: Data, global_batch_size: int) -> None:
@@ -179,20 +209,9 @@ def _require_a_batch(data: Data, global_batch_size: int) -> None:
         )
 
 
-def _is_askable(row: Row) -> bool:
-    """Whether the last answer can be compared with a text: there are messages, and no tools to call."""
-    return bool(row.messages) and not row.tools and not any(message.tool_calls for message in row.messages)
-
-
 def _question(row: Row) -> Question:
     last = max(index for index, message in enumerate(row.messages) if message.role == "assistant")
     return Question(messages=row.messages[:last], reference=row.messages[last].content)
-
-
-def _files_hash(files: Sequence[FileRead]) -> str:
-    """The hash of the only file, or one over the hashes of all in order; their names do not count."""
-    hashes = [sha256_of(Path(file.path)) for file in files]
-    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 
 def _tokenizer_hash(folder: Path) -> str:

@@ -8,7 +8,7 @@ from qlora_trainer.planning.budget import Budget, cpu_budget, gpu_budget, machin
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.dry_run import counted_documents
-from qlora_trainer.run.inputs import find_base, read_documents
+from qlora_trainer.run.inputs import find_base, read_documents, unwatched
 from qlora_trainer.run.planned import documents_of
 
 
@@ -37,7 +37,7 @@ def plan_on(
         except ConfigError as error:  # a well-known name needs no files; what is no base at all is refused below
             reason = f"no tokenizer to count the tokens of {config.data.train}: {error.found}"
         else:
-            inputs = read_documents(config, *found)
+            inputs = unwatched(read_documents(config, *found))
             documents = documents_of(inputs, config.training.global_batch_size)
             model_config = inputs.base.config
             plan = make_plan(config, budget, model_config=model_config, documents=documents, with_frontier=True)

@@ -20,8 +20,9 @@ from qlora_trainer.run.knobs import Knobs, MachineKnobs
 
 def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
     """What a plan needs to know of the data."""
-    lengths = [document.num_tokens for document in inputs.data.train.documents]
-    return Documents.of(lengths, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size)
+    return Documents.of(
+        inputs.data.train.documents.lengths_N, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size
+    )
 
 
 def budget_of(config: RunConfig, machine: MachineKnobs) -> Budget:

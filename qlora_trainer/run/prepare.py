@@ -12,6 +12,7 @@ import torch
 from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.order import Order
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
@@ -48,7 +49,7 @@ from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
 def prepare(
     config: RunConfig, folder: RunFolder, *, resume: str | None, allow_change: Collection[str] = ()
-) -> Generator[Preparing | RowsSkipped | Planned | PlanRevised, None, Session]:
+) -> Generator[Preparing | Reading | RowsSkipped | Planned | PlanRevised, None, Session]:
     """Yield what is being done, and return the session.
 
     What can be wrong is looked at in the order of its cost: data and tokenizer before weights.
@@ -77,7 +78,7 @@ def prepare(
         require_on_disk(paging_folder)
 
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
-    inputs = read_inputs(config)
+    inputs = yield from read_inputs(config)
     data = inputs.data
     yield from data.told
     order = Order(

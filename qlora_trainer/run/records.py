@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.planning.plan import Plan
 
 Status = Literal["done", "stopped_early", "interrupted"]
@@ -258,6 +259,7 @@ class Finished:
 
 Record = (
     Preparing
+    | Reading
     | RowsSkipped
     | Planned
     | PlanRevised

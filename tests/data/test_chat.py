@@ -2,7 +2,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -11,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.data.chat import prompt_ids, tokenize
+from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.tokenized import TokenizedData, require_most_rows
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
+from tests.data.stored import tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -192,21 +192,6 @@ def test_rows_whose_answers_the_template_leaves_out_are_counted(
         require_most_rows(data, 0.04)
 
 
-def test_no_rows_give_no_documents(chatml: PreTrainedTokenizerFast) -> None:
-    assert tokenize([], chatml) == TokenizedData(path="", documents=(), num_rows=0)
-
-
-def test_batches_do_not_show(
-    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [make_row(("user", "Hi" * index), ("assistant", "Hello"), index=index) for index in range(7)]
-    whole = tokenize(rows, chatml)
-    monkeypatch.setattr("qlora_trainer.data.chat.BATCH_ROWS", 3)
-    pieces = tokenize(rows, chatml)
-    assert [d.input_ids_T.tolist() for d in pieces.documents] == [d.input_ids_T.tolist() for d in whole.documents]
-    assert [d.index for d in pieces.documents] == list(range(7))
-
-
 def test_the_shipped_base_tokenizes_exactly(smollm2: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
     answer = "Hello — ünïcode 日本 😀\n\nCopy 128 files. "
     row = make_row(("user", "Hi  é"), ("assistant", answer), ("user", "And?"), ("assistant", "\n\nBye"))
@@ -217,9 +202,3 @@ def test_the_shipped_base_tokenizes_exactly(smollm2: PreTrainedTokenizerFast, ma
     assert (document.labels_T == smollm2.eos_token_id).sum() == 2
     first = int(np.flatnonzero(document.labels_T != IGNORE_INDEX)[0])
     assert document.input_ids_T[:first].tolist() == prompt_ids(row.messages[:1], smollm2)
-
-
-def test_documents_are_values(chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
-    data = tokenize([make_row(("user", "Hi"), ("assistant", "Hello"), index=5)], chatml)
-    assert only(data).index == 5
-    assert replace(data, documents=()).num_tokens == 0

@@ -15,12 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from qlora_trainer.data.chat import prompt_ids, tokenize
+from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from tests.data.published import PUBLISHED, Published, Segments, Turns, make_tokenizer
+from tests.data.stored import tokenize
 
 BY_NAME = {published.name: published for published in PUBLISHED}
 NAMES = list(BY_NAME)
@@ -240,7 +241,7 @@ def test_generation_marks_are_the_mask(
     kept = [text for text, weight in zip(expected, weights, strict=False) if weight]
     data = tokenize([replace(row, messages=tuple(messages))], tokenizer)
     if not kept:
-        assert (data.documents, data.num_dropped_untrainable) == ((), 1)
+        assert (len(data.documents), data.num_dropped_untrainable) == (0, 1)
         return
     [document] = data.documents
     assert [text for text, is_learned in segments_of(document, tokenizer) if is_learned] == kept

@@ -8,8 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.data.messages import Message
-from qlora_trainer.data.rows import Row
 from qlora_trainer.data.tokenized import (
     Overlong,
     TokenizedData,
@@ -17,9 +15,11 @@ from qlora_trainer.data.tokenized import (
     choose_seq_len,
     fit_documents,
     require_most_rows,
+    select,
 )
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
+from tests.data.stored import stored
 
 BOS = 7
 
@@ -31,32 +31,24 @@ def document(index: int, learned: Sequence[bool], *, bos: bool = False) -> Docum
     return Document(index=index, input_ids_T=ids, labels_T=np.where(learned, ids, IGNORE_INDEX).astype(np.int32))
 
 
-def tokenized(*documents: Document) -> TokenizedData:
-    return TokenizedData(path="train.jsonl", documents=documents, num_rows=len(documents))
+def fit(data: TokenizedData, seq_len: int, overlong: Overlong = "drop", *, share: float = 0.05) -> TokenizedData:
+    return fit_documents(data, seq_len, overlong=overlong, max_dropped_share=share)
 
 
-def rows(count: int) -> list[Row]:
-    messages = (Message("user", "Hi"), Message("assistant", "Hello"))
-    return [Row(path="train.jsonl", index=index, line=index + 1, messages=messages) for index in range(count)]
+def texts(data: TokenizedData) -> list[tuple[int, list[int], list[int]]]:
+    return [(document.index, document.input_ids_T.tolist(), document.labels_T.tolist()) for document in data.documents]
 
 
-def fit(
-    data: TokenizedData, seq_len: int, overlong: Overlong = "drop", *, share: float = 0.05, bos: int | None = None
-) -> TokenizedData:
-    return fit_documents(
-        data, seq_len, overlong=overlong, max_dropped_share=share, bos_token_id=bos, rows=rows(data.num_rows)
-    )
-
-
-MANY = tokenized(*(document(index, [False] * 4 + [True] * (30 if index == 3 else 4)) for index in range(40)))
+LEARNED = [[False] * 4 + [True] * (30 if index == 3 else 4) for index in range(40)]
+MANY = stored(document(index, learned) for index, learned in enumerate(LEARNED))
 
 
 def test_overlong_rows_are_dropped_whole_and_counted() -> None:
     data = fit(MANY, 33)
     assert (data.num_rows, data.num_dropped_overlong, data.num_dropped_untrainable) == (40, 1, 0)
     assert [document.index for document in data.documents] == [index for index in range(40) if index != 3]
-    assert fit(MANY, 34).lengths == MANY.lengths
-    assert data.num_tokens == sum(data.lengths) == MANY.num_tokens - 34
+    assert texts(fit(MANY, 34)) == texts(MANY)
+    assert data.num_tokens == sum(document.num_tokens for document in data.documents) == MANY.num_tokens - 34
     assert data.num_supervised_tokens == MANY.num_supervised_tokens - 30
     assert changes_told(data) == []
 
@@ -65,7 +57,6 @@ def test_an_overlong_row_is_cut_to_its_first_tokens() -> None:
     data = fit(MANY, 10, "truncate")
     assert data.documents[3].input_ids_T.tolist() == list(range(100, 110))
     assert data.documents[3].labels_T.tolist() == [IGNORE_INDEX] * 4 + list(range(104, 110))
-    assert data.documents[3].input_ids_T.base is data.documents[3].labels_T.base is None, "the row stays in memory"
     assert (data.num_truncated, data.num_dropped, len(data.documents)) == (1, 0, 40)
     assert changes_told(data) == ["1 rows were cut to data.seq_len"]
 
@@ -73,7 +64,7 @@ def test_an_overlong_row_is_cut_to_its_first_tokens() -> None:
 def test_a_row_without_a_token_to_learn_after_the_cut_is_dropped_and_counted() -> None:
     """Mutation tried: such rows kept; a batch of them divides by 0 supervised tokens."""
     late = document(3, [False] * 20 + [True] * 5)
-    data = replace(MANY, documents=(*MANY.documents[:3], late, *MANY.documents[4:]))
+    data = stored([*MANY.documents[:3], late, *MANY.documents[4:]])
     cut = fit(data, 12, "truncate")
     assert (cut.num_dropped_untrainable, cut.num_truncated, len(cut.documents)) == (1, 0, 39)
     assert all(document.num_supervised_tokens for document in cut.documents)
@@ -91,11 +82,10 @@ def test_the_pieces_of_a_row_learn_each_token_once_from_what_came_before(
 ) -> None:
     """Mutation tried: pieces without overlap; the first token of each would never be learned."""
     whole = document(5, learned, bos=has_bos)
-    data = TokenizedData(path="x", documents=(whole,), num_rows=1)
     if not whole.num_supervised_tokens:
         return
-    pieces = fit(data, seq_len, "split", bos=BOS).documents
-    assert all(piece.num_tokens <= seq_len and piece.index == 5 for piece in pieces)
+    pieces = fit(stored([whole], bos_token_id=BOS), seq_len, "split").documents
+    assert all(piece.num_tokens <= seq_len and piece.index == 0 for piece in pieces)
     assert all(piece.num_supervised_tokens for piece in pieces)
     taught = [label for piece in pieces for label in piece.labels_T[1:].tolist() if label != IGNORE_INDEX]
     assert taught == [label for label in whole.labels_T[1:].tolist() if label != IGNORE_INDEX]
@@ -117,11 +107,11 @@ def test_the_first_overlong_row_is_an_error_where_that_is_asked() -> None:
         DataError, match=r"^train\.jsonl:4: found a row of 34 tokens; expected at most data\.seq_len = 33"
     ):
         fit(MANY, 33, "error")
-    assert fit(MANY, 34, "error") == MANY
+    assert texts(fit(MANY, 34, "error")) == texts(MANY)
 
 
 def test_too_many_dropped_rows_are_refused_with_counts_unless_allowed() -> None:
-    data = tokenized(*(document(index, [False, *[True] * (40 if index < 3 else 4)]) for index in range(40)))
+    data = stored(document(index, [False, *[True] * (40 if index < 3 else 4)]) for index in range(40))
     with pytest.raises(
         DataError, match=r"train\.jsonl: found 3 of 40 rows .*3 longer than 40 tokens.*max_dropped_share"
     ):
@@ -131,7 +121,7 @@ def test_too_many_dropped_rows_are_refused_with_counts_unless_allowed() -> None:
         fit(data, 40, share=0.07)
     with pytest.raises(DataError, match=r"40 of 40 rows.*expected at most 100 %"):
         fit(data, 2, share=1.0)
-    require_most_rows(TokenizedData(path="", documents=(), num_rows=0), 0.05)  # nothing is held out
+    require_most_rows(select(data.documents.store, np.zeros(0, np.int32), bos_token_id=None), 0.05)  # nothing held out
 
 
 @given(st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total - 1), st.just(total))))
@@ -152,7 +142,7 @@ def test_the_chosen_seq_len_is_the_smallest_that_holds_99_percent(lengths: list[
 
     wanted: list[tuple[Overlong, float, int]] = [("drop", 0.05, 99), ("error", 0.05, 100), ("drop", 0.0, 100)]
     for overlong, share, percent in wanted:
-        seq_len = choose_seq_len(lengths, max_positions, overlong=overlong, max_dropped_share=share)
+        seq_len = choose_seq_len(np.array(lengths), max_positions, overlong=overlong, max_dropped_share=share)
         if seq_len < max_positions:
             assert seq_len % 64 == 0
             assert holds(seq_len, percent)
@@ -163,7 +153,7 @@ def test_the_chosen_seq_len_is_the_smallest_that_holds_99_percent(lengths: list[
 
 
 def test_one_long_document_in_a_hundred_counts_where_none_may_be_dropped() -> None:
-    lengths = [10] * 99 + [200]
+    lengths = np.array([10] * 99 + [200])
     assert choose_seq_len(lengths, 4096, overlong="drop", max_dropped_share=0.01) == 64
     assert choose_seq_len(lengths, 4096, overlong="drop", max_dropped_share=0.009) == 256
     assert choose_seq_len(lengths, 4096, overlong="error", max_dropped_share=1.0) == 256
@@ -171,4 +161,4 @@ def test_one_long_document_in_a_hundred_counts_where_none_may_be_dropped() -> No
 
 def test_seq_len_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no documents"):
-        choose_seq_len([], 2048, overlong="drop", max_dropped_share=0.05)
+        choose_seq_len(np.zeros(0, np.int32), 2048, overlong="drop", max_dropped_share=0.05)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.model.sealed_folder import sha256_of
+from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.run import prepare
 from qlora_trainer.run.answer import answer
 from qlora_trainer.run.checkpoint.manifest import read_manifest

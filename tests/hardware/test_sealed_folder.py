@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.model.sealed_folder import defects, sha256_of, writing
+from qlora_trainer.hardware.sealed_folder import defects, sha256_of, writing
 
 
 def test_a_sealed_folder_has_no_defects(tmp_path: Path) -> None:

@@ -1,0 +1,135 @@
+"""Tokenised rows on disk, read one at a time: data of any size takes the memory of one document.
+
+Three flat files in a folder: `tokens.bin` (int32 ids, all documents end to end), `learned.bin` (bool, one a token) and
+`rows.bin` (`ROW`, one a row). They are read by position, not mapped, so that a run that has seen much of its data does
+not hold it in resident memory; and through open files, so that they may be removed while a run uses them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_trainer.data.chat import TokenizedRow
+from qlora_trainer.data.rows import FileRead, where_in
+from qlora_trainer.step.document import IGNORE_INDEX
+
+ROW = np.dtype(
+    [
+        ("end", "<i8"),  # of its tokens in tokens.bin; they begin where those of the row before end
+        ("line", "<i8"),
+        ("num_supervised", "<i4"),
+        ("num_rewritten", "<i4"),
+        ("file", "<i4"),
+        ("is_line", "?"),
+        ("is_askable", "?"),
+    ]
+)
+_TOKENS, _LEARNED, _ROWS, _FILES = "tokens.bin", "learned.bin", "rows.bin", "files.json"
+
+
+class DocumentWriter:
+    """Writes a store into an empty folder; to be used in a `with` statement, which closes its files."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._end = 0
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            self._tokens, self._learned, self._rows = (
+                stack.enter_context((self._folder / name).open("wb")) for name in (_TOKENS, _LEARNED, _ROWS)
+            )
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+    def append(self, tokenized: TokenizedRow, *, file: int) -> None:
+        """Adds a row of the file of that number; the tokens of a document without one to learn are left out."""
+        row, document = tokenized.row, tokenized.document
+        if num_supervised := document.num_supervised_tokens:
+            self._tokens.write(document.input_ids_T.tobytes())
+            self._learned.write((document.labels_T != IGNORE_INDEX).tobytes())
+            self._end += document.num_tokens
+        counts = (self._end, row.line, num_supervised, tokenized.num_rewritten)
+        self._rows.write(np.array((*counts, file, row.is_line, row.is_askable), dtype=ROW).tobytes())
+
+    def write_files(self, files: tuple[FileRead, ...]) -> None:
+        """Adds what was found in the files that the rows are from."""
+        (self._folder / _FILES).write_text(json.dumps([asdict(file) for file in files]))
+
+
+class DocumentStore:
+    """A store that is whole (see `hardware.sealed_folder`)."""
+
+    def __init__(self, folder: Path) -> None:
+        entries: list[Mapping[str, object]] = json.loads((folder / _FILES).read_text())
+        self.files = tuple(FileRead.of(entry) for entry in entries)
+        self._rows_N = np.memmap(folder / _ROWS, dtype=ROW, mode="r")
+        self._tokens, self._learned = (os.open(folder / name, os.O_RDONLY) for name in (_TOKENS, _LEARNED))
+        for descriptor in (self._tokens, self._learned):
+            weakref.finalize(self, os.close, descriptor)
+
+    @property
+    def num_rows(self) -> int:
+        return int(self._rows_N.size)
+
+    @property
+    def lengths_N(self) -> NDArray[np.int32]:
+        """Tokens of each row; 0 where there is nothing to learn."""
+        return np.diff(self._rows_N["end"], prepend=0).astype(np.int32)
+
+    @property
+    def num_supervised_N(self) -> NDArray[np.int32]:
+        """Tokens of each row that are learned."""
+        return np.asarray(self._rows_N["num_supervised"])
+
+    @property
+    def num_rewritten_N(self) -> NDArray[np.int32]:
+        """Answers of each row that are read but not learned, since the chat template rewrites them."""
+        return np.asarray(self._rows_N["num_rewritten"])
+
+    @property
+    def is_askable_N(self) -> NDArray[np.bool_]:
+        """Which rows a sample answer can be compared with."""
+        return np.asarray(self._rows_N["is_askable"])
+
+    def where(self, row: int) -> str:
+        """`file:line` or `file:row number`."""
+        entry = self._rows_N[row]
+        return where_in(self.files[entry["file"]].path, int(entry["line"]), is_line=bool(entry["is_line"]))
+
+    def paths(self, rows_N: NDArray[np.int32]) -> list[str]:
+        """The files that these rows are from, in order."""
+        return [self.files[number].path for number in np.unique(self._rows_N["file"][rows_N])]
+
+    def read(self, row: int, first: int, num_tokens: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+        """Token ids, and which are learned, of a part of a row, T = `num_tokens`.
+
+        Raises:
+            EOFError: the files were cut short since they were opened.
+        """
+        start = (int(self._rows_N[row - 1]["end"]) if row else 0) + first
+        ids_T = np.frombuffer(_read(self._tokens, 4 * start, 4 * num_tokens), dtype="<i4")
+        return ids_T, np.frombuffer(_read(self._learned, start, num_tokens), dtype=np.bool_)
+
+
+def _read(descriptor: int, first: int, num_bytes: int) -> bytes:
+    raw = os.pread(descriptor, num_bytes, first)
+    if len(raw) != num_bytes:
+        raise EOFError(f"{len(raw)} of {num_bytes} bytes at {first}: the tokenised data was cut short")
+    return raw

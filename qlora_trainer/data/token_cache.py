@@ -1,0 +1,131 @@
+"""Tokenises the files that a config names, once: what is made is kept, and found again as long as nothing changed.
+
+The folder's name is its key: a hash of the files' content and names, of the tokenizer and its template, of the options
+that decide what is read and learned, and of this room's own code. Two processes may make the same folder: the first
+that is done wins, and the other takes what it made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Generator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.schema import DataSection
+from qlora_trainer.data.chat import RowTokenizer
+from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
+from qlora_trainer.data.named import iter_named
+from qlora_trainer.data.rows import FileRead, Reading, Row
+from qlora_trainer.errors import StorageError
+from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.hardware.sealed_folder import defects, sha256_of, writing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BATCH_ROWS = 256  # rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenizer:
+    """A tokenizer, and what the cache must know of it.
+
+    Attributes:
+        tokenizer: fast.
+        content_hash: over its files, and the template where the config has its own.
+        where: the file or base that the chat template is from, for errors.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    content_hash: str
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedFiles:
+    """All rows of some files, tokenised, and the SHA-256 of the files by what they are."""
+
+    store: DocumentStore
+    content_hash: str
+
+
+def tokenize_named(
+    section: DataSection, key: Literal["train", "eval"], tokenizer: Tokenizer
+) -> Generator[Reading, None, TokenizedFiles]:
+    """Finds the files' tokens, or makes them while it yields how far it is.
+
+    Args:
+        section: names the files and says how they are read.
+        key: which of the two.
+        tokenizer: makes the tokens.
+
+    Raises:
+        DataError: a file or a row cannot be read or tokenised.
+        ConfigError: there are conversations, and no chat template that works.
+        StorageError: the cache cannot be written.
+    """
+    names = section.train if key == "train" else section.eval
+    hashes = {str(path): sha256_of(path) for path in data_files(names or (), key=f"data.{key}")}
+    folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
+    if folder.is_dir() and defects(folder):
+        shutil.rmtree(folder)
+    if not folder.is_dir():
+        try:
+            with writing(folder) as temporary:
+                yield from _write(temporary, section, key, tokenizer)
+        except OSError as error:
+            raise StorageError(
+                where=str(folder),
+                found=f"a folder that cannot be written ({error.strerror or error})",
+                expected="room for the tokenised data: 5 bytes a token",
+                fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
+            ) from error
+    return TokenizedFiles(DocumentStore(folder), _joined(list(hashes.values())))
+
+
+def _write(
+    folder: Path, section: DataSection, key: Literal["train", "eval"], tokenizer: Tokenizer
+) -> Generator[Reading]:
+    tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
+    files: list[FileRead] = []
+    batch: list[Row] = []
+    with DocumentWriter(folder) as writer:
+        for item in iter_named(section, key):
+            if isinstance(item, Row):
+                batch.append(item)
+            if len(batch) == BATCH_ROWS or isinstance(item, FileRead):
+                for row in tokenize(batch):
+                    writer.append(row, file=len(files))
+                batch.clear()
+            if isinstance(item, FileRead):
+                files.append(item)
+            elif isinstance(item, Reading):
+                yield item
+        writer.write_files(tuple(files))
+
+
+def _key(section: DataSection, hashes: dict[str, str], tokenizer: Tokenizer) -> str:
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    parts = [
+        code.hexdigest(),
+        version("transformers"),
+        version("tokenizers"),
+        version("jinja2"),
+        tokenizer.content_hash,
+        list(hashes.items()),
+        section.model_dump(mode="json", include={"format", "columns", "train_on", "on_bad_row"}),
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _joined(hashes: list[str]) -> str:
+    """The hash of the only file, or one over the hashes of all in order; their names do not count."""
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("\n".join(hashes).encode()).hexdigest()

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Generator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from qlora_trainer.config.schema import DataSection
+from qlora_trainer.data import token_cache
+from qlora_trainer.data.chat import RowTokenizer
+from qlora_trainer.data.documents import Documents
+from qlora_trainer.data.rows import Reading
+from qlora_trainer.data.token_cache import TokenizedFiles, Tokenizer, tokenize_named
+from qlora_trainer.errors import DataError, StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "qlora_trainer" / "tokens"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"prompt": f"What is {number}?", "completion": f"It is {number}."}) for number in range(2500)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def tokenizer(chatml: PreTrainedTokenizerFast) -> Tokenizer:
+    return Tokenizer(chatml, "hash of its files", "the base")
+
+
+@pytest.fixture
+def count_batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    batches: list[int] = []
+    tokenize = RowTokenizer.__call__
+
+    def counted(self: RowTokenizer, rows: Any) -> Any:
+        batches.append(len(rows))
+        return tokenize(self, rows)
+
+    monkeypatch.setattr(RowTokenizer, "__call__", counted)
+    return batches
+
+
+def drained(reading: Generator[Reading, None, TokenizedFiles]) -> tuple[list[Reading], TokenizedFiles]:
+    seen: list[Reading] = []
+    while True:
+        try:
+            seen.append(next(reading))
+        except StopIteration as end:
+            return seen, end.value
+
+
+def tokens(files: TokenizedFiles) -> list[list[int]]:
+    rows_N = np.arange(files.store.num_rows, dtype=np.int32)
+    return [document.input_ids_T.tolist() for document in Documents.of_rows(files.store, rows_N, bos_token_id=None)]
+
+
+def test_tokens_are_made_once_and_found_again(
+    cache: Path, data: Path, tokenizer: Tokenizer, count_batches: list[int]
+) -> None:
+    section = DataSection(train=str(data))
+    seen, made = drained(tokenize_named(section, "train", tokenizer))
+    assert sum(count_batches) == made.store.num_rows == 2500
+    assert max(count_batches) == token_cache.BATCH_ROWS
+    assert [reading.num_rows for reading in seen] == [1000, 2000]
+    assert 0 < seen[0].share <= seen[1].share <= 1
+    count_batches.clear()
+    seen, found = drained(tokenize_named(section, "train", tokenizer))
+    assert (seen, count_batches) == ([], [])
+    assert tokens(found) == tokens(made)
+    assert (found.store.files, found.content_hash) == (made.store.files, made.content_hash)
+    [folder] = cache.iterdir()
+    shutil.rmtree(folder)
+    assert tokens(found) == tokens(made), "a run would die because its cache was removed"
+
+
+def test_anything_that_changes_what_is_learned_makes_other_tokens(
+    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutations tried, each of which fails here: any one part left out of the key."""
+
+    def num_made() -> int:
+        return len(list(cache.iterdir()))
+
+    section = DataSection(train=str(data))
+    drained(tokenize_named(section, "train", tokenizer))
+    drained(tokenize_named(section.model_copy(update={"seq_len": 77, "packing": False}), "train", tokenizer))
+    assert num_made() == 1, "the length is not cut before the tokens are stored"
+    changes: list[dict[str, object]] = [
+        {"train_on": "all"},
+        {"format": "prompt_completion"},
+        {"on_bad_row": "skip"},
+        {"columns": {"prompt": "completion", "completion": "prompt"}},
+    ]
+    for number, change in enumerate(changes, start=2):
+        changed = DataSection.model_validate(section.model_dump() | change)
+        drained(tokenize_named(changed, "train", tokenizer))
+        assert num_made() == number, change
+    drained(tokenize_named(section, "train", replace(tokenizer, content_hash="another template")))
+    assert num_made() == 6
+    data.write_text(data.read_text().replace("It is 7.", "It is 8."))
+    drained(tokenize_named(section, "train", tokenizer))
+    assert num_made() == 7
+    data.rename(data.with_name("renamed.jsonl"))  # errors name the file
+    drained(tokenize_named(DataSection(train=str(data.with_name("renamed.jsonl"))), "train", tokenizer))
+    assert num_made() == 8
+    monkeypatch.setattr(token_cache, "version", lambda name: f"another {name}")
+    drained(tokenize_named(DataSection(train=str(data.with_name("renamed.jsonl"))), "train", tokenizer))
+    assert num_made() == 9
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "learned.bin", "rows.bin", "files.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_a_damaged_cache_is_made_again(cache: Path, data: Path, tokenizer: Tokenizer, name: str, damage: str) -> None:
+    section = DataSection(train=str(data))
+    made = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
+    [folder] = cache.iterdir()
+    raw = (folder / name).read_bytes()
+    if damage == "gone":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(raw[:-1] if damage == "cut" else raw[:-20] + bytes([raw[-20] ^ 1]) + raw[-19:])
+    assert tokens(drained(tokenize_named(section, "train", tokenizer))[1]) == made
+    assert (folder / name).read_bytes() == raw
+
+
+def test_two_that_make_the_same_do_not_disturb_each_other(cache: Path, data: Path, tokenizer: Tokenizer) -> None:
+    section = DataSection(train=str(data))
+    made: list[list[list[int]]] = []
+    first = tokenize_named(section, "train", tokenizer)
+    next(first)  # half way
+    thread = threading.Thread(
+        target=lambda: made.append(tokens(drained(tokenize_named(section, "train", tokenizer))[1]))
+    )
+    thread.start()
+    thread.join()
+    made.append(tokens(drained(first)[1]))
+    assert made[0] == made[1]
+    [folder] = cache.iterdir()
+    assert not folder.name.startswith(".")
+
+
+def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: Tokenizer) -> None:
+    data.write_text(data.read_text() + "\nbroken")
+    with pytest.raises(DataError, match=r"train\.jsonl:2501: found broken JSON"):
+        drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
+    assert list(cache.iterdir()) == []
+    reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
+    next(reading)
+    assert len(list(cache.iterdir())) == 1
+    reading.close()  # Ctrl+C, or the consumer's own error
+    assert list(cache.iterdir()) == []
+
+
+def test_a_disk_without_room_is_told(
+    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_trainer.data.document_store.DocumentWriter.append", full)
+    with pytest.raises(StorageError, match=r"tokens/.*found a folder that cannot be written \(No space left"):
+        drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
+    assert list(cache.iterdir()) == []
