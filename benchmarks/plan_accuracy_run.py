@@ -108,7 +108,7 @@ def phase_peaks(roots: Sequence[Any]) -> dict[str, int]:
         elif event.name == LOSS_OP:
             events.append((event.end_time_ns, "loss", 0))
         elif event.name.startswith(BACKWARD_OP):
-            events.append((event.end_time_ns, "backward", 0))
+            events += [(event.start_time_ns, "backward begins", 0), (event.end_time_ns, "backward", 0)]
     events.sort(key=lambda event: event[0])
     return _read_phases(events)
 
@@ -118,6 +118,7 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
     peaks: dict[str, int] = {}
     live = peak = 0
     levels = [0]  # since the last mark
+    is_loss_open = False  # until backward begins: what follows the operation itself is still the loss
     pending: dict[str, int] = {}  # parts of what turns out to be a step, or an evaluation
 
     def close(phase: str, into: dict[str, int]) -> None:
@@ -130,7 +131,13 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
         live += num_bytes
         peak = max(peak, live)
         levels.append(live)
-        if mark in ("loss", "backward"):
+        if mark == "loss":
+            is_loss_open = True
+        elif mark == "backward begins":
+            if is_loss_open:
+                close("loss", pending)
+            is_loss_open = False
+        elif mark == "backward":
             close(mark, pending)
         elif mark == "step":
             close("optimizer", pending)

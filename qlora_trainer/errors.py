@@ -37,9 +37,17 @@ class DoesNotFitError(QloraTrainerError):
 
 
 class DataError(QloraTrainerError):
-    """Training data that is missing, empty or broken."""
+    """Training data that is missing, empty or broken.
+
+    Args:
+        kind: what a count of such rows is called.
+    """
 
     exit_code = 4
+
+    def __init__(self, *, where: str, found: str, expected: str, fix: str, kind: str = "bad row") -> None:
+        super().__init__(where=where, found=found, expected=expected, fix=fix)
+        self.kind = kind
 
 
 class StorageError(QloraTrainerError):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from qlora_trainer.cli.config import config
+from qlora_trainer.cli.data import data
 from qlora_trainer.cli.doctor import doctor
 from qlora_trainer.cli.generate import generate
 from qlora_trainer.cli.plan import plan
@@ -32,6 +33,7 @@ def build_app() -> typer.Typer:
     )
     for verb in (plan, train, runs, generate, doctor, config, quickstart_data):
         app.command(verb.__name__.replace("_", "-"))(verb)
+    app.add_typer(data, name="data")
     return app
 
 

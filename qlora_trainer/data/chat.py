@@ -29,11 +29,13 @@ class TokenizedRow:
 
     Attributes:
         row: as it was read.
+        text: what was tokenised, special tokens included.
         document: its tokens; there may be none to learn.
         num_rewritten: answers that are read but not learned, since the chat template rewrites them.
     """
 
     row: Row
+    text: str
     document: Document
     num_rewritten: int
 
@@ -70,9 +72,13 @@ class RowTokenizer:
         ]
         encoded = encode(rendered, self._tokenizer, wheres=[row.where for row in rows])
         return [
-            TokenizedRow(row, self._document(row, text, tokens), text.num_rewritten)
+            TokenizedRow(row, text.text, self._document(row, text, tokens), text.num_rewritten)
             for row, text, tokens in zip(rows, rendered, encoded, strict=True)
         ]
+
+    def has_stop(self, row: TokenizedRow) -> bool:
+        """Whether a stop token of the row is learned."""
+        return not self._stop_ids.isdisjoint(row.document.labels_T.tolist())
 
     def _document(self, row: Row, text: Rendered, tokens: Encoded) -> Document:
         _require_one_bos(tokens, self._tokenizer.bos_token_id, row.where)
@@ -116,6 +122,7 @@ def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int])
                 found="an answer that the chat template does not end with a stop token",
                 expected="a special token after each of the assistant's turns, else the model never learns to stop",
                 fix="Use a chat template that writes the tokenizer's EOS or end-of-turn token after each answer.",
+                kind="answer without a stop token",
             )
         if text.text[turn.start : int(starts_T[stop])].strip():  # else the template left the text out
             labels_T[first : stop + 1] = input_ids_T[first : stop + 1]
@@ -129,4 +136,5 @@ def _require_one_bos(encoded: Encoded, bos_token_id: int | None, where: str) -> 
             found="two BOS tokens at the start",
             expected="one",
             fix="Correct the chat template: it writes the BOS token twice.",
+            kind="double BOS",
         )

@@ -7,6 +7,7 @@ not hold it in resident memory; and through open files, so that they may be remo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
@@ -22,12 +23,13 @@ from numpy.typing import NDArray
 
 from qlora_trainer.data.chat import TokenizedRow
 from qlora_trainer.data.rows import FileRead, where_in
-from qlora_trainer.step.document import IGNORE_INDEX
+from qlora_trainer.step.document import IGNORE_INDEX, Document
 
 ROW = np.dtype(
     [
         ("end", "<i8"),  # of its tokens in tokens.bin; they begin where those of the row before end
         ("line", "<i8"),
+        ("content", "<u8"),  # a hash of its tokens and of which are learned
         ("num_supervised", "<i4"),
         ("num_rewritten", "<i4"),
         ("file", "<i4"),
@@ -65,8 +67,8 @@ class DocumentWriter:
             self._tokens.write(document.input_ids_T.tobytes())
             self._learned.write((document.labels_T != IGNORE_INDEX).tobytes())
             self._end += document.num_tokens
-        counts = (self._end, row.line, num_supervised, tokenized.num_rewritten)
-        self._rows.write(np.array((*counts, file, row.is_line, row.is_askable), dtype=ROW).tobytes())
+        numbers = (self._end, row.line, _content(document), num_supervised, tokenized.num_rewritten)
+        self._rows.write(np.array((*numbers, file, row.is_line, row.is_askable), dtype=ROW).tobytes())
 
     def write_files(self, files: tuple[FileRead, ...]) -> None:
         """Adds what was found in the files that the rows are from."""
@@ -79,7 +81,8 @@ class DocumentStore:
     def __init__(self, folder: Path) -> None:
         entries: list[Mapping[str, object]] = json.loads((folder / _FILES).read_text())
         self.files = tuple(FileRead.of(entry) for entry in entries)
-        self._rows_N = np.memmap(folder / _ROWS, dtype=ROW, mode="r")
+        has_rows = (folder / _ROWS).stat().st_size > 0  # nothing cannot be mapped
+        self._rows_N = np.memmap(folder / _ROWS, dtype=ROW, mode="r") if has_rows else np.zeros(0, dtype=ROW)
         self._tokens, self._learned = (os.open(folder / name, os.O_RDONLY) for name in (_TOKENS, _LEARNED))
         for descriptor in (self._tokens, self._learned):
             weakref.finalize(self, os.close, descriptor)
@@ -108,6 +111,11 @@ class DocumentStore:
         """Which rows a sample answer can be compared with."""
         return np.asarray(self._rows_N["is_askable"])
 
+    @property
+    def num_repeated(self) -> int:
+        """Rows with the very tokens of an earlier one."""
+        return self.num_rows - int(np.unique(self._rows_N["content"]).size)
+
     def where(self, row: int) -> str:
         """`file:line` or `file:row number`."""
         entry = self._rows_N[row]
@@ -126,6 +134,12 @@ class DocumentStore:
         start = (int(self._rows_N[row - 1]["end"]) if row else 0) + first
         ids_T = np.frombuffer(_read(self._tokens, 4 * start, 4 * num_tokens), dtype="<i4")
         return ids_T, np.frombuffer(_read(self._learned, start, num_tokens), dtype=np.bool_)
+
+
+def _content(document: Document) -> int:
+    digest = hashlib.blake2b(document.input_ids_T.tobytes(), digest_size=8)
+    digest.update(document.labels_T.tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _read(descriptor: int, first: int, num_bytes: int) -> bytes:

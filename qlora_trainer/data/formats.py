@@ -231,4 +231,5 @@ def _require_answers(messages: tuple[Message, ...], where: str, format_name: str
             found=f"an empty assistant text in a row of {format_name} form",
             expected="text to learn from",
             fix="Fill in the answer, or remove the row.",
+            kind="empty answer",
         )

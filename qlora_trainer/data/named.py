@@ -7,10 +7,10 @@ from typing import Literal
 
 from qlora_trainer.config.data_files import data_files
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data.rows import FileRead, Reading, Row, iter_files
+from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, iter_files
 
 
-def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[Row | Reading | FileRead]:
+def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[Row | BadRow | Reading | FileRead]:
     """Yields what `data.rows.iter_files` does for the files under `key`; nothing where none are named.
 
     Raises:

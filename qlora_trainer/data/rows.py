@@ -15,7 +15,7 @@ from qlora_trainer.data.messages import Message
 from qlora_trainer.data.records import Record, iter_records
 from qlora_trainer.errors import DataError
 
-__all__ = ["FileRead", "Message", "Reading", "Row", "RowsRead", "collect", "iter_files", "read_rows"]
+__all__ = ["BadRow", "FileRead", "Message", "Reading", "Row", "RowsRead", "collect", "iter_files", "read_rows"]
 
 ROWS_PER_READING = 1000
 MAX_REASONS = 20  # bad rows that are told one by one; a file of another format would have nothing but bad rows
@@ -70,6 +70,13 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is passed over, and why."""
+
+    error: DataError
+
+
+@dataclass(frozen=True, slots=True)
 class FileRead:
     """What was found in one file.
 
@@ -110,7 +117,7 @@ def read_rows(path: Path | str) -> list[Row]:
     return collect(iter_files([path])).rows
 
 
-def collect(read: Iterable[Row | Reading | FileRead]) -> RowsRead:
+def collect(read: Iterable[Row | BadRow | Reading | FileRead]) -> RowsRead:
     """Keeps what `iter_files` yields."""
     rows: list[Row] = []
     files: list[FileRead] = []
@@ -122,14 +129,29 @@ def collect(read: Iterable[Row | Reading | FileRead]) -> RowsRead:
     return RowsRead(rows, tuple(files))
 
 
+def in_batches(
+    read: Iterable[Row | BadRow | Reading | FileRead], batch_rows: int
+) -> Iterator[list[Row] | BadRow | Reading | FileRead]:
+    """Gathers what `iter_files` yields: up to `batch_rows` rows of a file at once, all else as it comes."""
+    batch: list[Row] = []
+    for item in read:
+        if isinstance(item, Row):
+            batch.append(item)
+        if batch and (len(batch) == batch_rows or isinstance(item, FileRead)):
+            yield batch
+            batch = []
+        if not isinstance(item, Row):
+            yield item
+
+
 def iter_files(
     paths: Sequence[Path | str],
     *,
     row_format: str | None = None,
     columns: tuple[tuple[str, str], ...] = (),
     stop: bool = True,
-) -> Iterator[Row | Reading | FileRead]:
-    """Yields the rows of each file, now and then how far it is, and last what was found in it.
+) -> Iterator[Row | BadRow | Reading | FileRead]:
+    """Yields the rows of each file, good and bad, now and then how far it is, and last what was found in it.
 
     Text is UTF-8, with or without a byte order mark; lines end in LF or CRLF; blank lines are passed over.
 
@@ -155,6 +177,7 @@ def iter_files(
                 num_bad += 1
                 if len(reasons) < MAX_REASONS:
                     reasons.append(f"{error.where}: {error.found}")
+                yield BadRow(error)
             else:
                 index += 1
                 yield row

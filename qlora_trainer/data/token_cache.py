@@ -21,7 +21,7 @@ from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_named
-from qlora_trainer.data.rows import FileRead, Reading, Row
+from qlora_trainer.data.rows import FileRead, Reading, in_batches
 from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.sealed_folder import defects, sha256_of, writing
@@ -94,16 +94,12 @@ def _write(
 ) -> Generator[Reading]:
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     files: list[FileRead] = []
-    batch: list[Row] = []
     with DocumentWriter(folder) as writer:
-        for item in iter_named(section, key):
-            if isinstance(item, Row):
-                batch.append(item)
-            if len(batch) == BATCH_ROWS or isinstance(item, FileRead):
-                for row in tokenize(batch):
+        for item in in_batches(iter_named(section, key), BATCH_ROWS):
+            if isinstance(item, list):
+                for row in tokenize(item):
                     writer.append(row, file=len(files))
-                batch.clear()
-            if isinstance(item, FileRead):
+            elif isinstance(item, FileRead):
                 files.append(item)
             elif isinstance(item, Reading):
                 yield item

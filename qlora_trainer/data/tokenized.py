@@ -14,6 +14,7 @@ from qlora_trainer.errors import DataError
 
 Overlong = Literal["drop", "truncate", "split", "error"]
 SEQ_LEN_MULTIPLE = 64
+PERCENTILES = (50, 90, 99, 100)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +161,13 @@ def choose_seq_len(
     num_uncut = -(-lengths_N.size * uncut_percent // 100)
     longest_uncut = int(np.partition(lengths_N, num_uncut - 1)[num_uncut - 1])
     return min(-(-longest_uncut // SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE, max_positions)
+
+
+def length_percentiles(lengths_N: NDArray[np.int32]) -> tuple[int, ...]:
+    """The length that half, 90 %, 99 % and all of the documents do not exceed, in tokens; zeros if there are none."""
+    if not lengths_N.size:
+        return (0,) * len(PERCENTILES)
+    return tuple(int(length) for length in np.percentile(lengths_N, PERCENTILES, method="inverted_cdf"))
 
 
 def changes_told(data: TokenizedData) -> list[str]:

@@ -28,6 +28,11 @@ def stdout_console() -> Console:
     return OutlivingConsole(highlight=False)
 
 
+def stderr_console() -> Console:
+    """A console for how far something is, so that stdout holds the result alone."""
+    return Console(stderr=True, highlight=False)
+
+
 def printable(text: str, max_characters: int) -> str:
     """Text from a model or a data set, safe to show: one paragraph, no control or escape characters, cut to a length.
 

@@ -45,8 +45,14 @@ def prepared_table(record: Prepared) -> RenderableType:
         ("adapter", f"{record.trainable_parameters / 1e6:,.2f} M parameters, {share_percent:.2f} % of the base"),
         ("compute", f"{record.compute_dtype} on {record.device}"),
         ("train", f"{documents}, {record.num_tokens:,} tokens ({record.num_supervised_tokens:,} supervised)"),
+        (
+            "lengths",
+            "{:,} tokens at the median, 90 %: {:,}, 99 %: {:,}, longest: {:,}".format(*record.length_percentiles),
+        ),
         ("eval", counted(record.num_eval_documents, "document") + " held out"),
     ]
+    if record.num_repeated_rows:
+        facts.append(("repeated", f"{counted(record.num_repeated_rows, 'row')} like an earlier one"))
     if record.num_dropped_documents:
         dropped = counted(record.num_dropped_documents, "document")
         facts.append(("dropped", f"{dropped}, too long or with nothing to train on"))

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.document_store import DocumentStore
 from qlora_trainer.data.named import forms_told, rows_named
 from qlora_trainer.data.rows import FileRead, Reading, Row
 from qlora_trainer.data.split import hold_out
@@ -119,16 +120,25 @@ def read_documents(
     Raises:
         QloraTrainerError: see the rooms that are called.
     """
+    known = known_tokenizer(config, base, tokenizer)
+    data = yield from _read_data(config, base, known)
+    _require_a_batch(data, config.training.global_batch_size)
+    return Inputs(base, tokenizer, known.content_hash, data)
+
+
+def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """The base's tokenizer; it gets the config's chat template, if it has one.
+
+    Raises:
+        ConfigError: it is a slow one, or knows tokens that the base has no room for.
+    """
     tokenizer_hash = _tokenizer_hash(base.folder)
     if config.data.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.data.chat_template)
         tokenizer_hash = hashlib.sha256(f"{tokenizer_hash}\n{tokenizer.chat_template}".encode()).hexdigest()
     require_fast(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
-    known = Tokenizer(tokenizer, tokenizer_hash, where=config.data.chat_template or str(base.folder))
-    data = yield from _read_data(config, base, known)
-    _require_a_batch(data, config.training.global_batch_size)
-    return Inputs(base, tokenizer, tokenizer_hash, data)
+    return Tokenizer(tokenizer, tokenizer_hash, where=config.data.chat_template or str(base.folder))
 
 
 def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator[Reading, None, Data]:
@@ -137,20 +147,18 @@ def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator
     train = yield from tokenize_named(section, "train", tokenizer)
     hashes, files = {"training data": train.content_hash}, train.store.files
     held_out = train
-    if section.eval is None:
-        train_rows_N, eval_rows_N = hold_out(train.store.num_rows, section.eval_fraction, config.training.seed)
-    else:
+    if section.eval is not None:
         held_out = yield from tokenize_named(section, "eval", tokenizer)
         hashes["evaluation data"], files = held_out.content_hash, (*files, *held_out.store.files)
-        train_rows_N, eval_rows_N = (
-            np.arange(store.num_rows, dtype=np.int32) for store in (train.store, held_out.store)
-        )
+    train_rows_N, eval_rows_N = train_and_held_out(
+        config, train.store, None if section.eval is None else held_out.store
+    )
     train_data = select(train.store, train_rows_N, bos_token_id=bos_token_id)
     eval_data = select(held_out.store, eval_rows_N, bos_token_id=bos_token_id)
     require_most_rows(train_data, section.max_dropped_share)
-    seq_len = _seq_len(config, base, train_data)
+    seq_len = decide_seq_len(config, base, train_data)
     askable_rows_N = eval_rows_N[held_out.store.is_askable_N[eval_rows_N]]
-    asked = _spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
+    asked = spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
     asked_rows = rows_named(section, "train" if section.eval is None else "eval", asked)
     fitted, fitted_eval = (
         fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=section.max_dropped_share)
@@ -166,7 +174,21 @@ def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator
     )
 
 
-def _seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
+def train_and_held_out(
+    config: RunConfig, train: DocumentStore, held_out: DocumentStore | None
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """The rows of `train` to train on, and those held out: all of `held_out`, or where it is None others of `train`."""
+    if held_out is None:
+        return hold_out(train.num_rows, config.data.eval_fraction, config.training.seed)
+    return np.arange(train.num_rows, dtype=np.int32), np.arange(held_out.num_rows, dtype=np.int32)
+
+
+def decide_seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
+    """Tokens of the longest document that is kept: what was asked for, or what the documents need.
+
+    Raises:
+        ConfigError: more is asked for than the base has positions.
+    """
     max_positions = getattr(base.config, "max_position_embeddings", None) or data.documents.longest_tokens
     seq_len = config.data.seq_len
     if seq_len == "auto":
@@ -186,7 +208,7 @@ def _seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
     return seq_len
 
 
-def _spread(rows_N: NDArray[np.int32], count: int) -> list[int]:
+def spread(rows_N: NDArray[np.int32], count: int) -> list[int]:
     """That many of the rows, from all over: neighbours in a file are often about the same thing."""
     count = min(count, rows_N.size)
     return [int(rows_N[number * rows_N.size // count]) for number in range(count)]

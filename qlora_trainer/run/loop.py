@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.show import to_yaml
+from qlora_trainer.data.tokenized import length_percentiles
 from qlora_trainer.errors import InterruptedAndSaved
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.answer import answer_all
@@ -200,6 +201,8 @@ def _prepared(session: Session) -> Prepared:
         num_dropped_documents=session.train_data.num_dropped,
         num_tokens=session.train_data.num_tokens,
         num_supervised_tokens=session.train_data.num_supervised_tokens,
+        length_percentiles=length_percentiles(session.train_data.documents.lengths_N),
+        num_repeated_rows=session.train_data.documents.store.num_repeated,
         seq_len=session.knobs.plan.seq_len,
         num_steps=session.knobs.num_steps,
         global_batch_size=session.config.training.global_batch_size,

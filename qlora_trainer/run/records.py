@@ -77,6 +77,8 @@ class Prepared:
         num_dropped_documents: rows left out because they are longer than `seq_len` or have nothing to train on.
         num_tokens: tokens of the train documents.
         num_supervised_tokens: those of them that contribute to the loss.
+        length_percentiles: tokens of a train document: 50, 90, 99 and 100 %.
+        num_repeated_rows: rows with the very tokens of an earlier one.
         seq_len: tokens that the longest document may have.
         num_steps: optimizer steps of the whole run.
         global_batch_size: documents an optimizer step.
@@ -94,6 +96,8 @@ class Prepared:
     num_dropped_documents: int
     num_tokens: int
     num_supervised_tokens: int
+    length_percentiles: tuple[int, ...]
+    num_repeated_rows: int
     seq_len: int
     num_steps: int
     global_batch_size: int

@@ -31,7 +31,7 @@ def stored(documents: Iterable[Document], *, bos_token_id: int | None = None) ->
     """Documents that were tokenised elsewhere."""
     messages = (Message("user", "Hi"), Message("assistant", "Hello"))
     rows = [
-        TokenizedRow(Row("train.jsonl", number, number + 1, messages), document, 0)
+        TokenizedRow(Row("train.jsonl", number, number + 1, messages), "", document, 0)
         for number, document in enumerate(documents)
     ]
     return _select(rows, bos_token_id=bos_token_id)

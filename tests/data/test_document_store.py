@@ -21,7 +21,7 @@ FILES = (FileRead("a.jsonl", "messages", 2, 1, ("a.jsonl:2: found no row",)), Fi
 def tokenized(row: Row, learned: list[bool], *, num_rewritten: int = 0) -> TokenizedRow:
     ids_T = np.arange(100, 100 + len(learned), dtype=np.int32)
     labels_T = np.where(learned, ids_T, np.int32(IGNORE_INDEX))
-    return TokenizedRow(row, Document(index=row.index, input_ids_T=ids_T, labels_T=labels_T), num_rewritten)
+    return TokenizedRow(row, "", Document(index=row.index, input_ids_T=ids_T, labels_T=labels_T), num_rewritten)
 
 
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=20), min_size=1, max_size=12))

@@ -34,6 +34,8 @@ def prepared(num_steps: int) -> Prepared:
         num_dropped_documents=3,
         num_tokens=182_341,
         num_supervised_tokens=97_212,
+        length_percentiles=(104, 161, 188, 192),
+        num_repeated_rows=2,
         seq_len=192,
         num_steps=num_steps,
         global_batch_size=16,

@@ -1,0 +1,146 @@
+"""A look at data before anything is trained on it: every row is read and tokenised, and what is wrong is counted.
+
+Unlike a run, which stops at the first bad row, this goes on to the last.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
+
+from qlora_trainer.config.schema import DataSection
+from qlora_trainer.data.chat import RowTokenizer, TokenizedRow
+from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
+from qlora_trainer.data.named import iter_named
+from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
+from qlora_trainer.data.token_cache import BATCH_ROWS, Tokenizer
+from qlora_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_EXAMPLES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Rows with which the same is wrong.
+
+    Attributes:
+        kind: in words, one row of them.
+        num_rows: how many there are.
+        examples: what the first `MAX_EXAMPLES` are, each beginning with the row's place.
+    """
+
+    kind: str
+    num_rows: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What was found in the files of one key.
+
+    Attributes:
+        store: all good rows, tokenised.
+        bad: what stops a run, or is passed over where the config says so.
+        warnings: what trains, but perhaps not what was meant.
+        num_bad: rows that are bad.
+        num_with_stop: good rows of which a stop token is learned.
+    """
+
+    store: DocumentStore
+    bad: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    num_bad: int
+    num_with_stop: int
+
+
+def check_named(
+    section: DataSection, key: Literal["train", "eval"], tokenizer: Tokenizer
+) -> Generator[Reading, None, Checked]:
+    """Reads and tokenises every row under `key`, while it yields how far it is.
+
+    Raises:
+        DataError: a file cannot be read, or holds no good row.
+        ConfigError: there are conversations, and no chat template that works.
+    """
+    tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
+    bad, warned = _Tally(), _Tally()
+    files: list[FileRead] = []
+    num_with_stop = 0
+    with TemporaryDirectory(prefix="qlora-trainer-") as name:
+        with DocumentWriter(Path(name)) as writer:
+            section = section.model_copy(update={"on_bad_row": "skip"})
+            for item in in_batches(iter_named(section, key), BATCH_ROWS):
+                if isinstance(item, list):
+                    tokenized, errors = _tokenized(item, tokenize)
+                    for error in errors:
+                        bad.add(error.kind, f"{error.where}: {error.found}")
+                    for row in tokenized:
+                        writer.append(row, file=len(files))
+                        num_with_stop += tokenize.has_stop(row)
+                    for row in _not_the_text(tokenized, tokenizer.tokenizer):
+                        warned.add("text that the tokenizer cannot give back", row.row.where)
+                elif isinstance(item, BadRow):
+                    bad.add(item.error.kind, f"{item.error.where}: {item.error.found}")
+                elif isinstance(item, FileRead):
+                    files.append(item)
+                else:
+                    yield item
+            writer.write_files(tuple(files))
+        store = DocumentStore(Path(name))  # its files stay open; the folder goes
+    return Checked(store, bad.problems, warned.problems, bad.num_rows, num_with_stop)
+
+
+class _Tally:
+    """Counts by kind, with the first examples."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+
+    def add(self, kind: str, example: str) -> None:
+        self._counts[kind] += 1
+        if self._counts[kind] <= MAX_EXAMPLES:
+            self._examples.setdefault(kind, []).append(example)
+
+    @property
+    def num_rows(self) -> int:
+        return self._counts.total()
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return tuple(Problem(kind, count, tuple(self._examples[kind])) for kind, count in self._counts.most_common())
+
+
+def _tokenized(batch: Sequence[Row], tokenize: RowTokenizer) -> tuple[list[TokenizedRow], list[DataError]]:
+    """The rows of a batch that can be, and what is wrong with the others."""
+    try:
+        return tokenize(batch), []
+    except DataError:
+        pass
+    tokenized: list[TokenizedRow] = []
+    errors: list[DataError] = []
+    for row in batch:
+        try:
+            tokenized += tokenize([row])
+        except DataError as error:
+            errors.append(error)
+    return tokenized, errors
+
+
+def _not_the_text(rows: Sequence[TokenizedRow], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedRow]:
+    """Those whose tokens read otherwise than their text; a space at the start is the tokenizer's own affair."""
+    if not rows:  # transformers gives one text for no documents
+        return []
+    texts = tokenizer.batch_decode(
+        [row.document.input_ids_T.tolist() for row in rows],
+        skip_special_tokens=False,
+        clean_up_tokenization_spaces=False,
+    )
+    return [row for row, text in zip(rows, texts, strict=True) if text.lstrip(" ") != row.text.lstrip(" ")]

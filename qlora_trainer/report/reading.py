@@ -1,0 +1,39 @@
+"""How far data has been read, as one line that goes when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from qlora_trainer.data.rows import Reading
+from qlora_trainer.report.tables import reading_line
+
+T = TypeVar("T")
+
+
+def watched(reading: Generator[Reading, None, T], console: Console) -> T:
+    """Drives `reading` to its end, shown on a terminal; a file or a pipe sees nothing of it.
+
+    Args:
+        reading: yields how far it is.
+        console: over stderr where stdout is the result.
+
+    Returns:
+        What `reading` returns.
+    """
+    words = TextColumn("{task.description}", markup=False, style="dim")
+    bar = BarColumn(bar_width=16)
+    with Progress(
+        bar, words, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("reading the data", total=1.0)
+        while True:
+            try:
+                item = next(reading)
+            except StopIteration as end:
+                found: T = end.value
+                return found
+            progress.update(task, completed=item.share, description=reading_line(item))

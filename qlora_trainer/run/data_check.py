@@ -1,0 +1,216 @@
+"""`data check`: what a run would make of its data, counted to the last row; nothing is loaded and nothing kept."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.check import Checked, Problem, check_named
+from qlora_trainer.data.rows import FileRead, Reading
+from qlora_trainer.data.samples import Sample, make_sample
+from qlora_trainer.data.token_cache import Tokenizer
+from qlora_trainer.data.tokenized import TokenizedData, fit_documents, length_percentiles, require_most_rows, select
+from qlora_trainer.errors import DataError
+from qlora_trainer.run.inputs import decide_seq_len, find_base, known_tokenizer, spread, train_and_held_out
+
+NUM_BINS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetReport:
+    """The files of `data.train`, or of `data.eval`.
+
+    Attributes:
+        files: what was found in each.
+        num_rows: good and bad ones.
+        num_bad, bad: rows that are no conversation or text, and why.
+        warnings: rows that train, but perhaps not what was meant.
+        num_overlong: rows longer than the sequence length; what becomes of them `overlong` says.
+        num_dropped_overlong, num_dropped_untrainable: good rows that are left out.
+        num_documents, num_tokens, num_supervised_tokens: that are left.
+        num_repeated: good rows with the very tokens of an earlier one.
+        num_with_stop: good rows of which a stop token is learned.
+        num_double_bos: rows that begin with two BOS tokens; they are bad.
+        num_empty_answers: rows with an answer without text; they are bad.
+        percentiles: tokens of good rows: 50, 90, 99, and 100, the longest.
+        histogram: (at most so many tokens, rows), ascending.
+        errors: what would stop a run.
+    """
+
+    files: tuple[FileRead, ...]
+    num_rows: int
+    num_bad: int
+    bad: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    num_overlong: int
+    num_dropped_overlong: int
+    num_dropped_untrainable: int
+    num_documents: int
+    num_tokens: int
+    num_supervised_tokens: int
+    num_repeated: int
+    num_with_stop: int
+    num_double_bos: int
+    num_empty_answers: int
+    percentiles: tuple[int, ...]
+    histogram: tuple[tuple[int, int], ...]
+    errors: tuple[str, ...]
+
+    @property
+    def num_good(self) -> int:
+        return self.num_rows - self.num_bad
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataReport:
+    """What there is to know of a config's data.
+
+    Attributes:
+        base: whose tokenizer counts.
+        seq_len: tokens of the longest document that a run would keep.
+        overlong: what becomes of longer ones.
+        train, evaluation: the latter None where a part of train is held out.
+        num_held_out: rows of train that are.
+        samples: documents of train, in pieces.
+    """
+
+    base: str
+    seq_len: int
+    overlong: str
+    train: SetReport
+    evaluation: SetReport | None
+    num_held_out: int
+    samples: tuple[Sample, ...]
+
+    @property
+    def errors(self) -> tuple[str, ...]:
+        return (*self.train.errors, *(self.evaluation.errors if self.evaluation else ()))
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs; shares are left to them."""
+        return {"ok": not self.errors, **asdict(self)}
+
+
+def check_data(config: RunConfig, *, num_samples: int) -> Generator[Reading, None, DataReport]:
+    """Read and tokenise everything that `config` names.
+
+    Raises:
+        QloraTrainerError: the base or its tokenizer cannot be used, or there is no good row at all.
+    """
+    base, found_tokenizer = find_base(config)
+    tokenizer = known_tokenizer(config, base, found_tokenizer)
+    checked = yield from check_named(config.data, "train", tokenizer)
+    held_out = None if config.data.eval is None else (yield from check_named(config.data, "eval", tokenizer))
+    train_rows_N, eval_rows_N = train_and_held_out(config, checked.store, held_out.store if held_out else None)
+    bos_token_id = tokenizer.tokenizer.bos_token_id
+    trained_on = select(checked.store, train_rows_N, bos_token_id=bos_token_id)
+    seq_len = decide_seq_len(config, base, trained_on) if len(trained_on.documents) else 0
+    train = _report(config, checked, tokenizer, seq_len=seq_len, batch_rows_N=train_rows_N)
+    return DataReport(
+        base=base.name,
+        seq_len=seq_len,
+        overlong=config.data.overlong,
+        train=train,
+        evaluation=_report(config, held_out, tokenizer, seq_len=seq_len) if held_out else None,
+        num_held_out=0 if held_out else int(eval_rows_N.size),
+        samples=_samples(trained_on, tokenizer, num_samples),
+    )
+
+
+def require_good(report: DataReport) -> None:
+    """Raises:
+    DataError: a run would stop at this data; names all that would stop it.
+    """
+    if report.errors:
+        raise DataError(
+            where="data check",
+            found="; ".join(report.errors),
+            expected="data that a run can be trained on",
+            fix="Correct the rows named above, or see data.on_bad_row, data.max_dropped_share and data.overlong.",
+        )
+
+
+def _report(
+    config: RunConfig,
+    checked: Checked,
+    tokenizer: Tokenizer,
+    *,
+    seq_len: int,
+    batch_rows_N: NDArray[np.int32] | None = None,
+) -> SetReport:
+    """One key's files; `batch_rows_N` are the rows that a global batch is taken from, where one is."""
+    store = checked.store
+    bos_token_id = tokenizer.tokenizer.bos_token_id
+    whole = select(store, np.arange(store.num_rows, dtype=np.int32), bos_token_id=bos_token_id)
+    lengths_N = whole.documents.lengths_N
+    fitted = fit_documents(whole, seq_len, overlong=_lenient(config), max_dropped_share=1.0) if seq_len else whole
+    errors = _errors(config, checked, fitted, seq_len)
+    if batch_rows_N is not None:
+        num_documents = int(np.isin(fitted.documents.pieces_N["row"], batch_rows_N).sum())
+        if num_documents < config.training.global_batch_size:
+            errors.append(f"{num_documents} documents for a global batch of {config.training.global_batch_size}")
+    counts = {problem.kind: problem.num_rows for problem in checked.bad}
+    return SetReport(
+        files=store.files,
+        num_rows=store.num_rows + checked.num_bad,
+        num_bad=checked.num_bad,
+        bad=checked.bad,
+        warnings=checked.warnings,
+        num_overlong=int((lengths_N > seq_len).sum()) if seq_len else 0,
+        num_dropped_overlong=fitted.num_dropped_overlong,
+        num_dropped_untrainable=fitted.num_dropped_untrainable,
+        num_documents=len(fitted.documents),
+        num_tokens=fitted.num_tokens,
+        num_supervised_tokens=fitted.num_supervised_tokens,
+        num_repeated=store.num_repeated,
+        num_with_stop=checked.num_with_stop,
+        num_double_bos=counts.get("double BOS", 0),
+        num_empty_answers=counts.get("empty answer", 0),
+        percentiles=length_percentiles(lengths_N),
+        histogram=_histogram(lengths_N),
+        errors=tuple(errors),
+    )
+
+
+def _lenient(config: RunConfig) -> Literal["drop", "truncate", "split"]:
+    """What to count with: an overlong row that is an error is told as one, and left out."""
+    return "drop" if config.data.overlong == "error" else config.data.overlong
+
+
+def _errors(config: RunConfig, checked: Checked, fitted: TokenizedData, seq_len: int) -> list[str]:
+    errors = []
+    if config.data.on_bad_row == "stop":
+        errors += [f"{problem.num_rows} x {problem.kind} ({problem.examples[0]})" for problem in checked.bad]
+    if config.data.overlong == "error" and fitted.num_dropped_overlong:
+        errors.append(f"{fitted.num_dropped_overlong} rows longer than data.seq_len = {seq_len}, with overlong: error")
+    try:
+        require_most_rows(fitted, config.data.max_dropped_share, seq_len)
+    except DataError as error:
+        errors.append(f"{error.where}: {error.found}; expected {error.expected}")
+    return errors
+
+
+def _histogram(lengths_N: NDArray[np.int32]) -> tuple[tuple[int, int], ...]:
+    """In at most `NUM_BINS` bins of one width: a power of two, or five quarters to seven quarters of one."""
+    longest = int(lengths_N.max(initial=1))
+    exponent = max((longest - 1).bit_length() - 5, 0)
+    width = next(
+        quarters << exponent for quarters in (1, 2, 3, 4, 5, 6, 7, 8) if NUM_BINS * (quarters << exponent) >= longest
+    )
+    ends = range(width, longest + width, width)
+    counts = np.bincount((lengths_N - 1) // width, minlength=len(ends)) if lengths_N.size else np.zeros(len(ends), int)
+    return tuple((end, int(count)) for end, count in zip(ends, counts, strict=True))
+
+
+def _samples(data: TokenizedData, tokenizer: Tokenizer, count: int) -> tuple[Sample, ...]:
+    documents = data.documents
+    positions = spread(np.arange(len(documents), dtype=np.int32), count)
+    return tuple(
+        make_sample(document, tokenizer.tokenizer, where=documents.store.where(document.index))
+        for document in (documents[position] for position in positions)
+    )
