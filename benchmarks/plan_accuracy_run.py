@@ -133,6 +133,7 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
         levels.append(live)
         if mark == "loss":
             is_loss_open = True
+            levels[:] = [live]
         elif mark == "backward begins":
             if is_loss_open:
                 close("loss", pending)
