@@ -206,7 +206,10 @@ class DataSection(Section):
         "documents, or stop with an error.",
     )
     max_dropped_share: float = Field(
-        0.05, ge=0, le=1, description="Share of the rows that may be dropped as too long or without a token to learn."
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the rows that may be left out as bad, too long or without a token to learn.",
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="A line that is no conversation: stop at the first, or skip, count and list them."

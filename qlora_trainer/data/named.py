@@ -65,3 +65,8 @@ def forms_told(files: Sequence[FileRead]) -> list[str]:
         where = of_form[0].path if len(of_form) == 1 else f"{of_form[0].path} and {len(of_form) - 1} more"
         lines.append(f"{sum(file.num_rows for file in of_form):,} rows of the form {name} in {where}")
     return lines
+
+
+def num_bad_rows(files: Sequence[FileRead]) -> int:
+    """Rows of all these files that were passed over."""
+    return sum(file.num_bad for file in files)

@@ -113,6 +113,22 @@ def test_bad_rows_are_skipped_only_where_that_is_asked(
     assert prepared.num_train_documents == 48
 
 
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_more_bad_rows_than_may_be_dropped_are_refused_with_counts(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """Mutation tried: bad rows of the evaluation files not counted."""
+    path = write_rows(tmp_path / "some.jsonl", 60)
+    path.write_text(path.read_text() + "nonsense\n" * 4)
+    options = ("data.on_bad_row=skip", f"data.{key}={path}")
+    assert train_command(tiny_config(tmp_path, base, *options)) == 4
+    num_rows = 52 if key == "train" else 64
+    assert f"found 4 of {num_rows} rows that cannot be trained on (4 bad ones, " in complaint(capsys)
+    with pytest.raises(AssertionError, match="weights were touched"):
+        run_to_end(tiny_config(tmp_path, base, *options, "data.max_dropped_share=0.08"))
+
+
 def test_a_plain_text_needs_no_chat_template(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", chat_template=None)
     texts = [json.dumps({"text": f"{number} and {number} are {2 * number}. " * 6}) for number in range(30)]
