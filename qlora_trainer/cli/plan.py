@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli.options import ConfigFile, Overrides
-from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.data_files import HubDataset, data_files
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
@@ -88,9 +88,8 @@ def _size(text: str | None, *, option: str) -> int | None:
 
 
 def _has_data(config: RunConfig) -> bool:
-    """Whether there are files to count tokens in; a plan can be asked for before there are."""
+    """Whether there is data here to count tokens in: a plan can be asked for before there is, and downloads none."""
     try:
-        data_files(config.data.train, key="data.train")
+        return not any(isinstance(source, HubDataset) for source in data_files(config.data.train, key="data.train"))
     except DataError:
         return False
-    return True

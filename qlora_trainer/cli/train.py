@@ -52,7 +52,7 @@ def train(
     if resume is not None:
         named_checkpoint(RunFolder(Path(config.output.dir)), resume)
     for key in _DATA_KEYS:
-        deque(iter_named(config.data, key), maxlen=0)  # every row is looked at, none is kept
+        deque(iter_named(config.data, key, files_only=True), maxlen=0)  # every row is looked at, none is kept
     check_trackers(config.output.trackers)
 
     if dry:

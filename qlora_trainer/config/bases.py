@@ -48,8 +48,7 @@ def base_kind(base: str) -> BaseKind:
         return BaseKind.ALIAS
     if base.startswith(("/", ".", "~")) or os.path.exists(base):
         return BaseKind.FOLDER
-    parts = base.split("/")
-    if len(parts) == 2 and all(_HUB_ID.fullmatch(part) and ".." not in part for part in parts):
+    if is_hub_id(base):
         return BaseKind.HUB
     close = get_close_matches(base.lower(), SHIPPED_BASES, n=1)
     raise ConfigError(
@@ -58,6 +57,12 @@ def base_kind(base: str) -> BaseKind:
         expected=f"a local folder, a hub id owner/name or one of {', '.join(SHIPPED_BASES)}",
         fix=f"Did you mean {close[0]}?" if close else "Check the spelling.",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a text has the form `owner/name`."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(_HUB_ID.fullmatch(part) and ".." not in part for part in parts)
 
 
 def check_base(model: ModelSection) -> None:

@@ -61,6 +61,11 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
         "lora_target lora_target_modules lora_target_linear peft_target_modules target_linear",
     ),
     (Counterpart(("data.train",)), "datasets dataset dataset_name train_file dataset_path dataset_dir data_path"),
+    (
+        Counterpart(("data.train", "data.eval"), "as owner/name/subset:split"),
+        "dataset_split train_split split dataset_config dataset_config_name subset",
+    ),
+    (Counterpart(("data.revision",)), "dataset_revision"),
     (Counterpart(("data.eval",)), "test_datasets eval_dataset validation_file eval_file"),
     (Counterpart(("data.eval_fraction",)), "val_set_size eval_split test_size validation_split_percentage val_size"),
     (

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from qlora_trainer.config.bases import check_base
-from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.data_files import check_revision, data_files
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, StorageError
 
@@ -22,13 +22,15 @@ def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
         resume: the run goes on in a folder that is not empty.
 
     Raises:
-        ConfigError: the chat template cannot be read, the base cannot be used, or the run folder is not empty.
-        DataError: a data file is missing, unreadable or empty.
+        ConfigError: the chat template cannot be read, the base cannot be used, the run folder is not empty, or there is
+            a `data.revision` without a hub id.
+        DataError: a data file is missing, unreadable or empty, or a folder of `datasets` is not whole.
         StorageError: the run folder cannot be written, or `memory.paging_dir` is no folder on a disk.
     """
-    data_files(config.data.train, key="data.train")
+    sources = data_files(config.data.train, key="data.train")
     if config.data.eval is not None:
-        data_files(config.data.eval, key="data.eval")
+        sources += data_files(config.data.eval, key="data.eval")
+    check_revision(config.data.revision, sources)
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)
     check_base(config.model)

@@ -165,10 +165,14 @@ class DataSection(Section):
 
     train: Paths = Field(
         description="Training data: a JSON Lines, JSON, CSV or Parquet file (.gz too, but for Parquet), a pattern such "
-        "as data/*.jsonl, or a list of those."
+        "as data/*.jsonl, a folder of datasets' save_to_disk (FOLDER:SPLIT of a DatasetDict), a hub id "
+        "owner/name[/subset][:split], or a list of those."
     )
     eval: Paths | None = Field(
         None, description="Held-out data, named like train; null = hold out eval_fraction of train."
+    )
+    revision: PathText | None = Field(
+        None, description="Branch, tag or commit of the hub ids in train and eval; null = their default branch."
     )
     format: Literal["messages", "sharegpt", "prompt_completion", "question_answer", "alpaca", "text"] | None = Field(
         None, description="Form of the rows; null = told by the keys of each file's first row, and shown."
@@ -202,7 +206,10 @@ class DataSection(Section):
         "documents, or stop with an error.",
     )
     max_dropped_share: float = Field(
-        0.05, ge=0, le=1, description="Share of the rows that may be dropped as too long or without a token to learn."
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the rows that may be left out as bad, too long or without a token to learn.",
     )
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="A line that is no conversation: stop at the first, or skip, count and list them."

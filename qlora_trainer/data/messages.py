@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from qlora_trainer.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # one thing under the names of Qwen 3, GPT-OSS and vLLM
+MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call", *REASONING_KEYS)
 SHAREGPT_ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -51,6 +52,7 @@ class Message:
         name: of the speaker or the tool; may be empty.
         tool_call_id: the call that a tool's message answers; may be empty.
         weight: 0 for a turn of the assistant that is read, but not learned; else 1.
+        reasoning: what the assistant thought before it answered, where that is not part of `content`; may be empty.
     """
 
     role: str
@@ -59,6 +61,7 @@ class Message:
     name: str = ""
     tool_call_id: str = ""
     weight: int = 1
+    reasoning: str = ""
 
 
 def read_messages(value: object, where: str, name: str) -> tuple[Message, ...]:
@@ -196,13 +199,15 @@ def _message(value: object, where: str, name: str) -> Message:
         name=_optional(value, "name", where, name),
         tool_call_id=_optional(value, "tool_call_id", where, name),
         weight=_weight(value.get("weight"), where, f"{name}.weight"),
+        reasoning=_reasoning(value, where, name),
     )
 
 
 def _require_role(value: Mapping[str, object], role: str, where: str, name: str) -> None:
-    owners = {"weight": "assistant", "tool_calls": "assistant", "function_call": "assistant", "tool_call_id": "tool"}
+    of_assistant = ("weight", "tool_calls", "function_call", *REASONING_KEYS)
+    owners = {**dict.fromkeys(of_assistant, "assistant"), "tool_call_id": "tool"}
     for key, owner in owners.items():
-        if role != owner and value.get(key) not in (None, []):
+        if role != owner and value.get(key) not in (None, [], ""):
             raise DataError(
                 where=where,
                 found=f"{key} in {name}, whose role is {role}",
@@ -226,6 +231,18 @@ def _content(value: object, where: str, name: str) -> str:
             )
         texts.append(read_text(part.get("text"), where, f"{name}[{index}].text"))
     return "".join(texts)
+
+
+def _reasoning(value: Mapping[str, object], where: str, name: str) -> str:
+    texts = {key: text for key in REASONING_KEYS if (text := _optional(value, key, where, name)).strip()}
+    if len(set(texts.values())) > 1:
+        raise DataError(
+            where=where,
+            found=f"{' and '.join(texts)} in {name} that differ",
+            expected="one of them: they are names of the same thing",
+            fix="Remove the other.",
+        )
+    return next(iter(texts.values()), "")
 
 
 def _weight(value: object, where: str, name: str) -> int:

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
-from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.data_files import DataSource, data_files
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, iter_files
 
 
-def iter_named(section: DataSection, key: Literal["train", "eval"]) -> Iterator[Row | BadRow | Reading | FileRead]:
-    """Yields what `data.rows.iter_files` does for the files under `key`; nothing where none are named.
+def sources_named(section: DataSection, key: Literal["train", "eval"]) -> tuple[DataSource, ...]:
+    """The files and data sets under `key`, in order; none where none are named.
+
+    Raises:
+        DataError: see `config.data_files`.
+    """
+    names = section.train if key == "train" else section.eval
+    return data_files(names or (), key=f"data.{key}", revision=section.revision)
+
+
+def iter_named(
+    section: DataSection, key: Literal["train", "eval"], *, files_only: bool = False
+) -> Iterator[Row | BadRow | Reading | FileRead]:
+    """Yields what `data.rows.iter_files` does for the sources under `key`; nothing where none are named.
+
+    Args:
+        section: names the sources and says how they are read.
+        key: which of the two.
+        files_only: leave out what `datasets` reads, whose import takes seconds, or downloads.
 
     Raises:
         DataError: see `config.data_files` and `data.rows.iter_files`.
     """
-    names = section.train if key == "train" else section.eval
-    if names is not None:
-        paths = data_files(names, key=f"data.{key}")
-        stop = section.on_bad_row == "stop"
-        yield from iter_files(paths, row_format=section.format, columns=section.columns or (), stop=stop)
+    sources = sources_named(section, key)
+    if files_only:
+        sources = tuple(source for source in sources if isinstance(source, Path))
+    stop = section.on_bad_row == "stop"
+    yield from iter_files(sources, row_format=section.format, columns=section.columns or (), stop=stop)
 
 
 def rows_named(section: DataSection, key: Literal["train", "eval"], numbers: Collection[int]) -> list[Row]:
@@ -47,3 +65,8 @@ def forms_told(files: Sequence[FileRead]) -> list[str]:
         where = of_form[0].path if len(of_form) == 1 else f"{of_form[0].path} and {len(of_form) - 1} more"
         lines.append(f"{sum(file.num_rows for file in of_form):,} rows of the form {name} in {where}")
     return lines
+
+
+def num_bad_rows(files: Sequence[FileRead]) -> int:
+    """Rows of all these files that were passed over."""
+    return sum(file.num_bad for file in files)

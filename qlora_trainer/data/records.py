@@ -1,7 +1,7 @@
 """The rows of one file as they are written, before anybody asks what they mean.
 
 The name tells the kind: `.csv`, `.parquet`, and JSON (lines or one array) for all others; `.gz` after it for what is
-compressed. Every reader is an iterator that holds a row, or a batch of `PARQUET_BATCH_ROWS`, at a time; no torch.
+compressed. Every reader is an iterator that holds a row, or a batch of `ARROW_BATCH_ROWS`, at a time; no torch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from qlora_trainer.data.arrow_rows import iter_rows
 from qlora_trainer.data.json_text import MAX_LINE_BYTES, begins_array, decode_line, iter_array, iter_lines, parse_line
 from qlora_trainer.data.messages import shown
 from qlora_trainer.errors import DataError
 
-PARQUET_BATCH_ROWS = 256
+ARROW_BATCH_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +129,8 @@ def _parquet(path: Path) -> Iterator[Record]:
     try:
         with ParquetFile(path, pre_buffer=False) as file:
             num_rows = max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH_ROWS):
-                for fields in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=ARROW_BATCH_ROWS):
+                for fields in iter_rows(batch, name=str(path), first=number + 1):
                     number += 1
                     yield Record(number, fields, share=number / num_rows)
     except ArrowException as error:

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.data.formats import Format, detect_format, format_named, read_content, rename_columns
 from qlora_trainer.data.messages import Message
-from qlora_trainer.data.records import Record, iter_records
+from qlora_trainer.data.records import Record
+from qlora_trainer.data.sources import iter_source
 from qlora_trainer.errors import DataError
 
 __all__ = ["BadRow", "FileRead", "Message", "Reading", "Row", "RowsRead", "collect", "iter_files", "read_rows"]
@@ -145,7 +147,7 @@ def in_batches(
 
 
 def iter_files(
-    paths: Sequence[Path | str],
+    paths: Sequence[DataSource | str],
     *,
     row_format: str | None = None,
     columns: tuple[tuple[str, str], ...] = (),
@@ -156,7 +158,7 @@ def iter_files(
     Text is UTF-8, with or without a byte order mark; lines end in LF or CRLF; blank lines are passed over.
 
     Args:
-        paths: the files.
+        paths: the files, or data sets that stand for one each.
         row_format: the name of the form of all rows; None takes it from the first row of each file.
         columns: (our key, their column) pairs; empty takes all columns under their own names.
         stop: whether the first bad row is an error.
@@ -165,10 +167,11 @@ def iter_files(
         DataError: a file cannot be read, holds no good row, or `stop` and a row is bad.
     """
     index = 0
-    for path in map(str, paths):
+    for source in paths:
+        path = str(source)
         known = None if row_format is None else format_named(row_format)
         num_bad, first, reasons = 0, index, list[str]()
-        for record in iter_records(Path(path)):
+        for record in iter_source(Path(source) if isinstance(source, str) else source):
             try:
                 row, known = _read_record(record, path, known, columns, index)
             except DataError as error:

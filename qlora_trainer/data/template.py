@@ -134,9 +134,13 @@ def _tools(tools: str) -> Any:
 
 
 def _as_template_sees(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Keys only where they have a value: templates ask whether they are there."""
+    """Keys only where they have a value: templates ask whether they are there.
+
+    transformers gives templates the reasoning under GPT-OSS's name `thinking` as well.
+    """
     return [
         {"role": message.role, "content": message.content}
+        | ({"reasoning_content": message.reasoning} if message.reasoning else {})
         | ({"name": message.name} if message.name else {})
         | ({"tool_call_id": message.tool_call_id} if message.tool_call_id else {})
         | (

@@ -1,8 +1,8 @@
 """Tokenises the files that a config names, once: what is made is kept, and found again as long as nothing changed.
 
-The folder's name is its key: a hash of the files' content and names, of the tokenizer and its template, of the options
-that decide what is read and learned, and of this room's own code. Two processes may make the same folder: the first
-that is done wins, and the other takes what it made.
+The folder's name is its key: a hash of the content and names of files and data sets, of the tokenizer and its template,
+of the options that decide what is read and learned, and of this room's own code. Two processes may make the same
+folder: the first that is done wins, and the other takes what it made.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from qlora_trainer.config.data_files import data_files
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
-from qlora_trainer.data.named import iter_named
+from qlora_trainer.data.named import iter_named, sources_named
 from qlora_trainer.data.rows import FileRead, Reading, in_batches
+from qlora_trainer.data.sources import source_hash
 from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.cache_folder import cache_folder
-from qlora_trainer.hardware.sealed_folder import defects, sha256_of, writing
+from qlora_trainer.hardware.sealed_folder import defects, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,8 +70,7 @@ def tokenize_named(
         ConfigError: there are conversations, and no chat template that works.
         StorageError: the cache cannot be written.
     """
-    names = section.train if key == "train" else section.eval
-    hashes = {str(path): sha256_of(path) for path in data_files(names or (), key=f"data.{key}")}
+    hashes = {str(source): source_hash(source) for source in sources_named(section, key)}
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
     if folder.is_dir() and defects(folder):
         shutil.rmtree(folder)

@@ -24,7 +24,8 @@ class TokenizedData:
     Attributes:
         path: the files, as errors name them; empty if there were no rows.
         documents: in row order.
-        num_rows: rows that went in.
+        num_rows: good rows that went in.
+        num_bad: rows of their files that are no conversation or text and were passed over.
         num_dropped_overlong: rows left out because they are longer than the sequence length.
         num_dropped_untrainable: rows left out because no token of them would be learned.
         num_truncated: rows of which the end was cut off.
@@ -35,6 +36,7 @@ class TokenizedData:
     path: str
     documents: Documents
     num_rows: int
+    num_bad: int = 0
     num_dropped_overlong: int = 0
     num_dropped_untrainable: int = 0
     num_truncated: int = 0
@@ -54,13 +56,16 @@ class TokenizedData:
         return int(self.documents.pieces_N["num_supervised"].sum(dtype=np.int64))
 
 
-def select(store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int | None) -> TokenizedData:
+def select(
+    store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int | None, num_bad: int = 0
+) -> TokenizedData:
     """Some rows of a store, whatever their length.
 
     Args:
         store: all rows.
         rows_N: their numbers, ascending; a held-out part may be empty.
         bos_token_id: see `Documents`.
+        num_bad: see `TokenizedData`; 0 for a part whose files are counted with another part.
     """
     paths = store.paths(rows_N)
     documents = Documents.of_rows(store, rows_N, bos_token_id=bos_token_id)
@@ -68,6 +73,7 @@ def select(store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int
         path=f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else "".join(paths),
         documents=documents,
         num_rows=int(rows_N.size),
+        num_bad=num_bad,
         num_dropped_untrainable=int(rows_N.size) - len(documents),
         num_rewritten_turns=int(store.num_rewritten_N[rows_N].sum(dtype=np.int64)),
     )
@@ -111,30 +117,35 @@ def fit_documents(data: TokenizedData, seq_len: int, *, overlong: Overlong, max_
 
 
 def require_most_rows(data: TokenizedData, max_dropped_share: float, seq_len: int | None = None) -> None:
-    """Refuses data of which more is dropped than outliers: the run would silently not learn a part of it.
+    """Refuses data of which more is dropped or bad than outliers: the run would silently not learn a part of it.
 
     Raises:
-        DataError: more than the share is dropped, or nothing is left.
+        DataError: more than the share is left out, or nothing is left.
     """
-    if len(data.documents) and data.num_dropped <= round(max_dropped_share * data.num_rows, 6):
+    num_left_out, num_read = data.num_bad + data.num_dropped, data.num_bad + data.num_rows
+    if len(data.documents) and num_left_out <= round(max_dropped_share * num_read, 6):
         return
     if not data.num_rows:
         return
     reasons = []
+    if data.num_bad:
+        reasons.append(f"{data.num_bad} bad ones, which data.on_bad_row skips")
     if data.num_dropped_overlong:
         reasons.append(f"{data.num_dropped_overlong} longer than {seq_len} tokens")
     if data.num_dropped_untrainable:
         reasons.append(f"{data.num_dropped_untrainable} without a token to learn")
-    fix = (
-        "Raise data.seq_len or data.max_dropped_share, or set data.overlong to truncate or split."
-        if data.num_dropped_overlong
-        else "See data.train_on, weights and the chat template; data.max_dropped_share allows it."
-    )
+    fixes = []
+    if data.num_bad:
+        fixes.append("Correct the bad rows.")
+    if data.num_dropped_overlong:
+        fixes.append("Raise data.seq_len, or set data.overlong to truncate or split.")
+    if data.num_dropped_untrainable:
+        fixes.append("See data.train_on, weights and the chat template.")
     raise DataError(
         where=data.path,
-        found=f"{data.num_dropped} of {data.num_rows} rows that cannot be trained on ({', '.join(reasons)})",
+        found=f"{num_left_out} of {num_read} rows that cannot be trained on ({', '.join(reasons)})",
         expected=f"at most {100 * max_dropped_share:g} %",
-        fix=fix,
+        fix=" ".join([*fixes, "Or let data.max_dropped_share allow it."]),
     )
 
 

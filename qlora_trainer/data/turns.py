@@ -109,6 +109,7 @@ def render_row(
             rendered = _marked_turns(row, messages, answers, learned, tokenizer)
         else:
             rendered = _prefix_turns(row, messages, answers, learned, tokenizer, train_on)
+        _require_reasoning(row, messages, tokenizer)
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(
@@ -210,7 +211,8 @@ def _open_end(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, t
 def _refuse_controls(row: Row, controls: Sequence[str]) -> None:
     for index, message in enumerate(row.messages):
         calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
-        written = "\n".join((message.content, message.name, *calls, row.tools if index == 0 else ""))
+        texts = (message.content, message.reasoning, message.name, *calls, row.tools if index == 0 else "")
+        written = "\n".join(texts)
         for control in controls:
             if control in written:
                 raise DataError(
@@ -235,12 +237,30 @@ def _require_whole(row: Row, messages: Sequence[Message], text: str) -> None:
         parts |= {f"the call of {call.name} in message {index}": call.name for call in message.tool_calls}
     for what, part in parts.items():
         if part not in text:
-            raise DataError(
-                where=row.where,
-                found=f"a chat template that leaves out {what}",
-                expected="a template that renders all of the conversation",
-                fix="Use a base whose template knows such messages, or take them out of the row.",
-            )
+            raise _left_out(row, what)
+
+
+def _require_reasoning(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that passes over the reasoning in silence: it must read otherwise without it.
+
+    That is asked of the conversation up to that message. Templates that forget it once others follow (Qwen 3) render it
+    there; such an answer is then one that was rewritten, or is learned as the template marks it.
+    """
+    for index, message in enumerate(messages):
+        if message.reasoning:
+            upto = render(messages[: index + 1], tokenizer, row.tools)
+            without = render((*messages[:index], replace(message, reasoning="")), tokenizer, row.tools)
+            if message.reasoning.strip() not in upto or upto == without:
+                raise _left_out(row, f"the reasoning of message {index}")
+
+
+def _left_out(row: Row, what: str) -> DataError:
+    return DataError(
+        where=row.where,
+        found=f"a chat template that leaves out {what}",
+        expected="a template that renders all of the conversation",
+        fix="Use a base whose template knows such messages, or take them out of the row.",
+    )
 
 
 def _tool_names(tools: str) -> list[str]:

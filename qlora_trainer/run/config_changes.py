@@ -26,6 +26,7 @@ REFUSED_KEYS = frozenset(
         "lora.target_modules",
         "data.train",
         "data.eval",
+        "data.revision",
         "data.eval_fraction",
         "data.format",
         "data.columns",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.check import Checked, Problem, check_named
+from qlora_trainer.data.named import num_bad_rows
 from qlora_trainer.data.rows import FileRead, Reading
 from qlora_trainer.data.samples import Sample, make_sample
 from qlora_trainer.data.token_cache import Tokenizer
@@ -146,7 +147,9 @@ def _report(
     """One key's files; `batch_rows_N` are the rows that a global batch is taken from, where one is."""
     store = checked.store
     bos_token_id = tokenizer.tokenizer.bos_token_id
-    whole = select(store, np.arange(store.num_rows, dtype=np.int32), bos_token_id=bos_token_id)
+    rows_N = np.arange(store.num_rows, dtype=np.int32)
+    num_skipped = num_bad_rows(store.files) if config.data.on_bad_row == "skip" else 0  # else any stops the run
+    whole = select(store, rows_N, bos_token_id=bos_token_id, num_bad=num_skipped)
     lengths_N = whole.documents.lengths_N
     fitted = fit_documents(whole, seq_len, overlong=_lenient(config), max_dropped_share=1.0) if seq_len else whole
     errors = _errors(config, checked, fitted, seq_len)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.document_store import DocumentStore
-from qlora_trainer.data.named import forms_told, rows_named
+from qlora_trainer.data.named import forms_told, num_bad_rows, rows_named
 from qlora_trainer.data.rows import FileRead, Reading, Row
 from qlora_trainer.data.split import hold_out
 from qlora_trainer.data.template import require_fast
@@ -153,8 +153,10 @@ def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator
     train_rows_N, eval_rows_N = train_and_held_out(
         config, train.store, None if section.eval is None else held_out.store
     )
-    train_data = select(train.store, train_rows_N, bos_token_id=bos_token_id)
-    eval_data = select(held_out.store, eval_rows_N, bos_token_id=bos_token_id)
+    train_data = select(train.store, train_rows_N, bos_token_id=bos_token_id, num_bad=num_bad_rows(train.store.files))
+    # Bad rows are drawn for neither part of one set of files: they count to what is trained on.
+    num_bad_held_out = 0 if section.eval is None else num_bad_rows(held_out.store.files)
+    eval_data = select(held_out.store, eval_rows_N, bos_token_id=bos_token_id, num_bad=num_bad_held_out)
     require_most_rows(train_data, section.max_dropped_share)
     seq_len = decide_seq_len(config, base, train_data)
     askable_rows_N = eval_rows_N[held_out.store.is_askable_N[eval_rows_N]]

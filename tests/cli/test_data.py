@@ -129,7 +129,11 @@ def test_all_that_is_wrong_is_counted_by_kind(base: Path, data: Path, capsys: py
     assert "2 rows: empty answer" in out
     assert err.count("\n") == 1
     assert "2 x empty answer" in err
-    skipped = found(capsys, str(data), "--model", str(base), "--set", "data.on_bad_row=skip")
+    skip = (str(data), "--model", str(base), "--set", "data.on_bad_row=skip")
+    assert (
+        "4 of 71 rows that cannot be trained on (4 bad ones" in found(capsys, *skip, exit_code=4)["train"]["errors"][0]
+    )
+    skipped = found(capsys, *skip, "--set", "data.max_dropped_share=0.06")
     assert skipped["train"]["num_bad"] == 5
 
 

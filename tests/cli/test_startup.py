@@ -32,6 +32,8 @@ def work(tmp_path: Path) -> Path:
     (tmp_path / "broken.json").write_text(f"[{ROW},{ROW}")
     (tmp_path / "table.csv.gz").write_bytes(gzip.compress(b"prompt,completion\nHi,Hello\nHi\n"))
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     for name, file in (("pickled", "pytorch_model.bin"), ("full", "metrics.jsonl")):
         (tmp_path / name).mkdir()
         (tmp_path / name / file).touch()
@@ -77,6 +79,11 @@ def run(work: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], 
         (["run.yaml", "--set", "data.train=[train.jsonl, none*.csv]"], 4, "no file of this pattern"),
         (["run.yaml", "--set", "data.train=broken.json"], 4, "broken.json:3"),
         (["run.yaml", "--set", "data.train=table.csv.gz"], 4, "table.csv.gz:3"),
+        (["run.yaml", "--set", "data.train=set"], 4, "expected one of train, test. Write set:train, say."),
+        (["run.yaml", "--set", "data.train=set:valid"], 4, "no split valid"),
+        (["run.yaml", "--set", "data.train=set:train"], 4, "no set/train/state.json"),
+        (["run.yaml", "--set", "data.train=[broken.jsonl, owner/data:train]"], 4, "broken.jsonl:2"),
+        (["run.yaml", "--set", "data.revision=v1"], 2, "data.revision: found v1 without a hub id"),
         (["run.yaml", "--set", "data.format=alpaca"], 4, "the form alpaca of this file"),
         (
             ["run.yaml", "--set", "data.chat_template=none.jinja"],

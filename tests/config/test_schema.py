@@ -37,6 +37,7 @@ def test_defaults() -> None:
         "data": {
             "train": "train.jsonl",
             "eval": None,
+            "revision": None,
             "eval_fraction": 0.05,
             "format": None,
             "columns": None,
@@ -116,6 +117,7 @@ def test_accepts(dotted: str, value: object) -> None:
         ("lora.target_modules", ["", "[", [], ["q", "q"], ["q", 3], [" "], 3, None, {"q": 1}]),
         ("data.train", ["", None, [], [3], ["a", "a"], ["a", ""]]),
         ("data.eval", ["", 3, [None]]),
+        ("data.revision", ["", 3]),
         ("data.format", ["openai", "auto"]),
         ("data.columns", ["prompt", ["prompt"], {"prompts": "x"}, {"prompt": ""}, {"prompt": 3}, {}]),
         ("data.eval_fraction", [1, -0.1]),

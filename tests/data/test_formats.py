@@ -39,6 +39,7 @@ def read(row: dict[str, object], where: str = "x:1") -> Content:
                 ANSWER,
             ]
         },
+        {"messages": [{**QUESTION, "thinking": ""}, {**ANSWER, "reasoning": None, "reasoning_content": " \n"}]},
         {"messages": [QUESTION, {**ANSWER, "weight": 1, "refusal": None}], "parallel_tool_calls": True, "tools": []},
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "id": "x_0"},
         {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}], "system": ""},
@@ -54,6 +55,12 @@ def read(row: dict[str, object], where: str = "x:1") -> Content:
 )
 def test_every_form_gives_the_same_conversation(row: dict[str, object]) -> None:
     assert read(row) == Content(messages=CONVERSATION)
+
+
+@pytest.mark.parametrize("keys", [("reasoning_content",), ("thinking",), ("reasoning",), ("thinking", "reasoning")])
+def test_reasoning_is_kept_under_any_of_its_names(keys: tuple[str, ...]) -> None:
+    row: dict[str, object] = {"messages": [QUESTION, ANSWER | dict.fromkeys(keys, "Who?\n")]}
+    assert read(row).messages[1] == Message("assistant", "Hello", reasoning="Who?\n")
 
 
 def test_alpaca_input_and_system_are_kept() -> None:
@@ -101,6 +108,16 @@ def test_text_is_not_stripped() -> None:
         ({"messages": [QUESTION, {**ANSWER, "tool_calls": [1]}]}, "messages[1].tool_calls[0] = 1"),
         ({"messages": [QUESTION, {**ANSWER, "tool_calls": "add"}]}, "messages[1].tool_calls = 'add'"),
         ({"messages": [{**QUESTION, "tool_calls": [1]}, ANSWER]}, "tool_calls in messages[0], whose role is user"),
+        (
+            {"messages": [{**QUESTION, "reasoning": "x"}, ANSWER]},
+            "reasoning in messages[0], whose role is user; expected it in messages of the role assistant only",
+        ),
+        ({"messages": [QUESTION, {**ANSWER, "thinking": 3}]}, "messages[1].thinking = 3"),
+        ({"messages": [QUESTION, {**ANSWER, "thinking": "\ud83d"}]}, "half of a surrogate pair"),
+        (
+            {"messages": [QUESTION, {**ANSWER, "thinking": "x", "reasoning": "y"}]},
+            "thinking and reasoning in messages[1] that differ",
+        ),
         ({"messages": [{**QUESTION, "weight": 0}, ANSWER]}, "weight in messages[0], whose role is user"),
         ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, "messages[1].weight = 0.5"),
         ({"messages": [QUESTION, {**ANSWER, "weight": True}]}, "messages[1].weight = True"),

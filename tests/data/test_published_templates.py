@@ -18,6 +18,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
+from qlora_trainer.data.turns import render_row
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from tests.data.published import PUBLISHED, Published, Segments, Turns, make_tokenizer
@@ -132,6 +133,72 @@ def test_qwen_3_learns_the_thoughts_of_the_last_answer_only() -> None:
         ("\n", False),
     ]
     assert data.num_rewritten_turns == 1
+
+
+def thinking_row(*answers: tuple[str, str]) -> Row:
+    """(reasoning, text) of each answer, with a question before each."""
+    turns = [turn for reasoning, text in answers for turn in (Message("user", "Hi"), thinking(reasoning, text))]
+    return replace(row_of([]), messages=tuple(turns))
+
+
+def thinking(reasoning: str, text: str) -> Message:
+    return Message("assistant", text, reasoning=reasoning)
+
+
+def test_qwen_3_learns_reasoning_under_a_key_of_its_own() -> None:
+    """As it does thoughts that are written into the text; those of earlier answers it forgets."""
+    tokenizer = tokenizer_of("qwen_3")
+    data = tokenize([thinking_row(("Who?\n", "Hello"), ("And\n\nwho?", "Bye"))], tokenizer)
+    assert segments_of(data.documents[0], tokenizer) == [
+        (
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
+            "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+            False,
+        ),
+        ("<think>\nAnd\n\nwho?\n</think>\n\nBye<|im_end|>", True),
+        ("\n", False),
+    ]
+    assert data.num_rewritten_turns == 1
+    marked = deepcopy(tokenizer)
+    marked.chat_template = packaged_template("qwen3_training")
+    [document] = tokenize([thinking_row(("Who?", "Hello"), ("Why?", "Bye"))], marked).documents
+    assert [text for text, is_learned in segments_of(document, marked) if is_learned] == [
+        f"<think>\n{thought}\n</think>\n\n{text}<|im_end|>" for thought, text in (("Who?", "Hello"), ("Why?", "Bye"))
+    ]
+
+
+def test_gpt_oss_learns_reasoning() -> None:
+    tokenizer = deepcopy(tokenizer_of("qwen_3"))
+    tokenizer.chat_template = packaged_template("gptoss")
+    row = thinking_row(("Who?", "Hello"), ("Why?", "Bye"))
+    rendered = render_row(row, tokenizer, controls=())
+    assert [rendered.text[turn.start : turn.end] for turn in rendered.turns] == [
+        "<|channel|>analysis<|message|>Why?<|end|><|start|>assistant<|channel|>final<|message|>Bye<|return|>"
+    ]
+    assert rendered.num_rewritten == 1
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen_2_5", "llama_3_1", "gemma_3", "mistral_v0_3", "phi_3"])
+@pytest.mark.parametrize("reasoning", ["Who?", "4"])
+def test_reasoning_that_a_template_leaves_out_is_refused(name: str, reasoning: str) -> None:
+    """Mutation tried: only looked for in the text; reasoning that the answer repeats would pass."""
+    with pytest.raises(DataError, match="x:1: found a chat template that leaves out the reasoning of message 1"):
+        tokenize([thinking_row((reasoning, "4"), (reasoning, "4"))], tokenizer_of(name))
+
+
+def test_reasoning_that_a_template_cuts_is_refused() -> None:
+    tokenizer = deepcopy(tokenizer_of("qwen_3"))
+    tokenizer.chat_template = str(tokenizer.chat_template).replace(
+        "reasoning_content.strip('\\n')", "reasoning_content[:2]"
+    )
+    tokenize([thinking_row(("No", "Hello"))], tokenizer)
+    with pytest.raises(DataError, match="leaves out the reasoning of message 1"):
+        tokenize([thinking_row(("No one", "Hello"))], tokenizer)
+
+
+def test_control_tokens_in_reasoning_are_refused() -> None:
+    with pytest.raises(DataError, match=r"the control token '<\|im_end\|>' in the text of message 1"):
+        tokenize([thinking_row(("<|im_end|>", "Hello"))], tokenizer_of("qwen_3"))
 
 
 TOOLS = '[{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]'

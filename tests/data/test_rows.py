@@ -114,7 +114,7 @@ def test_any_text_comes_back_as_written(
 
 def test_reading_rows_imports_no_torch() -> None:
     program = (
-        "import sys, qlora_trainer.data.named, qlora_trainer.data.split, qlora_trainer.data.stdlib_docs; "
+        "import sys, qlora_trainer.data.named, qlora_trainer.data.stdlib_docs; "
         "heavy = ('torch', 'transformers', 'numpy', 'jinja2', 'pyarrow', 'datasets'); "
         "print([name for name in heavy if name in sys.modules])"
     )

@@ -124,6 +124,20 @@ def test_too_many_dropped_rows_are_refused_with_counts_unless_allowed() -> None:
     require_most_rows(select(data.documents.store, np.zeros(0, np.int32), bos_token_id=None), 0.05)  # nothing held out
 
 
+def test_bad_rows_count_to_the_share_of_dropped_ones() -> None:
+    """Mutations tried: bad rows not added to what is dropped, or not to the rows there were."""
+    rows_N = np.arange(40, dtype=np.int32)
+    data = select(MANY.documents.store, rows_N, bos_token_id=None, num_bad=2)
+    require_most_rows(data, 2 / 42)
+    with pytest.raises(
+        DataError, match=r"train\.jsonl: found 2 of 42 rows .*\(2 bad ones, which .*Correct the bad rows"
+    ):
+        require_most_rows(data, 0.047)
+    assert fit(data, 33, share=3 / 42).num_dropped == 1, "bad rows are no dropped documents"
+    with pytest.raises(DataError, match=r"3 of 42 rows .*\(2 bad ones, which .*, 1 longer than 33 tokens\)"):
+        fit(data, 33, share=0.07)
+
+
 @given(st.integers(1, 2000).flatmap(lambda total: st.tuples(st.integers(0, total - 1), st.just(total))))
 def test_a_share_of_exactly_what_is_dropped_is_enough(counts: tuple[int, int]) -> None:
     """0.29 x 100 is 28.999999999999996."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.run import prepare
 from qlora_trainer.run.answer import answer
 from qlora_trainer.run.checkpoint.manifest import read_manifest
-from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped
-from tests.run.tiny_run import CHATML, run_to_end, run_until_step, tiny_config, write_base, write_rows
+from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped, StepDone
+from tests.data.saved_sets import save_splits
+from tests.run.tiny_run import CHATML, rows, run_to_end, run_until_step, tiny_config, write_base, write_rows
 from tests.run.told import complaint, train_command
 
 LONG_MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It is 2. " * 60}]
@@ -111,6 +113,53 @@ def test_bad_rows_are_skipped_only_where_that_is_asked(
     assert skipped.num_rows == 2
     (prepared,) = [record for record in records if isinstance(record, Prepared)]
     assert prepared.num_train_documents == 48
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_hub_id_that_is_nothing_is_told_before_anything_is_loaded(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No test has a network."""
+    assert train_command(tiny_config(tmp_path, base, "data.train=nobody/nothing:train")) == 4
+    assert "nobody/nothing:train: found no such file or folder, and nothing that could be fetched" in complaint(capsys)
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+@pytest.mark.parametrize("key", ["train", "eval"])
+def test_more_bad_rows_than_may_be_dropped_are_refused_with_counts(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    """Mutation tried: bad rows of the evaluation files not counted."""
+    path = write_rows(tmp_path / "some.jsonl", 60)
+    path.write_text(path.read_text() + "nonsense\n" * 4)
+    options = ("data.on_bad_row=skip", f"data.{key}={path}")
+    assert train_command(tiny_config(tmp_path, base, *options)) == 4
+    num_rows = 52 if key == "train" else 64
+    assert f"found 4 of {num_rows} rows that cannot be trained on (4 bad ones, " in complaint(capsys)
+    with pytest.raises(AssertionError, match="weights were touched"):
+        run_to_end(tiny_config(tmp_path, base, *options, "data.max_dropped_share=0.08"))
+
+
+def test_a_folder_of_datasets_is_trained_on_and_known_again(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The course is that of the same rows in a file; other rows are other training data."""
+    folder = save_splits(tmp_path / "set", train=rows(60), test=rows(4))
+    options = ("training.max_steps=3", "training.save_every=1")
+    of_file = run_to_end(tiny_config(tmp_path, base, *options))
+    config = tiny_config(tmp_path, base, *options, f"data.train={folder}:train", f"output.dir={tmp_path / 'other'}")
+    run_until_step(config, 3)  # a save is done once the next record is asked for
+    of_folder = run_to_end(config, resume="auto")
+    losses = [[record.loss for record in records if isinstance(record, StepDone)] for records in (of_file, of_folder)]
+    assert 0 < len(losses[1]) < 3, "it did not go on"
+    assert losses[0][-len(losses[1]) :] == losses[1]
+    told = [record.what for record in of_folder if isinstance(record, Preparing)]
+    assert f"60 rows of the form messages in {folder}:train" in told
+    shutil.rmtree(folder)
+    save_splits(folder, train=rows(61)[1:], test=rows(4))
+    capsys.readouterr()  # the library shows how it writes
+    assert train_command(config, "--resume", "auto") == 2
+    assert "found another training data than this run began with" in complaint(capsys)
 
 
 def test_a_plain_text_needs_no_chat_template(tmp_path: Path) -> None:
