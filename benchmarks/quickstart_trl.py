@@ -20,8 +20,9 @@ import torch
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.micro_batches import cut
+from qlora_trainer.data.named import iter_named
 from qlora_trainer.data.order import Order
-from qlora_trainer.data.rows import read_rows
+from qlora_trainer.data.rows import collect
 from qlora_trainer.data.tokenized import TokenizedData
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.memory import process_peak_bytes
@@ -32,7 +33,7 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.run.answer import answer_all
-from qlora_trainer.run.inputs import read_inputs
+from qlora_trainer.run.inputs import read_inputs, unwatched
 from qlora_trainer.step.batch import make_micro_batch
 from qlora_trainer.step.train_step import evaluate
 
@@ -64,7 +65,7 @@ def main() -> None:
 def answer_held_out(run: Path, count: int) -> dict[str, list[tuple[str, str]]]:
     """(answer, reference) of `count` held-out questions, by the base alone and with the run's adapter."""
     parts = _parts(run)
-    rows = read_rows(Path(str(parts.config.data.eval)))
+    rows = collect(iter_named(parts.config.data, "eval")).rows
     chosen = [rows[index * len(rows) // count] for index in range(count)]
     model = _model(parts)
     answers = {}
@@ -80,7 +81,7 @@ def _parts(run: Path) -> Parts:
     config = load_config(run / "config.yaml")
     base = resolve_base(config.model.base, config.model.revision)
     tokenizer = read_tokenizer(base.folder)
-    data = read_inputs(config).data
+    data = unwatched(read_inputs(config)).data
     cache = prepare_nf4_cache(base, double_quant=config.quantization.double_quant)
     return Parts(config, base, cache, tokenizer, data.train, data.evaluation)
 
@@ -107,7 +108,7 @@ def _train_with_trl(parts: Parts, folder: Path) -> None:
         epochs=training.epochs,
         max_steps=training.max_steps,
     )
-    rows = read_rows(Path(parts.config.data.train))
+    rows = collect(iter_named(parts.config.data, "train")).rows
     documents = [
         parts.train_data.documents[position] for step in range(order.num_steps) for position in order.batch(step)
     ]
