@@ -43,12 +43,14 @@ class Base:
         revision: hub revision, or None.
         folder: a transformers folder with config.json and safetensors.
         config: its transformers config.
+        can_pack: whether documents may share a row.
     """
 
     name: str
     revision: str | None
     folder: Path
     config: PreTrainedConfig
+    can_pack: bool = True
 
 
 def resolve_base(name: str, revision: str | None = None, *, with_weights: bool = True) -> Base:
@@ -70,10 +72,10 @@ def resolve_base(name: str, revision: str | None = None, *, with_weights: bool =
         config = read_config(folder)
     else:
         config = read_config(fetch_config(name, revision))
-        require_accepted(config)
-        return Base(name, revision, _fetch_from_hub(name, revision, _ALL if with_weights else _NO_WEIGHTS), config)
-    require_accepted(config)
-    return Base(name, None, folder, config)
+        can_pack = require_accepted(config)
+        folder = _fetch_from_hub(name, revision, _ALL if with_weights else _NO_WEIGHTS)
+        return Base(name, revision, folder, config, can_pack)
+    return Base(name, None, folder, config, can_pack=require_accepted(config))
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

@@ -56,6 +56,9 @@ def prepared_table(record: Prepared) -> RenderableType:
     if record.num_dropped_documents:
         dropped = counted(record.num_dropped_documents, "document")
         facts.append(("dropped", f"{dropped}, too long or with nothing to train on"))
+    if not record.packs:
+        why = "" if record.can_pack else "; packed ones would read each other in this architecture"
+        facts.append(("rows", f"one document each, padded{why}"))
     facts += [
         ("plan", f"{counted(record.num_steps, 'step')} of {counted(record.global_batch_size, 'document')}"),
         ("limits", f"{record.seq_len:,} tokens a document, {record.micro_batch_tokens:,} tokens at once"),

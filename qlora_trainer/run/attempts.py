@@ -197,7 +197,7 @@ def _evaluate(session: Session, progress: Progress) -> tuple[Progress, Evaluated
 
 def _micro_batches(session: Session, documents: Sequence[Document], *, step: int) -> Generator[MicroBatch]:
     lengths = [document.num_tokens for document in documents]
-    packing = session.config.data.packing
+    packing = session.packs
     for positions in (cut if packing else cut_padded)(lengths, session.knobs.plan.micro_batch_tokens):
         chosen = [documents[position] for position in positions]
         yield make_micro_batch(chosen, seed=session.config.training.seed, step=step, packing=packing)

@@ -207,4 +207,6 @@ def _prepared(session: Session) -> Prepared:
         num_steps=session.knobs.num_steps,
         global_batch_size=session.config.training.global_batch_size,
         micro_batch_tokens=session.knobs.plan.micro_batch_tokens,
+        packs=session.packs,
+        can_pack=session.base.can_pack,
     )

@@ -9,7 +9,7 @@ from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.dry_run import counted_documents
 from qlora_trainer.run.inputs import find_base, read_documents, unwatched
-from qlora_trainer.run.planned import documents_of
+from qlora_trainer.run.planned import as_rows_allow, documents_of
 
 
 def plan_on(
@@ -40,6 +40,7 @@ def plan_on(
             inputs = unwatched(read_documents(config, *found))
             documents = documents_of(inputs, config.training.global_batch_size)
             model_config = inputs.base.config
+            config = as_rows_allow(config, inputs.base)
             plan = make_plan(config, budget, model_config=model_config, documents=documents, with_frontier=True)
             return plan, counted_documents(inputs)
     plan = make_plan(config, budget, with_frontier=True)

@@ -11,11 +11,12 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import is_out_of_memory, resident_bytes
+from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import Budget, machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
 from qlora_trainer.planning.plan import Plan, PlanKnobs
 from qlora_trainer.run.inputs import Inputs
-from qlora_trainer.run.knobs import Knobs, MachineKnobs
+from qlora_trainer.run.knobs import Knobs, MachineKnobs, with_values
 
 
 def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
@@ -44,12 +45,17 @@ def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
         machine: its compute dtype is kept.
     """
     return make_plan(
-        config,
+        as_rows_allow(config, inputs.base),
         budget_of(config, machine),
         model_config=inputs.base.config,
         documents=documents_of(inputs, config.training.global_batch_size),
         interpreter_bytes=_process_bytes,
     )
+
+
+def as_rows_allow(config: RunConfig, base: Base) -> RunConfig:
+    """Without packing where documents of this base must not share a row."""
+    return config if base.can_pack else with_values(config, {"data.packing": False})
 
 
 def require_fit(plan: Plan, config: RunConfig) -> Plan:

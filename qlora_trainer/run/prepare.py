@@ -114,7 +114,8 @@ def prepare(
         model.resident_limit.limit_bytes = knobs.predicted_peak_bytes - UNASKED_BYTES
     _require_disk_space(folder, model, optimizer)
     yield Preparing(what="rehearsing the largest step")
-    knobs = yield from _rehearse(config, model, optimizer, lora, knobs)
+    packs = config.data.packing and base.can_pack
+    knobs = yield from _rehearse(config, model, optimizer, lora, knobs, packs=packs)
     if loaded is not None:
         restore(load_checkpoint(loaded.path), optimizer)
     if resume is not None:
@@ -235,7 +236,13 @@ def _decide(
 
 
 def _rehearse(
-    config: RunConfig, model: QuantizedModel, optimizer: AdapterOptimizer, lora: LoraSettings, knobs: Knobs
+    config: RunConfig,
+    model: QuantizedModel,
+    optimizer: AdapterOptimizer,
+    lora: LoraSettings,
+    knobs: Knobs,
+    *,
+    packs: bool,
 ) -> Generator[PlanRevised, None, Knobs]:
     """Halve the micro-batch until the rehearsal fits.
 
@@ -249,7 +256,7 @@ def _rehearse(
                 optimizer,
                 lora,
                 knobs.plan,
-                packing=config.data.packing,
+                packing=packs,
                 max_grad_norm=config.training.max_grad_norm,
                 seed=config.training.seed,
             )

@@ -83,6 +83,8 @@ class Prepared:
         num_steps: optimizer steps of the whole run.
         global_batch_size: documents an optimizer step.
         micro_batch_tokens: tokens that go through the model at once, at most.
+        packs: whether documents share rows.
+        can_pack: whether they could; an architecture that carries something from token to token cannot.
     """
 
     run_path: Path
@@ -102,6 +104,8 @@ class Prepared:
     num_steps: int
     global_batch_size: int
     micro_batch_tokens: int
+    packs: bool
+    can_pack: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,3 +101,8 @@ class Session:
     fingerprints: Mapping[str, str]
     resumed: Loaded | None
     preparing_peak_bytes: int
+
+    @property
+    def packs(self) -> bool:
+        """Whether documents share rows."""
+        return self.config.data.packing and self.base.can_pack

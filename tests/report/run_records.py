@@ -40,6 +40,8 @@ def prepared(num_steps: int) -> Prepared:
         num_steps=num_steps,
         global_batch_size=16,
         micro_batch_tokens=1024,
+        packs=True,
+        can_pack=True,
     )
 
 

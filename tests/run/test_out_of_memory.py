@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_trainer.errors import DoesNotFitError
-from qlora_trainer.run import attempts, loop, prepare
+from qlora_trainer.run import attempts, inputs, loop, prepare
 from qlora_trainer.run.folder import open_run_folder
+from qlora_trainer.run.knobs import Knobs
 from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.session import Progress, Session
@@ -138,11 +139,19 @@ def test_an_update_that_fails_at_any_operation_is_told(session: Session, monkeyp
     session.optimizer.load_state_dict(before)
 
 
+def rehearsed(session: Session) -> Generator[PlanRevised, None, Knobs]:
+    return prepare._rehearse(
+        session.config, session.model, session.optimizer, session.lora, session.knobs, packs=session.packs
+    )
+
+
 def test_a_rehearsal_survives_it_at_every_kth_operation(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mutation tried: without the `finally` in `rehearse` the optimizer keeps what was rehearsed."""
     working = rehearse
     with OutOfMemoryAt(-1) as counting:
-        follow(prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs))
+        follow(
+            prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs, packs=True)
+        )
     fresh = state_of(session)
     for k in spread(counting.num_operations, 8):
         out_of_memory = OutOfMemoryAt(k)
@@ -152,7 +161,9 @@ def test_a_rehearsal_survives_it_at_every_kth_operation(session: Session, monkey
                 working(*args, **kwargs)
 
         monkeypatch.setattr(prepare, "rehearse", failing)
-        steps = prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs)
+        steps = prepare._rehearse(
+            session.config, session.model, session.optimizer, session.lora, session.knobs, packs=True
+        )
         (revised,) = follow(steps)
         assert (revised.step, revised.phase, revised.micro_batch_tokens) == (0, "rehearsal", 256)
         for name, tensor in state_of(session).items():
@@ -170,7 +181,7 @@ def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory, plans_made_onc
 @pytest.mark.parametrize(
     "where, name, said",
     [
-        (prepare, "read_inputs", "loading and rehearsing: found no memory left"),
+        (inputs, "find_base", "loading and rehearsing: found no memory left"),
         (prepare, "load_quantized", "loading and rehearsing: found no memory left"),
         (prepare, "attach_new_adapters", "loading and rehearsing: found no memory left"),
         (prepare, "restore", "loading and rehearsing: found no memory left"),

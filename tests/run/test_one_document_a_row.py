@@ -1,0 +1,95 @@
+"""StableLM's layers do not pass on where documents end: packed ones would read each other, so each has its own row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, StableLmConfig
+
+from qlora_trainer.config.load import load_config
+from qlora_trainer.hardware.python_accelerator import python_accelerator
+from qlora_trainer.model.base import resolve_base
+from qlora_trainer.report.tables import prepared_table
+from qlora_trainer.run import prepare
+from qlora_trainer.run.plan_command import plan_on
+from qlora_trainer.run.records import Prepared, Record, StepDone
+from tests.run.tiny_run import run_to_end, tiny_config, write_base
+
+# Before any test runs: autograd's engine counts the devices once, at the first backward of the process.
+python_accelerator()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_base(tmp_path_factory.mktemp("stablelm"))
+    config = StableLmConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def losses(records: list[Record]) -> list[float]:
+    return [record.loss for record in records if isinstance(record, StepDone)]
+
+
+def test_it_is_told_and_learns_what_padded_rows_learn(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packed all the same, it learns something else: the mutation is made below."""
+    assert resolve_base(str(base)).can_pack is False
+    records = run_to_end(tiny_config(tmp_path, base, f"output.dir={tmp_path / 'asked'}"))
+    [prepared] = [record for record in records if isinstance(record, Prepared)]
+    assert (prepared.packs, prepared.can_pack) == (False, False)
+    padded = run_to_end(tiny_config(tmp_path, base, "data.packing=false", f"output.dir={tmp_path / 'padded'}"))
+    assert losses(records) == losses(padded)
+    monkeypatch.setattr(prepare, "fetch_weights", lambda found: replace(found, can_pack=True))
+    packed = run_to_end(tiny_config(tmp_path, base, f"output.dir={tmp_path / 'packed'}"))
+    assert losses(packed) != pytest.approx(losses(padded), rel=1e-4)
+
+
+def test_its_plan_is_one_of_padded_rows(tmp_path: Path, base: Path) -> None:
+    config = tiny_config(tmp_path, base)
+    padded = tiny_config(tmp_path, base, "data.packing=false")
+    plans = [
+        plan_on(asked, gpu=None, vram_bytes=8 * 2**30, ram_bytes=None, with_data=True)[0] for asked in (config, padded)
+    ]
+    assert plans[0].predicted == plans[1].predicted
+
+
+def test_a_run_that_is_asked_for_padded_rows_does_not_blame_the_base(tmp_path: Path) -> None:
+    llama = write_base(tmp_path / "llama")
+    config = tiny_config(tmp_path, llama, "data.packing=false", "training.max_steps=1")
+    [prepared] = [record for record in run_to_end(config) if isinstance(record, Prepared)]
+    assert (prepared.packs, prepared.can_pack) == (False, True)
+    assert load_config(tmp_path / "run" / "config.yaml").data.packing is False
+    console = Console(width=120)
+    with console.capture() as captured:
+        console.print(prepared_table(prepared))
+        console.print(prepared_table(replace(prepared, can_pack=False)))
+        console.print(prepared_table(replace(prepared, packs=True)))
+    lines = [line.strip() for line in captured.get().splitlines() if line.startswith("  rows")]
+    assert lines == [
+        "rows       one document each, padded",
+        "rows       one document each, padded; packed ones would read each other in this architecture",
+    ]
