@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 # Fields of transformers' own config classes. Sizes differ on purpose: nothing below was looked at to write the planner.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {
@@ -176,7 +172,6 @@ def write_base(folder: Path, architecture: str) -> Path:
     tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=names[0], eos_token=names[1], pad_token=names[1]
     )
-    tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
     fields = ARCHITECTURES[architecture] | {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
     config = AutoConfig.for_model(**fields, max_position_embeddings=MAX_POSITIONS)
@@ -187,9 +182,9 @@ def write_base(folder: Path, architecture: str) -> Path:
 
 
 def write_documents(path: Path, tokenizer: Any, *, num_tokens: int, count: int) -> list[int]:
-    """Conversations of that length, or a few tokens less where the tokenizer's tokens are longer than a character.
+    """Texts of that length, or a few tokens less where the tokenizer's tokens are longer than a character.
 
-    Nearly everything is the assistant's: a plan is made for documents that are supervised from end to end.
+    Texts and not conversations: a plan is made for documents that are supervised from end to end.
 
     Returns:
         Their lengths, as the run's own tokenization gives them.
@@ -211,7 +206,5 @@ def _lengths(path: Path, tokenizer: Any, num_characters: int, count: int) -> lis
         text += next(problems)
     with path.open("w") as file:
         for number in range(count):
-            answer = f"{number % 10} {text}"[:num_characters]
-            messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": answer}]
-            file.write(json.dumps({"messages": messages}) + "\n")
+            file.write(json.dumps({"text": f"{number % 10} {text}"[:num_characters]}) + "\n")
     return [row.document.num_tokens for row in RowTokenizer(tokenizer)(read_rows(path))]

@@ -54,6 +54,7 @@ def packed_attention(
         out_BHLD, lse_BHL = attend(q_BHTD[:, :, tokens], k_BKTD[:, :, tokens], v_BKTD[:, :, tokens], shape)
         out_BTHD[:, tokens] = out_BHLD.transpose(1, 2)
         lse_BHT[:, :, tokens] = lse_BHL
+        del out_BHLD, lse_BHL  # else they are there beside all that the next document needs
     return out_BTHD, lse_BHT
 
 
@@ -100,6 +101,7 @@ def packed_attention_backward(
         )
         for grad, grad_of_document in zip(grads, grads_of_document, strict=True):
             grad[:, :, tokens] = grad_of_document
+        del grads_of_document, grad_of_document
     return grads[0], grads[1], grads[2]
 
 
