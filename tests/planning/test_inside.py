@@ -37,7 +37,10 @@ def test_chunked_attention_takes_what_one_document_takes(window: int, num_docume
         grad = torch.ones_like(out[0])
 
         def backward() -> tuple[Tensor, ...]:
-            return packed_attention_backward(grad, q, k, v, out[0], out[1], lengths, SCALE, window, SOFTCAP)
+            grads: tuple[Tensor, ...] = packed_attention_backward(
+                grad, q, k, v, out[0], out[1], lengths, SCALE, window, SOFTCAP
+            )
+            return grads
 
         found_backward_bytes = bytes_beyond_results(backward)
     settings = ((NUM_TOKENS,), SCALE, window, SOFTCAP)
