@@ -21,6 +21,7 @@ ENDS = {"planning": "data", "quantizing": "plan", "loading": "cache", "rehearsin
 LOSS_OP = "qlora_trainer::chunked_cross_entropy"
 BACKWARD_OP = "autograd::engine::evaluate_function"
 MARK = "plan_accuracy:"
+LAYERS_BACKWARD = "plan_accuracy, backward begins in the last layer"
 
 
 def status_bytes() -> dict[str, int]:
@@ -91,6 +92,25 @@ def run_and_profile(
     return {phase: peak for phase, peak in peaks.items() if is_resume or phase != "resume"}
 
 
+def mark_last_layer(model: Any) -> Any:
+    """Lets the profile show when the gradient reaches the last layer's output; returns `model`."""
+    from torch.profiler import record_function
+
+    from qlora_trainer.model.activation_policy import decoder_layers
+
+    def on_gradient(_gradient: Any) -> None:
+        with record_function(LAYERS_BACKWARD):
+            pass
+
+    def after(_module: Any, _args: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        if hidden.requires_grad:
+            hidden.register_hook(on_gradient)
+
+    decoder_layers(model)[-1].register_forward_hook(after)
+    return model
+
+
 def phase_peaks(roots: Sequence[Any]) -> dict[str, int]:
     """Phase -> most bytes alive in it, from the profiler's event tree; allocations before the profile are not in it."""
     from torch._C._profiler import _EventType
@@ -107,8 +127,10 @@ def phase_peaks(roots: Sequence[Any]) -> dict[str, int]:
             events.append((event.start_time_ns, event.name.removeprefix(MARK), 0))
         elif event.name == LOSS_OP:
             events.append((event.end_time_ns, "loss", 0))
+        elif event.name == LAYERS_BACKWARD:
+            events.append((event.start_time_ns, "backward begins", 0))
         elif event.name.startswith(BACKWARD_OP):
-            events += [(event.start_time_ns, "backward begins", 0), (event.end_time_ns, "backward", 0)]
+            events.append((event.end_time_ns, "backward", 0))
     events.sort(key=lambda event: event[0])
     return _read_phases(events)
 
@@ -118,7 +140,7 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
     peaks: dict[str, int] = {}
     live = peak = 0
     levels = [0]  # since the last mark
-    is_loss_open = False  # until backward begins: what follows the operation itself is still the loss
+    is_loss_open = False  # until backward reaches the layers: the plan counts what is before them with the loss
     pending: dict[str, int] = {}  # parts of what turns out to be a step, or an evaluation
 
     def close(phase: str, into: dict[str, int]) -> None:
@@ -138,13 +160,13 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
             if is_loss_open:
                 close("loss", pending)
             is_loss_open = False
-        elif mark == "backward":
+        elif mark == "backward" and not is_loss_open:
             close(mark, pending)
         elif mark == "step":
             close("optimizer", pending)
             peaks |= {phase: max(peaks.get(phase, 0), value) for phase, value in pending.items()}
             pending = {}
-        elif mark:
+        elif mark and mark != "backward":
             if mark == "rehearsal":
                 # The evaluation lets go of everything; then the state is set back, and then read.
                 peaks["resume"] = max(levels[levels.index(min(levels)) :])
@@ -177,8 +199,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     spec = json.loads(chosen.spec.read_text())
 
     from qlora_trainer.config.load import load_config
+    from qlora_trainer.run import prepare
     from qlora_trainer.run.loop import train
 
+    if chosen.part == "profile":
+        load = vars(prepare)["load_quantized"]
+        setattr(prepare, "load_quantized", lambda *args, **options: mark_last_layer(load(*args, **options)))  # noqa: B010
     config = load_config(None, spec["overrides"])
     predicted: dict[str, Any] = {}
     measured: dict[str, Any] = {}
