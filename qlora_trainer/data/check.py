@@ -41,20 +41,22 @@ class Problem:
     examples: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Checked:
     """What was found in the files of one key.
 
     Attributes:
         store: all good rows, tokenised.
-        bad: what stops a run, or is passed over where the config says so.
+        bad: rows that are no conversation or text: they stop a run, or are passed over where the config says so.
+        refused: rows that cannot be tokenised: they stop every run.
         warnings: what trains, but perhaps not what was meant.
-        num_bad: rows that are bad.
+        num_bad: rows that are bad or refused.
         num_with_stop: good rows of which a stop token is learned.
     """
 
     store: DocumentStore
     bad: tuple[Problem, ...]
+    refused: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
     num_bad: int
     num_with_stop: int
@@ -70,7 +72,7 @@ def check_named(
         ConfigError: there are conversations, and no chat template that works.
     """
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
-    bad, warned = _Tally(), _Tally()
+    bad, refused, warned = _Tally(), _Tally(), _Tally()
     files: list[FileRead] = []
     num_with_stop = 0
     with TemporaryDirectory(prefix="qlora-trainer-") as name:
@@ -80,7 +82,8 @@ def check_named(
                 if isinstance(item, list):
                     tokenized, errors = _tokenized(item, tokenize)
                     for error in errors:
-                        bad.add(error.kind, f"{error.where}: {error.found}")
+                        kind = "row that cannot be tokenised" if error.kind == "bad row" else error.kind
+                        refused.add(kind, f"{error.where}: {error.found}")
                     for row in tokenized:
                         writer.append(row, file=len(files))
                         num_with_stop += tokenize.has_stop(row)
@@ -94,7 +97,14 @@ def check_named(
                     yield item
             writer.write_files(tuple(files))
         store = DocumentStore(Path(name))  # its files stay open; the folder goes
-    return Checked(store, bad.problems, warned.problems, bad.num_rows, num_with_stop)
+    return Checked(
+        store=store,
+        bad=bad.problems,
+        refused=refused.problems,
+        warnings=warned.problems,
+        num_bad=bad.num_rows + refused.num_rows,
+        num_with_stop=num_with_stop,
+    )
 
 
 class _Tally:

@@ -29,7 +29,7 @@ class SetReport:
     Attributes:
         files: what was found in each.
         num_rows: good and bad ones.
-        num_bad, bad: rows that are no conversation or text, and why.
+        num_bad, bad: rows that are no conversation or text, or cannot be tokenised, and why.
         warnings: rows that train, but perhaps not what was meant.
         num_overlong: rows longer than the sequence length; what becomes of them `overlong` says.
         num_dropped_overlong, num_dropped_untrainable: good rows that are left out.
@@ -157,12 +157,12 @@ def _report(
         num_documents = int(np.isin(fitted.documents.pieces_N["row"], batch_rows_N).sum())
         if num_documents < config.training.global_batch_size:
             errors.append(f"{num_documents} documents for a global batch of {config.training.global_batch_size}")
-    counts = {problem.kind: problem.num_rows for problem in checked.bad}
+    counts = {problem.kind: problem.num_rows for problem in (*checked.bad, *checked.refused)}
     return SetReport(
         files=store.files,
         num_rows=store.num_rows + checked.num_bad,
         num_bad=checked.num_bad,
-        bad=checked.bad,
+        bad=(*checked.bad, *checked.refused),
         warnings=checked.warnings,
         num_overlong=int((lengths_N > seq_len).sum()) if seq_len else 0,
         num_dropped_overlong=fitted.num_dropped_overlong,
@@ -186,9 +186,8 @@ def _lenient(config: RunConfig) -> Literal["drop", "truncate", "split"]:
 
 
 def _errors(config: RunConfig, checked: Checked, fitted: TokenizedData, seq_len: int) -> list[str]:
-    errors = []
-    if config.data.on_bad_row == "stop":
-        errors += [f"{problem.num_rows} x {problem.kind} ({problem.examples[0]})" for problem in checked.bad]
+    stopping = (*checked.bad, *checked.refused) if config.data.on_bad_row == "stop" else checked.refused
+    errors = [f"{problem.num_rows} x {problem.kind} ({problem.examples[0]})" for problem in stopping]
     if config.data.overlong == "error" and fitted.num_dropped_overlong:
         errors.append(f"{fitted.num_dropped_overlong} rows longer than data.seq_len = {seq_len}, with overlong: error")
     try:

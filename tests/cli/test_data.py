@@ -121,20 +121,27 @@ def test_all_that_is_wrong_is_counted_by_kind(base: Path, data: Path, capsys: py
     train = report["train"]
     assert (train["num_rows"], train["num_bad"], train["num_empty_answers"], train["num_repeated"]) == (72, 5, 2, 7)
     kinds = {problem["kind"]: problem for problem in train["bad"]}
-    assert {kind: problem["num_rows"] for kind, problem in kinds.items()} == {"bad row": 3, "empty answer": 2}
+    assert {kind: problem["num_rows"] for kind, problem in kinds.items()} == {
+        "bad row": 2,
+        "empty answer": 2,
+        "row that cannot be tokenised": 1,
+    }
     places = [example.partition(": ")[0] for example in kinds["bad row"]["examples"]]
-    assert sorted(places) == [f"{data}:11", f"{data}:13", f"{data}:14"]
+    assert places == [f"{data}:11", f"{data}:13"]
+    assert kinds["row that cannot be tokenised"]["examples"][0].startswith(f"{data}:14: the control token")
     out, err = called(capsys, str(data), "--model", str(base), exit_code=4)
     assert "72, of which 5 bad and 7 repeated" in out
     assert "2 rows: empty answer" in out
     assert err.count("\n") == 1
     assert "2 x empty answer" in err
     skip = (str(data), "--model", str(base), "--set", "data.on_bad_row=skip")
-    assert (
-        "4 of 71 rows that cannot be trained on (4 bad ones" in found(capsys, *skip, exit_code=4)["train"]["errors"][0]
-    )
-    skipped = found(capsys, *skip, "--set", "data.max_dropped_share=0.06")
-    assert skipped["train"]["num_bad"] == 5
+    skipped = found(capsys, *skip, exit_code=4)["train"]
+    assert skipped["num_bad"] == 5
+    assert skipped["errors"][0].startswith("1 x row that cannot be tokenised"), "a run does not pass over it either"
+    assert "4 of 71 rows that cannot be trained on (4 bad ones" in skipped["errors"][1]
+    data.write_text("\n".join([*lines[:10], *bad[:3], *lines[10:]]))
+    allowed = found(capsys, *skip, "--set", "data.max_dropped_share=0.06")["train"]
+    assert (allowed["num_bad"], allowed["errors"]) == (3, [])
 
 
 def test_a_template_that_writes_bos_twice_is_an_error(
