@@ -130,7 +130,7 @@ CASES = (
     _case("qwen2 8x128 r8 recompute 32bit fp32 c256"),
     _case("qwen2 1x2048 r16 keep 32bit fp32 c512"),
     _case("qwen2 2x900 r64 keep 8bit bf16 c128"),
-    _case("qwen2 1x4096 r4 recompute 8bit bf16 c64"),
+    _case("qwen2 1x4096 r4 recompute 8bit fp32 c64"),
     _case("qwen2 5x320 r32 recompute 32bit fp32 c1600"),
     _case("qwen3 1x512 r64 keep 8bit fp32 c512"),
     _case("qwen3 4x640 r16 recompute 32bit bf16 c256"),
@@ -139,13 +139,13 @@ CASES = (
     _case("qwen3 1x4096 r32 recompute 32bit fp32 c256"),
     _case("gemma2 2x256 r16 keep 32bit fp32 c256"),
     _case("gemma2 1x1024 r8 recompute 8bit fp32 c128"),
-    _case("gemma2 4x512 r64 recompute 32bit bf16 c512"),
+    _case("gemma2 4x512 r64 recompute 32bit fp32 c512"),
     _case("gemma2 1x2500 r4 recompute 32bit fp32 c512"),
     _case("gemma2 8x128 r32 keep 8bit fp32 c64"),
     _case("phi3 1x256 r32 keep 32bit bf16 c256"),
     _case("phi3 4x400 r8 keep 8bit fp32 c512"),
     _case("phi3 2x2048 r16 recompute 32bit fp32 c512"),
-    _case("phi3 8x600 r64 recompute 8bit bf16 c256"),
+    _case("phi3 8x600 r64 recompute 8bit fp32 c256"),
     _case("phi3 1x3333 r4 keep 32bit fp32 c1000"),
     _case("llama 4x512 r16 recompute 32bit fp32 c256", "data.packing=false"),
     _case("qwen3 2x512 r16 keep 32bit fp32 c256", "quantization.double_quant=false"),
@@ -153,7 +153,7 @@ CASES = (
     _case("mistral 2x512 r16 keep 8bit fp32 c256", "lora.dropout=0.1"),
     _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256"),
     _case(f"{SMOLLM2} 1x2048 r8 recompute 8bit bf16 c512"),
-    _case(f"{SMOLLM2} 1x512 r64 keep 32bit bf16 c128"),
+    _case(f"{SMOLLM2} 1x512 r64 keep 32bit fp32 c128"),
 )
 QUICK = (CASES[0], CASES[12], CASES[21])
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli.options import Overrides
-from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.data_files import require_data
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 
@@ -37,9 +37,7 @@ def check(
 ) -> None:
     """Count rows, tokens and what is wrong with them; exit code 4 if a run would stop at this data."""
     config = _config(source, model, overrides or [])
-    for key, names in (("train", config.data.train), ("eval", config.data.eval)):
-        if names is not None:
-            data_files(names, key=f"data.{key}")  # for its errors: what follows imports torch first
+    require_data(config.data)  # before what follows, which imports torch
 
     from qlora_trainer.report.reading import watched
     from qlora_trainer.report.screen import stderr_console, stdout_console

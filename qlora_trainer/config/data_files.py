@@ -14,6 +14,7 @@ from pathlib import Path
 
 from qlora_trainer.config.bases import is_hub_id
 from qlora_trainer.config.dataset_folder import DatasetFolder, find_dataset_folder
+from qlora_trainer.config.schema import DataSection
 from qlora_trainer.errors import ConfigError, DataError
 
 EXPECTED = (
@@ -83,12 +84,17 @@ def data_files(names: str | tuple[str, ...], *, key: str, revision: str | None =
     return tuple(sources)
 
 
-def check_revision(revision: str | None, sources: tuple[DataSource, ...]) -> None:
-    """Refuse a revision of nothing.
+def require_data(section: DataSection) -> None:
+    """Refuse data that is not there, and a revision of nothing; what a hub has is not asked.
 
     Raises:
-        ConfigError: there is no hub id among the sources.
+        DataError: see `data_files`.
+        ConfigError: there is a revision, and no hub id among the sources.
     """
+    sources = data_files(section.train, key="data.train")
+    if section.eval is not None:
+        sources += data_files(section.eval, key="data.eval")
+    revision = section.revision
     if revision is not None and not any(isinstance(source, HubDataset) for source in sources):
         raise ConfigError(
             where="data.revision",
@@ -122,7 +128,7 @@ def _hub_dataset(name: str, revision: str | None) -> HubDataset | None:
 def _place(source: DataSource) -> object:
     if isinstance(source, HubDataset):
         return source.repository, source.subset, source.split
-    return source.path if isinstance(source, DatasetFolder) else source
+    return os.path.realpath(source.path if isinstance(source, DatasetFolder) else source)
 
 
 def _matches(name: str) -> list[str]:

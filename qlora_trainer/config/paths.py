@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from qlora_trainer.config.bases import check_base
-from qlora_trainer.config.data_files import check_revision, data_files
+from qlora_trainer.config.data_files import require_data
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, StorageError
 
@@ -27,10 +27,7 @@ def check_inputs(config: RunConfig, *, resume: bool = False) -> None:
         DataError: a data file is missing, unreadable or empty, or a folder of `datasets` is not whole.
         StorageError: the run folder cannot be written, or `memory.paging_dir` is no folder on a disk.
     """
-    sources = data_files(config.data.train, key="data.train")
-    if config.data.eval is not None:
-        sources += data_files(config.data.eval, key="data.eval")
-    check_revision(config.data.revision, sources)
+    require_data(config.data)
     if config.data.chat_template is not None:
         read_chat_template(config.data.chat_template)
     check_base(config.model)

@@ -51,6 +51,7 @@ class RowTokenizer:
         self._train_on: TrainOn = train_on
         self._where = where
         self._stop_ids = _stop_ids(tokenizer)
+        self._stop_ids_seen: set[int] = set()
         self._controls: tuple[str, ...] | None = None  # unknown until there is a conversation: texts need no template
 
     def __call__(self, rows: Sequence[Row]) -> list[TokenizedRow]:
@@ -76,13 +77,16 @@ class RowTokenizer:
             for row, text, tokens in zip(rows, rendered, encoded, strict=True)
         ]
 
-    def has_stop(self, row: TokenizedRow) -> bool:
-        """Whether a stop token of the row is learned."""
-        return not self._stop_ids.isdisjoint(row.document.labels_T.tolist())
+    @property
+    def stop_ids_seen(self) -> frozenset[int]:
+        """The tokens that learned answers and texts ended with so far."""
+        return frozenset(self._stop_ids_seen)
 
     def _document(self, row: Row, text: Rendered, tokens: Encoded) -> Document:
         _require_one_bos(tokens, self._tokenizer.bos_token_id, row.where)
-        return _label(row, text, tokens, self._stop_ids)
+        document, stops = _label(row, text, tokens, self._stop_ids)
+        self._stop_ids_seen.update(stops)
+        return document
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -107,8 +111,13 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset(special if tokenizer.eos_token_id is None else special | {int(tokenizer.eos_token_id)})
 
 
-def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int]) -> Document:
-    """Labels each turn that is learned from its first token to its stop token; or all but the turns that are not."""
+def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int]) -> tuple[Document, list[int]]:
+    """Labels each turn that is learned from its first token to its stop token; or all but the turns that are not.
+
+    Returns:
+        The document, and the stop tokens: one a learned turn; of a plain text its last token.
+    """
+    stops = [] if row.messages else [int(encoded.input_ids_T[-1])]
     input_ids_T, starts_T = encoded.input_ids_T, encoded.starts_T
     labels_T = input_ids_T.copy() if text.learns_all else np.full_like(input_ids_T, IGNORE_INDEX)
     for turn, first in zip(text.turns, encoded.first_tokens, strict=True):
@@ -126,7 +135,8 @@ def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int])
             )
         if text.text[turn.start : int(starts_T[stop])].strip():  # else the template left the text out
             labels_T[first : stop + 1] = input_ids_T[first : stop + 1]
-    return Document(index=row.index, input_ids_T=input_ids_T, labels_T=labels_T)
+            stops.append(int(input_ids_T[stop]))
+    return Document(index=row.index, input_ids_T=input_ids_T, labels_T=labels_T), stops
 
 
 def _require_one_bos(encoded: Encoded, bos_token_id: int | None, where: str) -> None:

@@ -17,8 +17,9 @@ from qlora_trainer.data.chat import RowTokenizer, TokenizedRow
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_named
 from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
-from qlora_trainer.data.token_cache import BATCH_ROWS, Tokenizer
+from qlora_trainer.data.token_cache import Tokenizer, writing_told
 from qlora_trainer.errors import DataError
+from qlora_trainer.hardware.cache_folder import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +52,7 @@ class Checked:
         refused: rows that cannot be tokenised: they stop every run.
         warnings: what trains, but perhaps not what was meant.
         num_bad: rows that are bad or refused.
-        num_with_stop: good rows of which a stop token is learned.
+        stop_ids: the tokens that answers, or plain texts, end with.
     """
 
     store: DocumentStore
@@ -59,7 +60,7 @@ class Checked:
     refused: tuple[Problem, ...]
     warnings: tuple[Problem, ...]
     num_bad: int
-    num_with_stop: int
+    stop_ids: frozenset[int]
 
 
 def check_named(
@@ -74,11 +75,10 @@ def check_named(
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     bad, refused, warned = _Tally(), _Tally(), _Tally()
     files: list[FileRead] = []
-    num_with_stop = 0
-    with TemporaryDirectory(prefix="qlora-trainer-") as name:
+    with writing_told(cache_folder()), TemporaryDirectory(prefix=".check-", dir=cache_folder()) as name:
         with DocumentWriter(Path(name)) as writer:
             section = section.model_copy(update={"on_bad_row": "skip"})
-            for item in in_batches(iter_named(section, key), BATCH_ROWS):
+            for item in in_batches(iter_named(section, key)):
                 if isinstance(item, list):
                     tokenized, errors = _tokenized(item, tokenize)
                     for error in errors:
@@ -86,7 +86,6 @@ def check_named(
                         refused.add(kind, f"{error.where}: {error.found}")
                     for row in tokenized:
                         writer.append(row, file=len(files))
-                        num_with_stop += tokenize.has_stop(row)
                     for row in _not_the_text(tokenized, tokenizer.tokenizer):
                         warned.add("text that the tokenizer cannot give back", row.row.where)
                 elif isinstance(item, BadRow):
@@ -103,7 +102,7 @@ def check_named(
         refused=refused.problems,
         warnings=warned.problems,
         num_bad=bad.num_rows + refused.num_rows,
-        num_with_stop=num_with_stop,
+        stop_ids=tokenize.stop_ids_seen,
     )
 
 

@@ -7,10 +7,10 @@ differ, the conversation is tokenised in pieces that are cut where the answers b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,10 +55,10 @@ def encode(
     """
     whole = _tokenize([conversation.text for conversation in conversations], tokenizer)
     prompt_texts = [conversation.text[: turn.start] for conversation in conversations for turn in conversation.turns]
-    prompts = iter(_tokenize(prompt_texts, tokenizer))
+    prompts = iter(_token_ids(prompt_texts, tokenizer))
     results: list[Encoded] = []
     for conversation, (input_ids_T, starts_T), where in zip(conversations, whole, wheres, strict=True):
-        prompt_ids = [next(prompts)[0] for _ in conversation.turns]
+        prompt_ids = [next(prompts) for _ in conversation.turns]
         if all(np.array_equal(input_ids_T[: ids_P.size], ids_P) for ids_P in prompt_ids):
             first_tokens = tuple(ids_P.size for ids_P in prompt_ids)
             results.append(Encoded(input_ids_T, starts_T, first_tokens))
@@ -69,7 +69,7 @@ def encode(
 
 def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a rendered prompt, exactly as they stand before an answer in training."""
-    [(input_ids_T, _)] = _tokenize([text], tokenizer)
+    [input_ids_T] = _token_ids([text], tokenizer)
     return [int(token_id) for token_id in input_ids_T]
 
 
@@ -93,25 +93,36 @@ def _encode_in_pieces(
     return Encoded(input_ids_T, starts_T, tuple(int(token) for token in first_tokens))
 
 
+def _token_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[NDArray[np.int32]]:
+    """Token ids of each text."""
+    encoding = _encoding(texts, tokenizer, with_offsets=False)
+    return [np.array(ids, dtype=np.int32) for ids in encoding["input_ids"]]
+
+
 def _tokenize(
     texts: list[str], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[NDArray[np.int32], NDArray[np.int32]]]:
     """Token ids and the characters at which they begin, for each text."""
+    encoding = _encoding(texts, tokenizer, with_offsets=True)
+    return [
+        (np.array(ids, dtype=np.int32), np.array([start for start, _ in offsets], dtype=np.int32))
+        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    ]
+
+
+def _encoding(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, with_offsets: bool) -> Mapping[str, Any]:
     if not texts:  # transformers fails on an empty list
-        return []
-    encoding = tokenizer(
+        return {"input_ids": [], "offset_mapping": []}
+    encoding: Mapping[str, Any] = tokenizer(
         texts,
         add_special_tokens=False,  # the template wrote them: a BOS added here would be the second
-        return_offsets_mapping=True,
+        return_offsets_mapping=with_offsets,
         return_attention_mask=False,
         padding=False,
         truncation=False,
         verbose=False,  # no warning about lengths: they are handled, and said, by the caller
     )
-    return [
-        (np.array(ids, dtype=np.int32), np.array([start for start, _ in offsets], dtype=np.int32))
-        for ids, offsets in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-    ]
+    return encoding
 
 
 def _decode(input_ids_T: NDArray[np.int32], tokenizer: PreTrainedTokenizerBase) -> str:

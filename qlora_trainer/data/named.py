@@ -37,6 +37,15 @@ def iter_named(
     sources = sources_named(section, key)
     if files_only:
         sources = tuple(source for source in sources if isinstance(source, Path))
+    yield from iter_sources(sources, section)
+
+
+def iter_sources(sources: Sequence[DataSource], section: DataSection) -> Iterator[Row | BadRow | Reading | FileRead]:
+    """Yields what `data.rows.iter_files` does, read the way that `section` asks.
+
+    Raises:
+        DataError: see `data.rows.iter_files`.
+    """
     stop = section.on_bad_row == "stop"
     yield from iter_files(sources, row_format=section.format, columns=section.columns or (), stop=stop)
 

@@ -19,6 +19,7 @@ from qlora_trainer.data.json_text import MAX_LINE_BYTES, begins_array, decode_li
 from qlora_trainer.data.messages import shown
 from qlora_trainer.errors import DataError
 
+PARQUET_BUFFER_BYTES = 2**20
 ARROW_BATCH_ROWS = 256
 
 
@@ -92,7 +93,17 @@ def _json_lines(file: BinaryIO, path: str) -> Iterator[Record]:
 def _csv(file: BinaryIO, path: str) -> Iterator[Record]:
     """The first line names the columns. Errors name the line on which a row begins."""
     csv.field_size_limit(MAX_LINE_BYTES)  # 128 KiB by default, less than a long document; the module has one for all
-    rows = csv.reader((decode_line(raw, f"{path}:{line}") for line, raw in iter_lines(file)), strict=True)
+    bad_lines: list[DataError] = []  # of the row that is being read
+
+    def lines() -> Iterator[str]:
+        for line, raw in iter_lines(file):
+            try:
+                yield decode_line(raw, f"{path}:{line}")
+            except DataError as error:
+                bad_lines.append(error)
+                yield raw[:MAX_LINE_BYTES].decode("utf-8", errors="replace")
+
+    rows = csv.reader(lines(), strict=True)
     names: list[str] | None = None
     while True:
         line = rows.line_num + 1
@@ -104,17 +115,25 @@ def _csv(file: BinaryIO, path: str) -> Iterator[Record]:
         except csv.Error as error:
             found = "a quote that is not closed" if "unexpected end" in str(error) else str(error)
             yield Record(line, _bad_csv(where, found, "CSV with a header and double quotes"), is_line=True)
+            bad_lines.clear()
             continue
         if not row:  # a blank line
             continue
-        if names is None:
+        if bad_lines:
+            if names is None:
+                raise bad_lines[0]
+            yield Record(line, bad_lines[0], is_line=True)
+            bad_lines.clear()
+        elif names is None:
             names = row
-            if len(set(names)) < len(names) or not all(name.strip() for name in names):
+            if len(set(names)) < len(names) or not all(name.strip() for name in names[1:]):
                 raise _bad_csv(where, f"the header {shown(names)}", "different, non-empty column names")
         elif len(row) != len(names):
             yield Record(line, _bad_csv(where, f"{len(row)} fields", f"{len(names)}, as in the header"), is_line=True)
         else:
-            yield Record(line, dict(zip(names, row, strict=True)), is_line=True)
+            fields: dict[str, object] = dict(zip(names, row, strict=True))
+            fields.pop("", None)  # the number of the row, as pandas writes it
+            yield Record(line, fields, is_line=True)
 
 
 def _bad_csv(where: str, found: str, expected: str) -> DataError:
@@ -127,7 +146,8 @@ def _parquet(path: Path) -> Iterator[Record]:
 
     number = 0
     try:
-        with ParquetFile(path, pre_buffer=False) as file:
+        # With a buffer, a column of a row group is read piece by piece: pandas writes a million rows into a group.
+        with ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
             num_rows = max(file.metadata.num_rows, 1)
             for batch in file.iter_batches(batch_size=ARROW_BATCH_ROWS):
                 for fields in iter_rows(batch, name=str(path), first=number + 1):

@@ -20,6 +20,8 @@ from qlora_trainer.errors import DataError
 __all__ = ["BadRow", "FileRead", "Message", "Reading", "Row", "RowsRead", "collect", "iter_files", "read_rows"]
 
 ROWS_PER_READING = 1000
+BATCH_ROWS = 256  # rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists
+BATCH_CHARACTERS = 2**20  # ... and of long ones fewer: a token takes some hundred bytes until it is in an array
 MAX_REASONS = 20  # bad rows that are told one by one; a file of another format would have nothing but bad rows
 
 
@@ -49,6 +51,15 @@ class Row:
     def where(self) -> str:
         """`file:line` or `file:row number`, as errors name the row."""
         return where_in(self.path, self.line, is_line=self.is_line)
+
+    @property
+    def num_tokenized_characters(self) -> int:
+        """About how many are tokenised: all of them, and all before each answer once more."""
+        before = num_characters = 0
+        for message in self.messages:
+            num_characters += before if message.role == "assistant" else 0
+            before += len(message.content) + len(message.reasoning)
+        return len(self.text) + before + num_characters
 
     @property
     def is_askable(self) -> bool:
@@ -132,16 +143,22 @@ def collect(read: Iterable[Row | BadRow | Reading | FileRead]) -> RowsRead:
 
 
 def in_batches(
-    read: Iterable[Row | BadRow | Reading | FileRead], batch_rows: int
+    read: Iterable[Row | BadRow | Reading | FileRead],
 ) -> Iterator[list[Row] | BadRow | Reading | FileRead]:
-    """Gathers what `iter_files` yields: up to `batch_rows` rows of a file at once, all else as it comes."""
+    """Gathers what `iter_files` yields: rows of a file until they are `BATCH_ROWS` or `BATCH_CHARACTERS`.
+
+    All else comes as it is.
+    """
     batch: list[Row] = []
+    num_characters = 0
     for item in read:
         if isinstance(item, Row):
             batch.append(item)
-        if batch and (len(batch) == batch_rows or isinstance(item, FileRead)):
+            num_characters += item.num_tokenized_characters
+        is_full = len(batch) == BATCH_ROWS or num_characters >= BATCH_CHARACTERS
+        if batch and (is_full or isinstance(item, FileRead)):
             yield batch
-            batch = []
+            batch, num_characters = [], 0
         if not isinstance(item, Row):
             yield item
 

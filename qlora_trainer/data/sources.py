@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from qlora_trainer.config.data_files import DataSource, HubDataset
@@ -22,6 +23,15 @@ def iter_source(source: DataSource) -> Iterator[Record]:
         DataError: it cannot be read, or not beyond some row.
     """
     return iter_records(source) if isinstance(source, Path) else iter_dataset(source)
+
+
+def pinned(source: DataSource) -> DataSource:
+    """The same source, a hub id at the commit that it is at now: a branch may move while it is read.
+
+    Raises:
+        DataError: the hub, or without a network the cache, does not have the data set.
+    """
+    return replace(source, revision=hub_commit(source)) if isinstance(source, HubDataset) else source
 
 
 def source_hash(source: DataSource) -> str:

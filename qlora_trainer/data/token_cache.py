@@ -10,26 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Generator
+import uuid
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
-from qlora_trainer.data.named import iter_named, sources_named
+from qlora_trainer.data.named import iter_sources, sources_named
 from qlora_trainer.data.rows import FileRead, Reading, in_batches
-from qlora_trainer.data.sources import source_hash
-from qlora_trainer.errors import StorageError
+from qlora_trainer.data.sources import pinned, source_hash
+from qlora_trainer.errors import DataError, StorageError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.sealed_folder import defects, writing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BATCH_ROWS = 256  # rows tokenised at once: enough for the tokenizer's threads, few enough to hold as Python lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,31 +71,74 @@ def tokenize_named(
         ConfigError: there are conversations, and no chat template that works.
         StorageError: the cache cannot be written.
     """
-    hashes = {str(source): source_hash(source) for source in sources_named(section, key)}
+    sources = [pinned(source) for source in sources_named(section, key)]
+    hashes = _hashes(sources, key)
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
-    if folder.is_dir() and defects(folder):
-        shutil.rmtree(folder)
-    if not folder.is_dir():
-        try:
+    with writing_told(folder):
+        if folder.is_dir() and defects(folder):
+            _set_aside(folder)
+        if not folder.is_dir():
             with writing(folder) as temporary:
-                yield from _write(temporary, section, key, tokenizer)
-        except OSError as error:
-            raise StorageError(
-                where=str(folder),
-                found=f"a folder that cannot be written ({error.strerror or error})",
-                expected="room for the tokenised data: 5 bytes a token",
-                fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
-            ) from error
-    return TokenizedFiles(DocumentStore(folder), _joined(list(hashes.values())))
+                yield from _write(temporary, sources, section, tokenizer)
+                if changed := [name for name, found in _hashes(sources, key).items() if found != hashes[name]]:
+                    raise DataError(
+                        where=f"data.{key} {changed[0]}",
+                        found="content that changed while it was read",
+                        expected="data that stays as it is until it is tokenised",
+                        fix="Start again when whatever writes it is done.",
+                    )
+        return TokenizedFiles(DocumentStore(folder), _joined(list(hashes.values())))
+
+
+@contextmanager
+def writing_told(folder: Path) -> Iterator[None]:
+    """Tells a disk without room, or a folder that is not ours, in one line.
+
+    Raises:
+        StorageError: something within could not be written or opened.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            where=str(folder),
+            found=f"a folder that cannot be written ({error.strerror or error})",
+            expected="room for the tokenised data: 5 bytes a token",
+            fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
+        ) from error
+
+
+def _hashes(sources: Sequence[DataSource], key: Literal["train", "eval"]) -> dict[str, str]:
+    try:
+        return {str(source): source_hash(source) for source in sources}
+    except OSError as error:  # a file that went away, or is nobody's to read
+        raise DataError(
+            where=f"data.{key} {error.filename}",
+            found=f"a file that cannot be read ({error.strerror or error})",
+            expected="files that stay where they are until they are tokenised",
+            fix="Check its path and permissions.",
+        ) from error
+
+
+def _set_aside(folder: Path) -> None:
+    """Removes a damaged folder, unless another process did so, and made it anew, since it was looked at."""
+    aside = folder.with_name(f".damaged-{uuid.uuid4().hex}")
+    try:
+        folder.rename(aside)
+    except FileNotFoundError:
+        return
+    if not defects(aside) and not folder.exists():
+        aside.rename(folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(
-    folder: Path, section: DataSection, key: Literal["train", "eval"], tokenizer: Tokenizer
+    folder: Path, sources: Sequence[DataSource], section: DataSection, tokenizer: Tokenizer
 ) -> Generator[Reading]:
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     files: list[FileRead] = []
     with DocumentWriter(folder) as writer:
-        for item in in_batches(iter_named(section, key), BATCH_ROWS):
+        for item in in_batches(iter_sources(sources, section)):
             if isinstance(item, list):
                 for row in tokenize(item):
                     writer.append(row, file=len(files))

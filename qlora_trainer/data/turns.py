@@ -110,7 +110,7 @@ def render_row(
         else:
             rendered = _prefix_turns(row, messages, answers, learned, tokenizer, train_on)
         _require_reasoning(row, messages, tokenizer)
-    except (TemplateError, TypeError, ValueError) as error:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(
             where=row.where,
@@ -119,6 +119,7 @@ def render_row(
             fix="Reorder or merge the turns, or remove the row.",
         ) from error
     _require_whole(row, messages, rendered.text)
+    _require_tool_turns(row, messages, tokenizer)
     return replace(rendered, learns_all=train_on == "all")
 
 
@@ -252,6 +253,26 @@ def _require_reasoning(row: Row, messages: Sequence[Message], tokenizer: PreTrai
             without = render((*messages[:index], replace(message, reasoning="")), tokenizer, row.tools)
             if message.reasoning.strip() not in upto or upto == without:
                 raise _left_out(row, f"the reasoning of message {index}")
+
+
+def _require_tool_turns(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that passes over calls or results in silence: it must read otherwise without them.
+
+    That their words are somewhere in the text would say little: a question often has them too.
+    """
+    parts = [
+        *((index, "the calls", replace(message, tool_calls=())) for index, message in enumerate(messages)),
+        *((i, "the result", replace(m, content="")) for i, m in enumerate(messages) if m.role == "tool"),
+    ]
+    changed = [(index, what, without) for index, what, without in parts if without != messages[index]]
+    text = render(messages, tokenizer, row.tools) if changed else ""
+    for index, what, without in changed:
+        try:
+            is_left_out = render((*messages[:index], without, *messages[index + 1 :]), tokenizer, row.tools) == text
+        except (TemplateError, TypeError, ValueError):  # it looks at them, and misses them
+            continue
+        if is_left_out:
+            raise _left_out(row, f"{what} of message {index}")
 
 
 def _left_out(row: Row, what: str) -> DataError:

@@ -43,7 +43,6 @@ class StateTrace:
 def trace_state(
     num_flat_elements: int,
     *,
-    largest_elements: int,
     bits: Literal[8, 32],
     adapter_dtype: torch.dtype,
     device: torch.device,
@@ -51,36 +50,27 @@ def trace_state(
 ) -> StateTrace:
     """Update, hand out and take back the state of an optimizer over that many elements.
 
-    All adapters together are two parameters here, the largest one and the rest: the optimizer's buffers are flat in any
-    case, but what is handed out is looked at parameter by parameter.
+    All adapters together are one parameter here: the optimizer's buffers are flat in any case.
     """
     tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
     settings = OptimizerSettings(bits=bits, residency="device", weight_decay=0.0, paging_folder=Path())
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        sizes = {"largest": largest_elements, "rest": num_flat_elements - largest_elements}
-        parameters = {
-            name: nn.Parameter(torch.empty(size, dtype=adapter_dtype, device=device))
-            for name, size in sizes.items()
-            if size
-        }
-        for parameter in parameters.values():
-            parameter.grad_dtype = torch.float32
-        optimizer = AdapterOptimizer(parameters, settings)
+        parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=adapter_dtype, device=device))
+        parameter.grad_dtype = torch.float32
+        optimizer = AdapterOptimizer({"adapters": parameter}, settings)
         with tracker:
             tracker.mark("optimizer")
             optimizer.zero_gradients()
             optimizer.clip_gradients(1.0)
             optimizer.update(1e-4)
             tracker.mark("save")
-            state = optimizer.state_dict()
-            first_non_finite({name: value for name, value in state.items() if name.startswith("largest")})
-            del state
+            first_non_finite(optimizer.state_dict())
             tracker.mark("resume")
             # Both files are mapped on the host, which on a CPU is the device itself.
-            saved_adapters = [torch.empty_like(parameter, device="cpu") for parameter in parameters.values()]
+            saved_adapter = torch.empty_like(parameter, device="cpu")
             saved = {name: torch.empty_like(value, device="cpu") for name, value in optimizer.state_dict().items()}
             optimizer.load_state_dict(saved)
-            del saved, saved_adapters
+            del saved, saved_adapter
         flats = optimizer.state_tensors()
     return StateTrace(
         gradient=(optimizer.gradient.nbytes,),

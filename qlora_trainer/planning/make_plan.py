@@ -127,7 +127,7 @@ class _Planner:
     settings: LoraSettings
     prices: Prices
     base: Mapping[str, int]
-    state_of: Callable[[int, int, Literal[8, 32]], StateTrace]
+    state_of: Callable[[int, Literal[8, 32]], StateTrace]
 
     @classmethod
     def of(cls, config: RunConfig, budget: Budget, model_config: PreTrainedConfig, documents: Documents) -> _Planner:
@@ -150,10 +150,9 @@ class _Planner:
         )
         parts = trace_step(dry, settings, adapter_dtype=DTYPES[config.lora.dtype])
 
-        def state_of(num_elements: int, largest_elements: int, bits: Literal[8, 32]) -> StateTrace:
+        def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
             return trace_state(
                 num_elements,
-                largest_elements=largest_elements,
                 bits=bits,
                 adapter_dtype=DTYPES[config.lora.dtype],
                 device=device,
@@ -243,8 +242,7 @@ class _Planner:
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
         shapes = self.shapes(layout.rank)
-        largest = max(num_flat_elements([shape]) for shape in shapes)
-        state = self.state_of(num_flat_elements(shapes), largest, _bits(optimizer))
+        state = self.state_of(num_flat_elements(shapes), _bits(optimizer))
         alignment = self.budget.memory.alignment_bytes
         item_bytes = 4 if self.config.lora.dtype == "float32" else 2
         resident = dict(self.base)

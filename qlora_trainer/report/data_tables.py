@@ -34,7 +34,8 @@ def data_report(report: DataReport, *, has_colours: bool) -> RenderableType:
     """
     blocks: list[RenderableType] = []
     for number, sample in enumerate(report.samples, start=1):
-        blocks += [Rule(f"sample {number}: {sample.where}", align="left", style="dim"), _sample(sample, has_colours)]
+        title = Text(f"sample {number}: {sample.where}")  # a path may hold brackets, which markup would obey
+        blocks += [Rule(title, align="left", style="dim"), _sample(sample, has_colours)]
     if report.samples:
         what = "on green" if has_colours else f"between {' and '.join(_LEARNED_MARKS)}"
         blocks.append(Text(f"{what}: learned, token by token; the rest is read only\n", style="dim"))
@@ -92,7 +93,7 @@ def _facts(found: SetReport, report: DataReport) -> list[tuple[str, str]]:
         ("tokens", f"{found.num_tokens:,}, {found.num_supervised_tokens:,} of them learned ({share:.1%})"),
         ("length", f"p50 {median:,}, p90 {p90:,}, p99 {p99:,}, longest {longest:,}"),
         ("seq_len", f"{report.seq_len:,} tokens, by the tokenizer of {report.base}"),
-        ("stop token", f"learned in {found.num_with_stop:,} of {found.num_good:,} rows"),
+        ("stop token", f"learned in {found.num_with_stop:,} of {found.num_documents:,} documents"),
         ("double BOS", f"in {counted(found.num_double_bos, 'row')}"),
         ("empty answer", f"in {counted(found.num_empty_answers, 'row')}"),
     ]

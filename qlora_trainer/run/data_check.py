@@ -35,7 +35,7 @@ class SetReport:
         num_dropped_overlong, num_dropped_untrainable: good rows that are left out.
         num_documents, num_tokens, num_supervised_tokens: that are left.
         num_repeated: good rows with the very tokens of an earlier one.
-        num_with_stop: good rows of which a stop token is learned.
+        num_with_stop: documents of which a stop token is learned; one that is cut may lose it.
         num_double_bos: rows that begin with two BOS tokens; they are bad.
         num_empty_answers: rows with an answer without text; they are bad.
         percentiles: tokens of good rows: 50, 90, 99, and 100, the longest.
@@ -111,13 +111,17 @@ def check_data(config: RunConfig, *, num_samples: int) -> Generator[Reading, Non
     bos_token_id = tokenizer.tokenizer.bos_token_id
     trained_on = select(checked.store, train_rows_N, bos_token_id=bos_token_id)
     seq_len = decide_seq_len(config, base, trained_on) if len(trained_on.documents) else 0
-    train = _report(config, checked, tokenizer, seq_len=seq_len, batch_rows_N=train_rows_N)
+    batch = config.training.global_batch_size
+    train = _report(config, checked, tokenizer, seq_len=seq_len, judged_rows_N=train_rows_N, least_documents=batch)
+    evaluation = None
+    if held_out is not None:
+        evaluation = _report(config, held_out, tokenizer, seq_len=seq_len, judged_rows_N=eval_rows_N)
     return DataReport(
         base=base.name,
         seq_len=seq_len,
         overlong=config.data.overlong,
         train=train,
-        evaluation=_report(config, held_out, tokenizer, seq_len=seq_len) if held_out else None,
+        evaluation=evaluation,
         num_held_out=0 if held_out else int(eval_rows_N.size),
         samples=_samples(trained_on, tokenizer, num_samples),
     )
@@ -142,21 +146,25 @@ def _report(
     tokenizer: Tokenizer,
     *,
     seq_len: int,
-    batch_rows_N: NDArray[np.int32] | None = None,
+    judged_rows_N: NDArray[np.int32],
+    least_documents: int = 0,
 ) -> SetReport:
-    """One key's files; `batch_rows_N` are the rows that a global batch is taken from, where one is."""
+    """One key's files; of `judged_rows_N` (all but those held out for another part) not too many may be left out."""
     store = checked.store
     bos_token_id = tokenizer.tokenizer.bos_token_id
     rows_N = np.arange(store.num_rows, dtype=np.int32)
     num_skipped = num_bad_rows(store.files) if config.data.on_bad_row == "skip" else 0  # else any stops the run
-    whole = select(store, rows_N, bos_token_id=bos_token_id, num_bad=num_skipped)
+    whole, judged = (
+        select(store, chosen_N, bos_token_id=bos_token_id, num_bad=num_skipped) for chosen_N in (rows_N, judged_rows_N)
+    )
     lengths_N = whole.documents.lengths_N
-    fitted = fit_documents(whole, seq_len, overlong=_lenient(config), max_dropped_share=1.0) if seq_len else whole
-    errors = _errors(config, checked, fitted, seq_len)
-    if batch_rows_N is not None:
-        num_documents = int(np.isin(fitted.documents.pieces_N["row"], batch_rows_N).sum())
-        if num_documents < config.training.global_batch_size:
-            errors.append(f"{num_documents} documents for a global batch of {config.training.global_batch_size}")
+    fitted, judged = (
+        fit_documents(data, seq_len, overlong=_lenient(config), max_dropped_share=1.0) if seq_len else data
+        for data in (whole, judged)
+    )
+    errors = _errors(config, checked, fitted, judged, seq_len)
+    if len(judged.documents) < least_documents:
+        errors.append(f"{len(judged.documents)} documents for a global batch of {least_documents}")
     counts = {problem.kind: problem.num_rows for problem in (*checked.bad, *checked.refused)}
     return SetReport(
         files=store.files,
@@ -171,7 +179,7 @@ def _report(
         num_tokens=fitted.num_tokens,
         num_supervised_tokens=fitted.num_supervised_tokens,
         num_repeated=store.num_repeated,
-        num_with_stop=checked.num_with_stop,
+        num_with_stop=_num_with_stop(fitted, checked.stop_ids),
         num_double_bos=counts.get("double BOS", 0),
         num_empty_answers=counts.get("empty answer", 0),
         percentiles=length_percentiles(lengths_N),
@@ -180,18 +188,24 @@ def _report(
     )
 
 
+def _num_with_stop(data: TokenizedData, stop_ids: frozenset[int]) -> int:
+    return sum(not stop_ids.isdisjoint(document.labels_T.tolist()) for document in data.documents)
+
+
 def _lenient(config: RunConfig) -> Literal["drop", "truncate", "split"]:
     """What to count with: an overlong row that is an error is told as one, and left out."""
     return "drop" if config.data.overlong == "error" else config.data.overlong
 
 
-def _errors(config: RunConfig, checked: Checked, fitted: TokenizedData, seq_len: int) -> list[str]:
+def _errors(
+    config: RunConfig, checked: Checked, fitted: TokenizedData, judged: TokenizedData, seq_len: int
+) -> list[str]:
     stopping = (*checked.bad, *checked.refused) if config.data.on_bad_row == "stop" else checked.refused
     errors = [f"{problem.num_rows} x {problem.kind} ({problem.examples[0]})" for problem in stopping]
     if config.data.overlong == "error" and fitted.num_dropped_overlong:
         errors.append(f"{fitted.num_dropped_overlong} rows longer than data.seq_len = {seq_len}, with overlong: error")
     try:
-        require_most_rows(fitted, config.data.max_dropped_share, seq_len)
+        require_most_rows(judged, config.data.max_dropped_share, seq_len)
     except DataError as error:
         errors.append(f"{error.where}: {error.found}; expected {error.expected}")
     return errors

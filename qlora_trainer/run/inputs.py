@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,6 @@ from qlora_trainer.data.tokenized import (
     select,
 )
 from qlora_trainer.errors import ConfigError, DataError
-from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.run.records import Preparing, RowsSkipped
 from qlora_trainer.run.session import Question
@@ -132,13 +131,11 @@ def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenize
     Raises:
         ConfigError: it is a slow one, or knows tokens that the base has no room for.
     """
-    tokenizer_hash = _tokenizer_hash(base.folder)
     if config.data.chat_template is not None:
         tokenizer.chat_template = read_chat_template(config.data.chat_template)
-        tokenizer_hash = hashlib.sha256(f"{tokenizer_hash}\n{tokenizer.chat_template}".encode()).hexdigest()
     require_fast(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
-    return Tokenizer(tokenizer, tokenizer_hash, where=config.data.chat_template or str(base.folder))
+    return Tokenizer(tokenizer, _tokenizer_hash(tokenizer), where=config.data.chat_template or str(base.folder))
 
 
 def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator[Reading, None, Data]:
@@ -162,9 +159,11 @@ def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator
     askable_rows_N = eval_rows_N[held_out.store.is_askable_N[eval_rows_N]]
     asked = spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
     asked_rows = rows_named(section, "train" if section.eval is None else "eval", asked)
+    # A part that is held out may be a dozen rows, of which one is more than the share: there it is counted only.
+    eval_share = 1.0 if section.eval is None else section.max_dropped_share
     fitted, fitted_eval = (
-        fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=section.max_dropped_share)
-        for data in (train_data, eval_data)
+        fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=share)
+        for data, share in ((train_data, section.max_dropped_share), (eval_data, eval_share))
     )
     return Data(
         train=fitted,
@@ -238,10 +237,11 @@ def _question(row: Row) -> Question:
     return Question(messages=row.messages[:last], reference=row.messages[last].content)
 
 
-def _tokenizer_hash(folder: Path) -> str:
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja")
-    digest = hashlib.sha256()
-    for name in names:
-        path = folder / name
-        digest.update(f"{name}:{sha256_of(path) if path.is_file() else None}\n".encode())
-    return digest.hexdigest()
+def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of all that decides what a text becomes, as it was loaded: bases write it to many different files."""
+    parts = {
+        "backend": tokenizer.backend_tokenizer.to_str(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

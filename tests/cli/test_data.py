@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.config.load import load_config
+from qlora_trainer.data.split import hold_out
 from qlora_trainer.report.data_tables import data_report
 from qlora_trainer.run.data_check import check_data
 from qlora_trainer.run.inputs import read_inputs
@@ -134,7 +135,7 @@ def test_all_that_is_wrong_is_counted_by_kind(base: Path, data: Path, capsys: py
     assert "2 rows: empty answer" in out
     assert err.count("\n") == 1
     assert "2 x empty answer" in err
-    skip = (str(data), "--model", str(base), "--set", "data.on_bad_row=skip")
+    skip = (str(data), "--model", str(base), "--set", "data.on_bad_row=skip", "--set", "data.eval_fraction=0")
     skipped = found(capsys, *skip, exit_code=4)["train"]
     assert skipped["num_bad"] == 5
     assert skipped["errors"][0].startswith("1 x row that cannot be tokenised"), "a run does not pass over it either"
@@ -157,9 +158,12 @@ def test_too_long_rows_are_counted_by_what_becomes_of_them(
 ) -> None:
     long = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x " * 100}]}
     data.write_text(data.read_text() + json.dumps(long) + "\n")
-    arguments = (str(data), "--model", str(base), "--set", "data.seq_len=64")
+    arguments = (str(data), "--model", str(base), "--set", "data.seq_len=64", "--set", "data.eval_fraction=0")
     dropped = found(capsys, *arguments)["train"]
     assert (dropped["num_overlong"], dropped["num_dropped_overlong"], dropped["num_documents"]) == (1, 1, 60)
+    assert dropped["num_with_stop"] == 60
+    cut = found(capsys, *arguments, "--set", "data.overlong=truncate")["train"]
+    assert (cut["num_documents"], cut["num_with_stop"]) == (61, 60)
     split = found(capsys, *arguments, "--set", "data.overlong=split")["train"]
     assert (split["num_overlong"], split["num_dropped_overlong"]) == (1, 0)
     assert split["num_documents"] > 61
@@ -215,6 +219,28 @@ def test_a_mistake_is_one_line(
     out, err = called(capsys, *arguments, exit_code=exit_code)
     assert (out, err.count("\n")) == ("", 1)
     assert message in err
+
+
+def test_one_long_row_of_a_small_held_out_part_is_no_error(
+    base: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run counts it only; one more in what is trained on is beyond 1 %, of 57 rows."""
+    lines = data.read_text().splitlines()
+    long = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x " * 100}]})
+    train, held_out = (numbers.tolist() for numbers in hold_out(60, 0.05, 0))
+    options = (str(data), "--model", str(base), "--set", "data.seq_len=64", "--set", "data.max_dropped_share=0.01")
+    lines[held_out[0]] = long
+    data.write_text("\n".join(lines))
+    assert found(capsys, *options)["train"]["num_dropped_overlong"] == 1
+    lines[train[0]] = long
+    data.write_text("\n".join(lines))
+    assert "1 of 57 rows" in found(capsys, *options, exit_code=4)["train"]["errors"][0]
+
+
+def test_a_path_with_brackets_is_shown_as_it_is(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_rows(tmp_path / "a[v2].jsonl", 60)
+    out, _ = called(capsys, str(path), "--model", str(base), "--show", "1")
+    assert "a[v2].jsonl:1" in out.replace("\n", "")
 
 
 def test_data_without_a_good_row_is_refused(base: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,3 +48,10 @@ def test_what_cannot_be_read_is_named(names: str | tuple[str, ...], found: str) 
         data_files(names, key="data.eval")
     assert str(caught.value).startswith(found)
     assert str(caught.value).endswith("Check data.eval.") or "twice" in found
+
+
+def test_a_file_is_known_by_what_it_is_not_by_its_name() -> None:
+    Path("link.jsonl").symlink_to("a.jsonl")
+    for other in ("link.jsonl", "./a.jsonl", str(Path("a.jsonl").absolute())):
+        with pytest.raises(DataError, match="found a file that is named twice"):
+            data_files(("a.jsonl", other), key="data.train")

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from qlora_trainer.config.data_files import HubDataset, check_revision, data_files
+from qlora_trainer.config.data_files import HubDataset, data_files, require_data
 from qlora_trainer.config.dataset_folder import DatasetFolder
+from qlora_trainer.config.schema import DataSection
 from qlora_trainer.errors import ConfigError, DataError
 
 STATE = {"_data_files": [{"filename": "data-00000-of-00002.arrow"}, {"filename": "data-00001-of-00002.arrow"}]}
@@ -189,7 +190,7 @@ def test_what_is_here_is_no_hub_id() -> None:
 
 
 def test_a_revision_needs_a_hub_id() -> None:
-    check_revision("v1", data_files(("train.jsonl", "owner/name"), key="data.train"))
-    check_revision(None, data_files("train.jsonl", key="data.train"))
+    require_data(DataSection(train=("train.jsonl", "owner/name"), revision="v1"))
+    require_data(DataSection(train="train.jsonl"))
     with pytest.raises(ConfigError, match=r"data\.revision: found v1 without a hub id"):
-        check_revision("v1", data_files(("train.jsonl", "plain"), key="data.train"))
+        require_data(DataSection(train=("train.jsonl", "plain"), revision="v1"))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,8 +17,12 @@ from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.named import iter_named
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.sources import source_hash
+from qlora_trainer.data.token_cache import Tokenizer, tokenize_named
 from qlora_trainer.errors import DataError
 from tests.data.saved_sets import cached, chats, fill_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -198,6 +204,17 @@ def test_another_commit_than_asked_is_refused(hub: Hub, monkeypatch: pytest.Monk
     assert f"found {NEW} in the cache of `datasets`; expected the commit {OLD}" in refusal(
         section("owner/name:train", revision="v1")
     )
+
+
+def test_a_branch_that_moves_while_it_is_read_is_read_as_it_was(
+    hub: Hub, chatml: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation tried: the commit is looked up for each use; the rows of one get the key of the other for good."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    answers = chain([NEW], repeat(OLD))
+    monkeypatch.setattr(hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha=next(answers)))
+    deque(tokenize_named(section("owner/name:train"), "train", Tokenizer(chatml, "a hash", "a base")))
+    assert {revision for *_, revision in hub.asked} == {NEW}
 
 
 @pytest.mark.usefixtures("offline")

@@ -229,6 +229,27 @@ def test_templates_that_know_no_tools_are_refused(name: str, make_tool_row: Call
         tokenize([make_tool_row("")], tokenizer_of(name))
 
 
+def test_a_call_whose_words_are_in_the_question_is_not_taken_for_rendered() -> None:
+    """ChatML passes over calls. Mutation tried: the function's name is looked for in the whole text."""
+    from qlora_trainer.data.messages import ToolCall
+
+    question = Message("user", "Please add 1 and 1, and tell me the result.")
+    call = Message("assistant", "", (ToolCall("add", "{}", "call00001"),))
+    row = row_of([])
+    with pytest.raises(DataError, match="leaves out the calls of message 1"):
+        tokenize([replace(row, messages=(question, call))], tokenizer_of("chatml"))
+    silent = deepcopy(tokenizer_of("chatml"))
+    silent.chat_template = (
+        "{% for m in messages %}{% if m.role != 'tool' %}"
+        "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    result = Message("tool", "the result", tool_call_id="call00001")
+    answered = (question, Message("assistant", "I add."), result, Message("assistant", "Two."))
+    with pytest.raises(DataError, match="leaves out the result of message 2"):
+        tokenize([replace(row, messages=answered)], silent)
+
+
 @pytest.fixture(scope="session")
 def make_tool_row() -> Callable[[str], Row]:
     from qlora_trainer.data.messages import ToolCall

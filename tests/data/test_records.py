@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qlora_trainer.data import json_text
 from qlora_trainer.data.json_text import iter_array
 from qlora_trainer.data.records import iter_records
-from qlora_trainer.data.rows import Row, collect, iter_files, read_rows
+from qlora_trainer.data.rows import BadRow, Row, collect, iter_files, read_rows
 from qlora_trainer.errors import DataError
 
 ROWS = [{"question": f"Hi {number}", "answer": "Hel\nlo, „you“"} for number in range(3)]
@@ -168,6 +168,19 @@ def test_bad_lines_of_csv_are_named(tmp_path: Path) -> None:
 def test_csv_that_cannot_be_read_is_refused(tmp_path: Path, text: bytes | str, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         read_rows(write(tmp_path / "a.csv", text))
+
+
+def test_a_line_of_csv_that_is_no_text_is_one_bad_row(tmp_path: Path) -> None:
+    """Mutation tried: the line stops the file, whatever `on_bad_row` says."""
+    path = write(tmp_path / "a.csv", b'question,answer\nHi,Hello\ncaf\xe9,x\nHo,"Hal\nl\xe9"\nBye,Bye\n')
+    found = list(iter_files([path], stop=False))
+    assert [item.messages[0].content for item in found if isinstance(item, Row)] == ["Hi", "Bye"]
+    assert [item.error.where for item in found if isinstance(item, BadRow)] == [f"{path}:3", f"{path}:5"]
+
+
+def test_the_row_numbers_that_pandas_writes_are_no_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ",question,answer\n0,Hi,Hello\n1,Ho,Hallo\n")
+    assert pairs(read_rows(path)) == [{"question": "Hi", "answer": "Hello"}, {"question": "Ho", "answer": "Hallo"}]
 
 
 def test_long_fields_of_csv_are_read(tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from qlora_trainer.data import json_text
 from qlora_trainer.data import rows as rows_module
-from qlora_trainer.data.rows import FileRead, Message, RowsRead, collect, iter_files, read_rows
+from qlora_trainer.data.rows import (
+    FileRead,
+    Message,
+    Reading,
+    Row,
+    RowsRead,
+    collect,
+    in_batches,
+    iter_files,
+    read_rows,
+)
 from qlora_trainer.errors import DataError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
@@ -192,3 +202,26 @@ def test_the_first_row_tells_the_form_of_its_file(tmp_path: Path) -> None:
     assert row.messages == (Message("user", "x"), Message("assistant", "Hi"))
     with pytest.raises(DataError, match=r"train\.jsonl:1: found a row with keys .*the form alpaca of this file"):
         collect(iter_files([path], row_format="alpaca"))
+
+
+def test_batches_end_with_the_file_or_when_they_are_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation tried: long rows are not counted, and 256 books are tokenised at once."""
+    monkeypatch.setattr(rows_module, "BATCH_ROWS", 3)
+    monkeypatch.setattr(rows_module, "BATCH_CHARACTERS", 100)
+    messages = (
+        Message("user", "u" * 20),
+        Message("assistant", "a" * 10),
+        Message("user", "u"),
+        Message("assistant", "a"),
+    )
+    lengths = [1, 1, 1, 1, 60, 60, 1]
+    read: list[Row | Reading | FileRead] = [
+        Row("a", number, number + 1, (), text="x" * length) for number, length in enumerate(lengths)
+    ]
+    conversation = Row("a", 7, 8, messages)
+    assert conversation.num_tokenized_characters == 32 + 20 + 31
+    end = FileRead("a", "text", 8, 0, ())
+    read = [*read[:2], Reading("a", 2, 0.5), *read[2:], conversation, end, Row("b", 8, 1, (), text="y"), end]
+    batches = [[row.index for row in item] for item in in_batches(read) if isinstance(item, list)]
+    assert batches == [[0, 1, 2], [3, 4, 5], [6, 7], [8]]
+    assert [item for item in in_batches(read) if not isinstance(item, list)] == [Reading("a", 2, 0.5), end, end]

@@ -15,7 +15,7 @@ from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data import token_cache
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.documents import Documents
-from qlora_trainer.data.rows import Reading
+from qlora_trainer.data.rows import BATCH_ROWS, Reading
 from qlora_trainer.data.token_cache import TokenizedFiles, Tokenizer, tokenize_named
 from qlora_trainer.errors import DataError, StorageError
 
@@ -75,7 +75,7 @@ def test_tokens_are_made_once_and_found_again(
     section = DataSection(train=str(data))
     seen, made = drained(tokenize_named(section, "train", tokenizer))
     assert sum(count_batches) == made.store.num_rows == 2500
-    assert max(count_batches) == token_cache.BATCH_ROWS
+    assert max(count_batches) == BATCH_ROWS
     assert [reading.num_rows for reading in seen] == [1000, 2000]
     assert 0 < seen[0].share <= seen[1].share <= 1
     count_batches.clear()
@@ -176,3 +176,51 @@ def test_a_disk_without_room_is_told(
     with pytest.raises(StorageError, match=r"tokens/.*found a folder that cannot be written \(No space left"):
         drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
     assert list(cache.iterdir()) == []
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(cache: Path, data: Path, tokenizer: Tokenizer) -> None:
+    """Mutation tried: no second look; the new content's tokens are found under the old content's key ever after."""
+    reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
+    next(reading)
+    with data.open("a") as file:
+        file.write("\n" + json.dumps({"prompt": "Late?", "completion": "Yes."}))
+    with pytest.raises(DataError, match=r"train\.jsonl: found content that changed while it was read"):
+        drained(reading)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_damaged_folder_that_another_process_mends_first_is_used(
+    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation tried: the folder is removed in place, and what the other process made with it."""
+    section = DataSection(train=str(data))
+    expected = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
+    [folder] = cache.iterdir()
+    whole = folder.with_name("whole")
+    shutil.copytree(folder, whole)
+    (folder / "rows.bin").write_bytes(b"")
+    looking = vars(token_cache)["defects"]
+
+    def mended_meanwhile(path: Path) -> list[str]:
+        reasons: list[str] = looking(path)
+        if whole.exists():
+            shutil.rmtree(folder)
+            whole.rename(folder)
+        return reasons
+
+    monkeypatch.setattr(token_cache, "defects", mended_meanwhile)
+    before = (folder.parent / "whole" / "rows.bin").stat().st_ino
+    assert tokens(drained(tokenize_named(section, "train", tokenizer))[1]) == expected
+    assert (folder / "rows.bin").stat().st_ino == before
+    assert [path.name for path in cache.iterdir()] == [folder.name]
+
+
+def test_data_that_goes_away_is_told(
+    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> str:
+        raise FileNotFoundError(2, "No such file or directory", str(data))
+
+    monkeypatch.setattr(token_cache, "source_hash", gone)
+    with pytest.raises(DataError, match=r"data\.train .*train\.jsonl: found a file that cannot be read \(No such file"):
+        drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))

@@ -218,7 +218,6 @@ def test_an_update_a_save_and_a_resume(bits: Literal[8, 32], dtype: torch.dtype,
 
     trace = trace_state(
         num_flat_elements(shapes),
-        largest_elements=max(num_flat_elements([shape]) for shape in shapes),
         bits=bits,
         adapter_dtype=dtype,
         device=CPU,
@@ -233,6 +232,4 @@ def test_an_update_a_save_and_a_resume(bits: Literal[8, 32], dtype: torch.dtype,
     assert {"gradient": sum(trace.gradient), "optimizer": sum(trace.optimizer)} == optimizer.num_bytes
     require_close(predicted["optimizer"], counted["optimizer"])
     require_close(predicted["resume"], counted["resume"])
-    if len(shapes) == 1:
-        require_close(predicted["save"], counted["save"])
-    assert predicted["save"] >= 0.999 * counted["save"]
+    assert max(predicted["save"], counted["save"]) <= 4096, "nothing is copied to be looked at"

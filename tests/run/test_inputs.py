@@ -7,11 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers.normalizers import Lowercase
 
+from qlora_trainer.data.split import hold_out
 from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.run import prepare
 from qlora_trainer.run.answer import answer
 from qlora_trainer.run.checkpoint.manifest import read_manifest
+from qlora_trainer.run.inputs import find_base, known_tokenizer
 from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped, StepDone
 from tests.data.saved_sets import save_splits
 from tests.run.tiny_run import CHATML, rows, run_to_end, run_until_step, tiny_config, write_base, write_rows
@@ -234,6 +237,17 @@ def test_what_is_too_long_is_handled_as_asked_and_told(
     assert (prepared.num_train_documents > 41) == (overlong == "split")
 
 
+def test_one_long_row_of_a_small_held_out_part_does_not_stop_a_run(tmp_path: Path, base: Path) -> None:
+    """Mutation tried: 5 % of what is held out, which is less than one row."""
+    lines = write_rows(tmp_path / "rows.jsonl", 60).read_text().splitlines()
+    options = ("data.eval_fraction=0.1", "data.seq_len=64", "training.max_steps=1")
+    number = hold_out(60, 0.1, 0)[1].tolist()[0]
+    lines[number] = json.dumps({"messages": LONG_MESSAGES})
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    (prepared,) = [r for r in run_to_end(tiny_config(tmp_path, base, *options)) if isinstance(r, Prepared)]
+    assert (prepared.num_train_documents, prepared.num_eval_documents) == (54, 5)
+
+
 def test_another_base_at_resume_is_refused(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(tmp_path, base)
     run_until_step(config, 3)
@@ -245,6 +259,22 @@ def test_another_base_at_resume_is_refused(tmp_path: Path, base: Path, capsys: p
     assert "found another base than this run began with (sha256: base " in complaint(capsys)
 
 
+@pytest.mark.parametrize("change", ["the normalizer", "the special token that ends a turn", "the template"])
+def test_a_tokenizer_is_known_by_what_it_does(tmp_path: Path, base: Path, change: str) -> None:
+    """Whatever file says so. Mutation tried: a list of file names, of which the changed one is none."""
+    found = find_base(tiny_config(tmp_path, base))
+    before = known_tokenizer(tiny_config(tmp_path, base), *found).content_hash
+    assert known_tokenizer(tiny_config(tmp_path, base), *find_base(tiny_config(tmp_path, base))).content_hash == before
+    tokenizer = found[1]
+    if change == "the normalizer":
+        tokenizer.backend_tokenizer.normalizer = Lowercase()
+    elif change == "the template":
+        tokenizer.chat_template = f"{tokenizer.chat_template} "
+    else:
+        tokenizer.eos_token = "<|im_start|>"
+    assert known_tokenizer(tiny_config(tmp_path, base), *found).content_hash != before
+
+
 def test_all_that_changed_is_named_at_resume_with_both_hashes(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,8 +283,8 @@ def test_all_that_changed_is_named_at_resume_with_both_hashes(
     config = tiny_config(tmp_path, base, f"data.eval={held_out}", "data.eval_fraction=0")
     run_until_step(config, 3)
     began_with = read_manifest(tmp_path / "run" / "checkpoints" / "last").fingerprints
-    settings = base / "tokenizer_config.json"
-    settings.write_text(settings.read_text().replace("{", '{"of_no_consequence": 1,', 1))
+    template = base / "chat_template.jinja"
+    template.write_text("{# changed #}" + template.read_text())
     for path in (tmp_path / "rows.jsonl", held_out):
         path.write_text(path.read_text().replace("What is 3 + 3", "What is 3+3"))
     assert train_command(config, "--resume", "auto") == 2

@@ -8,7 +8,6 @@ once the header is known to be sane (the library reads whatever length the first
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,9 @@ from torch import Tensor
 
 from qlora_trainer.errors import StorageError
 from qlora_trainer.model.safetensors_header import require_sane_header
+from qlora_trainer.step.state import first_non_finite
 
-_PIECE_ELEMENTS = 2**22  # what is looked at or written at once
+_PIECE_ELEMENTS = 2**22  # what is written at once
 
 _DTYPE_NAMES = {
     torch.float64: "F64",
@@ -95,20 +95,14 @@ def require_finite(where: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         StorageError: names the first tensor that is not finite.
     """
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            continue
-        flat = tensor.detach().reshape(-1)
-        for start in range(0, flat.numel(), _PIECE_ELEMENTS):
-            # NaN becomes both ends; `isfinite` would write a temporary for each element, at ten times the time.
-            ends = torch.aminmax(flat[start : start + _PIECE_ELEMENTS])
-            if not (math.isfinite(ends.min) and math.isfinite(ends.max)):
-                raise StorageError(
-                    where=str(where),
-                    found=f"NaN or an infinity in {name}",
-                    expected="finite numbers",
-                    fix="Not saved; the checkpoint before is intact. Resume from it with a lower learning rate.",
-                )
+    name = first_non_finite(tensors)
+    if name is not None:
+        raise StorageError(
+            where=str(where),
+            found=f"NaN or an infinity in {name}",
+            expected="finite numbers",
+            fix="Not saved; the checkpoint before is intact. Resume from it with a lower learning rate.",
+        )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
