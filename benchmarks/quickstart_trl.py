@@ -32,8 +32,10 @@ from qlora_trainer.model.base import Base, read_tokenizer, resolve_base
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.report.reading import watched
+from qlora_trainer.report.screen import stderr_console
 from qlora_trainer.run.answer import answer_all
-from qlora_trainer.run.inputs import read_inputs, unwatched
+from qlora_trainer.run.inputs import read_inputs
 from qlora_trainer.step.batch import make_micro_batch
 from qlora_trainer.step.train_step import evaluate
 
@@ -81,7 +83,7 @@ def _parts(run: Path) -> Parts:
     config = load_config(run / "config.yaml")
     base = resolve_base(config.model.base, config.model.revision)
     tokenizer = read_tokenizer(base.folder)
-    data = unwatched(read_inputs(config)).data
+    data = watched(read_inputs(config), stderr_console()).data
     cache = prepare_nf4_cache(base, double_quant=config.quantization.double_quant)
     return Parts(config, base, cache, tokenizer, data.train, data.evaluation)
 

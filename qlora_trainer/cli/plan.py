@@ -53,12 +53,15 @@ def plan(
     if gpu is not None or vram_bytes is not None:
         choose_gpu(gpu, vram_bytes)  # for its errors: what follows imports torch first
 
+    from qlora_trainer.report.reading import watched
+    from qlora_trainer.report.screen import stderr_console
     from qlora_trainer.run.plan_command import plan_on
     from qlora_trainer.run.planned import require_fit
 
     # A base that --model puts in place has other tokens: data counts with the config's own.
     with_data = model is None and _has_data(config)
-    made, documents = plan_on(config, gpu=gpu, vram_bytes=vram_bytes, ram_bytes=ram_bytes, with_data=with_data)
+    planning = plan_on(config, gpu=gpu, vram_bytes=vram_bytes, ram_bytes=ram_bytes, with_data=with_data)
+    made, documents = watched(planning, stderr_console(), what="planning the memory")
     if as_json:
         typer.echo(json.dumps(made.as_json(), indent=2))
     else:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from qlora_trainer.data.messages import Message
+from qlora_trainer.data.messages import Message, ToolCall
 from qlora_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,11 +64,31 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase, where: str) -> Non
 
 
 def control_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    """The texts by which the template marks turns and their ends: special tokens that it names, BOS and EOS."""
-    template = tokenizer.get_chat_template()
+    """The texts by which the template marks turns and their ends: special tokens that it writes, BOS and EOS.
+
+    It may name them, or put them together (`'<|' + role + '|>'`), which a conversation shows. Not all that are special:
+    SmolLM2 has `<filename>` among them, which is plain text in many a manual.
+    """
+    written = [tokenizer.get_chat_template(), *_probes(tokenizer)]
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    named = {text for text in special if text in template}
-    return tuple(sorted(named | ({tokenizer.bos_token, tokenizer.eos_token} - {None})))
+    used = {text for text in special if any(text in where for where in written)}
+    return tuple(sorted(used | ({tokenizer.bos_token, tokenizer.eos_token} - {None})))
+
+
+def _probes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Conversations of every role, as far as the template knows it."""
+    asked, answered = Message("user", "a"), Message("assistant", "b")
+    first = (Message("system", "c"), Message("developer", "d"), None)
+    conversations = [(message, asked, answered) if message else (asked, answered) for message in first]
+    conversations.append((asked, Message("assistant", "", (ToolCall("e", "{}", "call00001"),)), Message("tool", "f")))
+    texts = []
+    for messages in conversations:
+        for add_generation_prompt in (False, True):
+            try:
+                texts.append(render(messages, tokenizer, add_generation_prompt=add_generation_prompt))
+            except (TemplateError, TypeError, ValueError, LookupError):  # a role that it does not know
+                continue
+    return texts
 
 
 def render_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str = "") -> str:

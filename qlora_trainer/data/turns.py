@@ -211,8 +211,9 @@ def _open_end(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, t
 
 def _refuse_controls(row: Row, controls: Sequence[str]) -> None:
     for index, message in enumerate(row.messages):
-        calls = (text for call in message.tool_calls for text in (call.name, call.arguments))
-        texts = (message.content, message.reasoning, message.name, *calls, row.tools if index == 0 else "")
+        calls = (text for call in message.tool_calls for text in (call.name, call.arguments, call.call_id))
+        names = (message.name, message.tool_call_id)
+        texts = (message.content, message.reasoning, *names, *calls, row.tools if index == 0 else "")
         written = "\n".join(texts)
         for control in controls:
             if control in written:

@@ -14,12 +14,13 @@ from qlora_trainer.report.tables import reading_line
 T = TypeVar("T")
 
 
-def watched(reading: Generator[Reading, None, T], console: Console) -> T:
+def watched(reading: Generator[Reading, None, T], console: Console, *, what: str = "reading the data") -> T:
     """Drives `reading` to its end, shown on a terminal; a file or a pipe sees nothing of it.
 
     Args:
         reading: yields how far it is.
         console: over stderr where stdout is the result.
+        what: is being done before and beside the reading.
 
     Returns:
         What `reading` returns.
@@ -29,7 +30,7 @@ def watched(reading: Generator[Reading, None, T], console: Console) -> T:
     with Progress(
         bar, words, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("reading the data", total=1.0)
+        task = progress.add_task(what, total=1.0)
         while True:
             try:
                 item = next(reading)

@@ -91,16 +91,6 @@ def read_inputs(config: RunConfig) -> Generator[Reading, None, Inputs]:
     return (yield from read_documents(config, *find_base(config)))
 
 
-def unwatched(reading: Generator[Reading, None, Inputs]) -> Inputs:
-    """What it returns; nobody sees how far it is."""
-    while True:
-        try:
-            next(reading)
-        except StopIteration as end:
-            inputs: Inputs = end.value
-            return inputs
-
-
 def find_base(config: RunConfig) -> tuple[Base, PreTrainedTokenizerBase]:
     """The base without its weights, and its tokenizer.
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.planning.budget import Budget, cpu_budget, gpu_budget, machine_budget
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.dry_run import counted_documents
-from qlora_trainer.run.inputs import find_base, read_documents, unwatched
+from qlora_trainer.run.inputs import find_base, read_documents
 from qlora_trainer.run.planned import as_rows_allow, documents_of
 
 
 def plan_on(
     config: RunConfig, *, gpu: str | None, vram_bytes: int | None, ram_bytes: int | None, with_data: bool
-) -> tuple[Plan, str]:
-    """Plan `config` for a device, with its frontier.
+) -> Generator[Reading, None, tuple[Plan, str]]:
+    """Plan `config` for a device, with its frontier, while yielding how far the data is read.
 
     Args:
         config: what is asked for.
@@ -37,7 +40,7 @@ def plan_on(
         except ConfigError as error:  # a well-known name needs no files; what is no base at all is refused below
             reason = f"no tokenizer to count the tokens of {config.data.train}: {error.found}"
         else:
-            inputs = unwatched(read_documents(config, *found))
+            inputs = yield from read_documents(config, *found)
             documents = documents_of(inputs, config.training.global_batch_size)
             model_config = inputs.base.config
             config = as_rows_allow(config, inputs.base)

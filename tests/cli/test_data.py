@@ -15,6 +15,8 @@ from qlora_trainer.cli.app import main
 from qlora_trainer.config.load import load_config
 from qlora_trainer.data.split import hold_out
 from qlora_trainer.report.data_tables import data_report
+from qlora_trainer.report.reading import watched
+from qlora_trainer.report.screen import stderr_console
 from qlora_trainer.run.data_check import check_data
 from qlora_trainer.run.inputs import read_inputs
 from tests.run.tiny_run import CHATML, rows, write_base, write_rows
@@ -49,20 +51,13 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: str, exit_code: int = 
     return report
 
 
-def drained(reading: Any) -> Any:
-    while True:
-        try:
-            next(reading)
-        except StopIteration as end:
-            return end.value
-
-
 def test_good_data_is_counted_as_a_run_would_count_it(
     base: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = found(capsys, str(data), "--model", str(base), "--show", "2")
+    assert list((data.parent / "cache" / "qlora_trainer").iterdir()) == [], "a check leaves nothing behind"
     config = load_config(None, [f"model.base={base}", f"data.train={data}", "training.global_batch_size=1"])
-    inputs = drained(read_inputs(config))
+    inputs = watched(read_inputs(config), stderr_console())
     train = report["train"]
     assert (train["num_rows"], train["num_bad"], train["num_documents"], report["num_held_out"]) == (60, 0, 60, 3)
     assert (report["seq_len"], report["overlong"]) == (inputs.data.seq_len, "drop")
@@ -78,7 +73,6 @@ def test_good_data_is_counted_as_a_run_would_count_it(
     for end, count in train["histogram"]:
         below += count
         assert below == sum(length <= end for length in lengths)
-    assert not (data.parent / "cache" / "qlora_trainer" / "tokens").exists() or inputs, "a check leaves nothing behind"
 
 
 def test_samples_show_every_token_and_what_is_learned_of_it(
@@ -103,7 +97,7 @@ def test_on_a_terminal_what_is_learned_is_on_green(base: Path, data: Path) -> No
     config = load_config(None, [f"model.base={base}", f"data.train={data}"])
     console = Console(force_terminal=True, color_system="standard", width=100, record=True, no_color=False)
     with console.capture() as captured:
-        console.print(data_report(drained(check_data(config, num_samples=1)), has_colours=True))
+        console.print(data_report(watched(check_data(config, num_samples=1), stderr_console()), has_colours=True))
     text = captured.get()
     learned = "".join(re.findall(r"\x1b\[30;(?:42|102)m([^\x1b]*)\x1b", text))
     assert learned == "It is 0.<|im_end|>"

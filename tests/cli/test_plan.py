@@ -11,7 +11,9 @@ import pytest
 from qlora_trainer.cli.app import main
 from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.run.inputs import read_inputs, unwatched
+from qlora_trainer.report.reading import watched
+from qlora_trainer.report.screen import stderr_console
+from qlora_trainer.run.inputs import read_inputs
 from tests.model.tiny_bases import small_config
 from tests.run.tiny_run import write_base, write_rows
 
@@ -130,7 +132,7 @@ def test_a_config_is_planned_for_the_lengths_of_its_data(tmp_path: Path, capsys:
     out, err = called(capsys, "plan", str(config), "--vram", "8GiB")
     assert err == ""
     assert "38 documents, " in out
-    assert f"{unwatched(read_inputs(load_config(config))).data.seq_len} tokens at most (seq_len)" in out
+    assert f"{watched(read_inputs(load_config(config)), stderr_console()).data.seq_len} tokens at most (seq_len)" in out
     (base / "tokenizer.json").unlink()
     out, err = called(capsys, "plan", str(config), "--vram", "8GiB", "--set", "data.seq_len=200")
     reason = f"documents of 200 tokens each (no tokenizer to count the tokens of {rows}"

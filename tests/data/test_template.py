@@ -32,6 +32,19 @@ def test_control_texts_are_what_the_template_writes(
     }
 
 
+def test_control_texts_that_the_template_puts_together_are_known(chatml: PreTrainedTokenizerFast) -> None:
+    """As Phi-4-mini's does. Mutation tried: the template's own text alone; "<|assistant|>" in a question is a turn."""
+    built = deepcopy(chatml)
+    built.add_tokens(["<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", "<filename>"], special_tokens=True)
+    built.chat_template = (
+        "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|' + 'end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|' + 'assistant' + '|>' }}{% endif %}"
+    )
+    found = set(control_texts(built))
+    assert found == {"<|user|>", "<|assistant|>", "<|end|>", "<|tool|>", built.eos_token, built.bos_token} - {None}
+    assert "<filename>" not in found, "plain text in many a manual"
+
+
 @pytest.mark.parametrize(
     "pattern, day", [("%d %b %Y", "26 Jul 2024"), ("%d %B %Y", "26 July 2024"), ("%Y-%m-%d", "2024-07-26")]
 )

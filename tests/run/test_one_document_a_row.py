@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, StableLmConfig
 from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.base import resolve_base
+from qlora_trainer.report.reading import watched
+from qlora_trainer.report.screen import stderr_console
 from qlora_trainer.report.tables import prepared_table
 from qlora_trainer.run import prepare
 from qlora_trainer.run.plan_command import plan_on
@@ -72,7 +74,8 @@ def test_its_plan_is_one_of_padded_rows(tmp_path: Path, base: Path) -> None:
     config = tiny_config(tmp_path, base)
     padded = tiny_config(tmp_path, base, "data.packing=false")
     plans = [
-        plan_on(asked, gpu=None, vram_bytes=8 * 2**30, ram_bytes=None, with_data=True)[0] for asked in (config, padded)
+        watched(plan_on(asked, gpu=None, vram_bytes=8 * 2**30, ram_bytes=None, with_data=True), stderr_console())[0]
+        for asked in (config, padded)
     ]
     assert plans[0].predicted == plans[1].predicted
 
