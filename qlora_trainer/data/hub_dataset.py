@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from qlora_trainer.config.data_files import HubDataset
-from qlora_trainer.errors import DataError
+from qlora_trainer.errors import DataError, StorageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -107,6 +107,21 @@ def _require_commit(source: HubDataset, dataset: Dataset, commit: str | None) ->
 
 def _refuse(source: HubDataset, error: Exception) -> NoReturn:
     text = _reason(error)
+    cause = error.__cause__
+    if isinstance(cause, OSError) and cause.errno is not None:
+        raise StorageError(
+            where=str(source),
+            found=f"a data set that cannot be kept ({_reason(cause)})",
+            expected="room in the cache of `datasets`",
+            fix="Make room, or set HF_HOME to a folder on another disk.",
+        ) from error
+    if cause is not None and type(error).__name__ == "DatasetGenerationError":
+        raise DataError(
+            where=str(source),
+            found=f"rows that `datasets` cannot read ({_reason(cause)})",
+            expected="files whose rows all have one form",
+            fix="Download the files and name them in data.train: then each bad row is told, or passed over.",
+        ) from error
     if isinstance(error, RuntimeError) and "script" in text:
         raise DataError(
             where=str(source),
@@ -130,6 +145,6 @@ def _http_error() -> type[Exception]:
     return error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split()) or repr(error)
     return text if len(text) <= _MAX_REASON_CHARS else f"{text[: _MAX_REASON_CHARS - 1]}…"

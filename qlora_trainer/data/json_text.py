@@ -163,6 +163,8 @@ class _ArrayText:
                 if self._is_whole or not is_number_open:
                     self._at = end
                     return value
+                if len(self._text) - self._at > MAX_LINE_BYTES:
+                    raise self.broken(f"a value that goes on after {shown(value)}", end - self._at)
             self._read_more()
 
     def broken(self, found: str, offset: int) -> DataError:

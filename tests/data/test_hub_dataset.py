@@ -18,7 +18,7 @@ from qlora_trainer.data.named import iter_named
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.sources import source_hash
 from qlora_trainer.data.token_cache import Tokenizer, tokenize_named
-from qlora_trainer.errors import DataError
+from qlora_trainer.errors import DataError, StorageError
 from tests.data.saved_sets import cached, chats, fill_cache
 
 if TYPE_CHECKING:
@@ -187,6 +187,25 @@ def test_errors_of_its_own_are_told_too(hub: Hub) -> None:
     for error in (DatasetGenerationError("broken Parquet"), httpx.ReadTimeout("timed out")):
         hub.raises = error
         assert str(error) in refusal(section("owner/name:train"))
+
+
+def raised_from(cause: Exception) -> Exception:
+    from datasets.exceptions import DatasetGenerationError
+
+    error: Exception = DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = cause
+    return error
+
+
+def test_a_bad_row_is_not_blamed_on_the_network(hub: Hub) -> None:
+    """The library's loader fails a whole file, and says why in the cause alone."""
+    hub.raises = raised_from(ValueError("JSON parse error: Invalid value. in row 7"))
+    told = refusal(section("owner/name:train"))
+    assert "found rows that `datasets` cannot read (JSON parse error: Invalid value. in row 7)" in told
+    assert "network" not in told
+    hub.raises = raised_from(OSError(28, "No space left on device"))
+    with pytest.raises(StorageError, match=r"found a data set that cannot be kept .*No space left"):
+        asked(section("owner/name:train"))
 
 
 def test_unknown_names_and_revisions_are_told(hub: Hub) -> None:

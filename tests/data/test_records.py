@@ -170,6 +170,17 @@ def test_csv_that_cannot_be_read_is_refused(tmp_path: Path, text: bytes | str, r
         read_rows(write(tmp_path / "a.csv", text))
 
 
+def test_a_number_that_never_ends_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation tried: the cap is only looked at where JSON is broken; a file of gigabytes is held in memory."""
+    monkeypatch.setattr(json_text, "MAX_LINE_BYTES", 2**12)
+    monkeypatch.setattr(json_text, "_FIRST_CHUNK_BYTES", 2**10)
+    path = write(tmp_path / "a.json", "[1x" + " " * 2**16 + "]")
+    with path.open("rb") as file:
+        with pytest.raises(DataError, match="a value that goes on after 1"):
+            list(iter_array(file, "a.json"))
+        assert file.tell() <= 2**14
+
+
 def test_a_line_of_csv_that_is_no_text_is_one_bad_row(tmp_path: Path) -> None:
     """Mutation tried: the line stops the file, whatever `on_bad_row` says."""
     path = write(tmp_path / "a.csv", b'question,answer\nHi,Hello\ncaf\xe9,x\nHo,"Hal\nl\xe9"\nBye,Bye\n')
