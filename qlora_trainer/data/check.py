@@ -17,7 +17,7 @@ from qlora_trainer.data.chat import RowTokenizer, TokenizedRow
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_named
 from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
-from qlora_trainer.data.token_cache import Tokenizer, writing_told
+from qlora_trainer.data.token_cache import KnownTokenizer, writing_told
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import cache_folder
 
@@ -64,7 +64,7 @@ class Checked:
 
 
 def check_named(
-    section: DataSection, key: Literal["train", "eval"], tokenizer: Tokenizer
+    section: DataSection, key: Literal["train", "eval"], tokenizer: KnownTokenizer
 ) -> Generator[Reading, None, Checked]:
     """Reads and tokenises every row under `key`, while it yields how far it is.
 

@@ -106,6 +106,8 @@ def _require_commit(source: HubDataset, dataset: Dataset, commit: str | None) ->
 
 
 def _refuse(source: HubDataset, error: Exception) -> NoReturn:
+    from datasets.exceptions import DatasetGenerationError
+
     text = _reason(error)
     cause = error.__cause__
     if isinstance(cause, OSError) and cause.errno is not None:
@@ -115,7 +117,7 @@ def _refuse(source: HubDataset, error: Exception) -> NoReturn:
             expected="room in the cache of `datasets`",
             fix="Make room, or set HF_HOME to a folder on another disk.",
         ) from error
-    if cause is not None and type(error).__name__ == "DatasetGenerationError":
+    if cause is not None and isinstance(error, DatasetGenerationError):
         raise DataError(
             where=str(source),
             found=f"rows that `datasets` cannot read ({_reason(cause)})",

@@ -50,15 +50,15 @@ def iter_sources(sources: Sequence[DataSource], section: DataSection) -> Iterato
     yield from iter_files(sources, row_format=section.format, columns=section.columns or (), stop=stop)
 
 
-def rows_named(section: DataSection, key: Literal["train", "eval"], numbers: Collection[int]) -> list[Row]:
-    """The rows of these numbers, in order; the files are read up to the last of them.
+def rows_of(sources: Sequence[DataSource], section: DataSection, numbers: Collection[int]) -> list[Row]:
+    """The rows of these numbers, in order; the sources are read up to the last of them.
 
     Raises:
-        DataError: see `iter_named`.
+        DataError: see `iter_sources`.
     """
     wanted = set(numbers)
     rows: list[Row] = []
-    for item in iter_named(section, key) if wanted else ():
+    for item in iter_sources(sources, section) if wanted else ():
         if isinstance(item, Row) and item.index in wanted:
             rows.append(item)
             if len(rows) == len(wanted):

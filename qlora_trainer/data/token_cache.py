@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Tokenizer:
-    """A tokenizer, and what the cache must know of it.
+class KnownTokenizer:
+    """A tokenizer, and what is known of it.
 
     Attributes:
         tokenizer: fast.
-        content_hash: over its files, and the template where the config has its own.
+        content_hash: over all that decides what a text becomes, its template included.
         where: the file or base that the chat template is from, for errors.
     """
 
@@ -50,14 +50,21 @@ class Tokenizer:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedFiles:
-    """All rows of some files, tokenised, and the SHA-256 of the files by what they are."""
+    """All rows of some files, tokenised.
+
+    Attributes:
+        store: the tokens.
+        sources: what was read; a hub id at the commit that it was at.
+        content_hash: SHA-256 of the sources by what they are.
+    """
 
     store: DocumentStore
+    sources: tuple[DataSource, ...]
     content_hash: str
 
 
 def tokenize_named(
-    section: DataSection, key: Literal["train", "eval"], tokenizer: Tokenizer
+    section: DataSection, key: Literal["train", "eval"], tokenizer: KnownTokenizer
 ) -> Generator[Reading, None, TokenizedFiles]:
     """Finds the files' tokens, or makes them while it yields how far it is.
 
@@ -71,7 +78,7 @@ def tokenize_named(
         ConfigError: there are conversations, and no chat template that works.
         StorageError: the cache cannot be written.
     """
-    sources = [pinned(source) for source in sources_named(section, key)]
+    sources = tuple(pinned(source) for source in sources_named(section, key))
     hashes = _hashes(sources, key)
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
     with writing_told(folder):
@@ -87,7 +94,7 @@ def tokenize_named(
                         expected="data that stays as it is until it is tokenised",
                         fix="Start again when whatever writes it is done.",
                     )
-        return TokenizedFiles(DocumentStore(folder), _joined(list(hashes.values())))
+        return TokenizedFiles(DocumentStore(folder), sources, _joined(list(hashes.values())))
 
 
 @contextmanager
@@ -133,7 +140,7 @@ def _set_aside(folder: Path) -> None:
 
 
 def _write(
-    folder: Path, sources: Sequence[DataSource], section: DataSection, tokenizer: Tokenizer
+    folder: Path, sources: Sequence[DataSource], section: DataSection, tokenizer: KnownTokenizer
 ) -> Generator[Reading]:
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     files: list[FileRead] = []
@@ -149,7 +156,7 @@ def _write(
         writer.write_files(tuple(files))
 
 
-def _key(section: DataSection, hashes: dict[str, str], tokenizer: Tokenizer) -> str:
+def _key(section: DataSection, hashes: dict[str, str], tokenizer: KnownTokenizer) -> str:
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         code.update(path.read_bytes())

@@ -14,7 +14,7 @@ from qlora_trainer.data.check import Checked, Problem, check_named
 from qlora_trainer.data.named import num_bad_rows
 from qlora_trainer.data.rows import FileRead, Reading
 from qlora_trainer.data.samples import Sample, make_sample
-from qlora_trainer.data.token_cache import Tokenizer
+from qlora_trainer.data.token_cache import KnownTokenizer
 from qlora_trainer.data.tokenized import TokenizedData, fit_documents, length_percentiles, require_most_rows, select
 from qlora_trainer.errors import DataError
 from qlora_trainer.run.inputs import decide_seq_len, find_base, known_tokenizer, spread, train_and_held_out
@@ -143,7 +143,7 @@ def require_good(report: DataReport) -> None:
 def _report(
     config: RunConfig,
     checked: Checked,
-    tokenizer: Tokenizer,
+    tokenizer: KnownTokenizer,
     *,
     seq_len: int,
     judged_rows_N: NDArray[np.int32],
@@ -212,18 +212,16 @@ def _errors(
 
 
 def _histogram(lengths_N: NDArray[np.int32]) -> tuple[tuple[int, int], ...]:
-    """In at most `NUM_BINS` bins of one width: a power of two, or five quarters to seven quarters of one."""
+    """In at most `NUM_BINS` bins of one width, a number with few binary digits."""
     longest = int(lengths_N.max(initial=1))
-    exponent = max((longest - 1).bit_length() - 5, 0)
-    width = next(
-        quarters << exponent for quarters in (1, 2, 3, 4, 5, 6, 7, 8) if NUM_BINS * (quarters << exponent) >= longest
-    )
-    ends = range(width, longest + width, width)
-    counts = np.bincount((lengths_N - 1) // width, minlength=len(ends)) if lengths_N.size else np.zeros(len(ends), int)
-    return tuple((end, int(count)) for end, count in zip(ends, counts, strict=True))
+    unit = 2 ** max(longest.bit_length() - 5, 0)
+    width = -(-longest // (NUM_BINS * unit)) * unit
+    num_bins = -(-longest // width)
+    counts_N = np.bincount((lengths_N - 1) // width, minlength=num_bins)
+    return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts_N))
 
 
-def _samples(data: TokenizedData, tokenizer: Tokenizer, count: int) -> tuple[Sample, ...]:
+def _samples(data: TokenizedData, tokenizer: KnownTokenizer, count: int) -> tuple[Sample, ...]:
     documents = data.documents
     positions = spread(np.arange(len(documents), dtype=np.int32), count)
     return tuple(

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.document_store import DocumentStore
-from qlora_trainer.data.named import forms_told, num_bad_rows, rows_named
+from qlora_trainer.data.named import forms_told, num_bad_rows, rows_of
 from qlora_trainer.data.rows import FileRead, Reading, Row
 from qlora_trainer.data.split import hold_out
 from qlora_trainer.data.template import require_fast
-from qlora_trainer.data.token_cache import Tokenizer, tokenize_named
+from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
 from qlora_trainer.data.tokenized import (
     TokenizedData,
     changes_told,
@@ -115,7 +115,7 @@ def read_documents(
     return Inputs(base, tokenizer, known.content_hash, data)
 
 
-def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenizerBase) -> KnownTokenizer:
     """The base's tokenizer; it gets the config's chat template, if it has one.
 
     Raises:
@@ -125,10 +125,10 @@ def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenize
         tokenizer.chat_template = read_chat_template(config.data.chat_template)
     require_fast(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
-    return Tokenizer(tokenizer, _tokenizer_hash(tokenizer), where=config.data.chat_template or str(base.folder))
+    return KnownTokenizer(tokenizer, _tokenizer_hash(tokenizer), where=config.data.chat_template or str(base.folder))
 
 
-def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator[Reading, None, Data]:
+def _read_data(config: RunConfig, base: Base, tokenizer: KnownTokenizer) -> Generator[Reading, None, Data]:
     section = config.data
     bos_token_id = tokenizer.tokenizer.bos_token_id
     train = yield from tokenize_named(section, "train", tokenizer)
@@ -148,7 +148,7 @@ def _read_data(config: RunConfig, base: Base, tokenizer: Tokenizer) -> Generator
     seq_len = decide_seq_len(config, base, train_data)
     askable_rows_N = eval_rows_N[held_out.store.is_askable_N[eval_rows_N]]
     asked = spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
-    asked_rows = rows_named(section, "train" if section.eval is None else "eval", asked)
+    asked_rows = rows_of(held_out.sources, section, asked)
     # A part that is held out may be a dozen rows, of which one is more than the share: there it is counted only.
     eval_share = 1.0 if section.eval is None else section.max_dropped_share
     fitted, fitted_eval = (

@@ -17,6 +17,7 @@ from qlora_trainer.planning.make_plan import Documents, make_plan
 from qlora_trainer.planning.plan import Plan, PlanKnobs
 from qlora_trainer.run.inputs import Inputs
 from qlora_trainer.run.knobs import Knobs, MachineKnobs, with_values
+from qlora_trainer.run.session import packs
 
 
 def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
@@ -55,7 +56,7 @@ def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
 
 def as_rows_allow(config: RunConfig, base: Base) -> RunConfig:
     """Without packing where documents of this base must not share a row."""
-    return config if base.can_pack else with_values(config, {"data.packing": False})
+    return with_values(config, {"data.packing": packs(config, base)})
 
 
 def require_fit(plan: Plan, config: RunConfig) -> Plan:

@@ -43,7 +43,7 @@ from qlora_trainer.run.planned import budget_of, halved_or_refused, plan_run, re
 from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, version_notes, with_best
-from qlora_trainer.run.session import Session
+from qlora_trainer.run.session import Session, packs
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
 
@@ -114,8 +114,7 @@ def prepare(
         model.resident_limit.limit_bytes = knobs.predicted_peak_bytes - UNASKED_BYTES
     _require_disk_space(folder, model, optimizer)
     yield Preparing(what="rehearsing the largest step")
-    packs = config.data.packing and base.can_pack
-    knobs = yield from _rehearse(config, model, optimizer, lora, knobs, packs=packs)
+    knobs = yield from _rehearse(config, model, optimizer, lora, knobs, packing=packs(config, base))
     if loaded is not None:
         restore(load_checkpoint(loaded.path), optimizer)
     if resume is not None:
@@ -242,7 +241,7 @@ def _rehearse(
     lora: LoraSettings,
     knobs: Knobs,
     *,
-    packs: bool,
+    packing: bool,
 ) -> Generator[PlanRevised, None, Knobs]:
     """Halve the micro-batch until the rehearsal fits.
 
@@ -256,7 +255,7 @@ def _rehearse(
                 optimizer,
                 lora,
                 knobs.plan,
-                packing=packs,
+                packing=packing,
                 max_grad_norm=config.training.max_grad_norm,
                 seed=config.training.seed,
             )

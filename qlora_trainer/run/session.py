@@ -105,4 +105,9 @@ class Session:
     @property
     def packs(self) -> bool:
         """Whether documents share rows."""
-        return self.config.data.packing and self.base.can_pack
+        return packs(self.config, self.base)
+
+
+def packs(config: RunConfig, base: Base) -> bool:
+    """Whether documents share rows: asked for, and of a base that keeps them apart."""
+    return config.data.packing and base.can_pack

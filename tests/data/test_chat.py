@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_trainer.data.chat import prompt_ids
+from qlora_trainer.data.chat import RowTokenizer, prompt_ids
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.tokenized import TokenizedData, require_most_rows
 from qlora_trainer.errors import DataError
@@ -190,6 +190,17 @@ def test_rows_whose_answers_the_template_leaves_out_are_counted(
         DataError, match=r"train\.jsonl: found 1 of 20 rows .*1 without a token to learn\); expected at"
     ):
         require_most_rows(data, 0.04)
+
+
+def test_batches_do_not_show(chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
+    rows = [make_row(("user", "Hi" * index), ("assistant", "Hello"), index=index) for index in range(7)]
+    tokenizer = RowTokenizer(chatml)
+    whole = tokenizer(rows)
+    pieces = [row for first in range(0, 7, 3) for row in tokenizer(rows[first : first + 3])]
+    assert [row.document.index for row in pieces] == list(range(7))
+    assert [row.document.input_ids_T.tolist() for row in pieces] == [row.document.input_ids_T.tolist() for row in whole]
+    assert [row.document.labels_T.tolist() for row in pieces] == [row.document.labels_T.tolist() for row in whole]
+    assert tokenizer([]) == []
 
 
 def test_the_shipped_base_tokenizes_exactly(smollm2: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:

@@ -17,7 +17,7 @@ from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.named import iter_named
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.sources import source_hash
-from qlora_trainer.data.token_cache import Tokenizer, tokenize_named
+from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
 from qlora_trainer.errors import DataError, StorageError
 from tests.data.saved_sets import cached, chats, fill_cache
 
@@ -232,7 +232,7 @@ def test_a_branch_that_moves_while_it_is_read_is_read_as_it_was(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     answers = chain([NEW], repeat(OLD))
     monkeypatch.setattr(hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha=next(answers)))
-    deque(tokenize_named(section("owner/name:train"), "train", Tokenizer(chatml, "a hash", "a base")))
+    deque(tokenize_named(section("owner/name:train"), "train", KnownTokenizer(chatml, "a hash", "a base")))
     assert {revision for *_, revision in hub.asked} == {NEW}
 
 

@@ -16,7 +16,7 @@ from qlora_trainer.data import token_cache
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.documents import Documents
 from qlora_trainer.data.rows import BATCH_ROWS, Reading
-from qlora_trainer.data.token_cache import TokenizedFiles, Tokenizer, tokenize_named
+from qlora_trainer.data.token_cache import KnownTokenizer, TokenizedFiles, tokenize_named
 from qlora_trainer.errors import DataError, StorageError
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tokenizer(chatml: PreTrainedTokenizerFast) -> Tokenizer:
-    return Tokenizer(chatml, "hash of its files", "the base")
+def tokenizer(chatml: PreTrainedTokenizerFast) -> KnownTokenizer:
+    return KnownTokenizer(chatml, "hash of its files", "the base")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def tokens(files: TokenizedFiles) -> list[list[int]]:
 
 
 def test_tokens_are_made_once_and_found_again(
-    cache: Path, data: Path, tokenizer: Tokenizer, count_batches: list[int]
+    cache: Path, data: Path, tokenizer: KnownTokenizer, count_batches: list[int]
 ) -> None:
     section = DataSection(train=str(data))
     seen, made = drained(tokenize_named(section, "train", tokenizer))
@@ -89,7 +89,7 @@ def test_tokens_are_made_once_and_found_again(
 
 
 def test_anything_that_changes_what_is_learned_makes_other_tokens(
-    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutations tried, each of which fails here: any one part left out of the key."""
 
@@ -125,7 +125,9 @@ def test_anything_that_changes_what_is_learned_makes_other_tokens(
 
 @pytest.mark.parametrize("name", ["tokens.bin", "learned.bin", "rows.bin", "files.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
-def test_a_damaged_cache_is_made_again(cache: Path, data: Path, tokenizer: Tokenizer, name: str, damage: str) -> None:
+def test_a_damaged_cache_is_made_again(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, name: str, damage: str
+) -> None:
     section = DataSection(train=str(data))
     made = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
     [folder] = cache.iterdir()
@@ -138,7 +140,7 @@ def test_a_damaged_cache_is_made_again(cache: Path, data: Path, tokenizer: Token
     assert (folder / name).read_bytes() == raw
 
 
-def test_two_that_make_the_same_do_not_disturb_each_other(cache: Path, data: Path, tokenizer: Tokenizer) -> None:
+def test_two_that_make_the_same_do_not_disturb_each_other(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
     section = DataSection(train=str(data))
     made: list[list[list[int]]] = []
     first = tokenize_named(section, "train", tokenizer)
@@ -154,7 +156,7 @@ def test_two_that_make_the_same_do_not_disturb_each_other(cache: Path, data: Pat
     assert not folder.name.startswith(".")
 
 
-def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: Tokenizer) -> None:
+def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
     data.write_text(data.read_text() + "\nbroken")
     with pytest.raises(DataError, match=r"train\.jsonl:2501: found broken JSON"):
         drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
@@ -167,7 +169,7 @@ def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, token
 
 
 def test_a_disk_without_room_is_told(
-    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -178,7 +180,7 @@ def test_a_disk_without_room_is_told(
     assert list(cache.iterdir()) == []
 
 
-def test_a_file_that_changes_while_it_is_read_is_refused(cache: Path, data: Path, tokenizer: Tokenizer) -> None:
+def test_a_file_that_changes_while_it_is_read_is_refused(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
     """Mutation tried: no second look; the new content's tokens are found under the old content's key ever after."""
     reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
     next(reading)
@@ -190,7 +192,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(cache: Path, data: Path
 
 
 def test_a_damaged_folder_that_another_process_mends_first_is_used(
-    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutation tried: the folder is removed in place, and what the other process made with it."""
     section = DataSection(train=str(data))
@@ -216,7 +218,7 @@ def test_a_damaged_folder_that_another_process_mends_first_is_used(
 
 
 def test_data_that_goes_away_is_told(
-    cache: Path, data: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gone(*_: object) -> str:
         raise FileNotFoundError(2, "No such file or directory", str(data))

@@ -30,10 +30,8 @@ DOCUMENTS = tiny_documents(40, 23)
 @pytest.mark.parametrize(
     "name,dtype",
     [
-        ("llama", torch.float32),  # untied
-        ("llama-tied", torch.bfloat16),
-        ("qwen2", torch.bfloat16),
-        ("gemma2", torch.bfloat16),
+        *((name, torch.bfloat16) for name in CONFIGS),
+        ("llama", torch.float32),
         ("phi3", torch.float16),
     ],
 )
@@ -58,6 +56,9 @@ def test_transformers_loads_it(name: str, dtype: torch.dtype, double_quant: bool
         their_logits_TV = peft_oracle.logits(theirs, DOCUMENTS)
     our_logits_TV = packed_logits(model, DOCUMENTS)
     assert relative_error(our_logits_TV, their_logits_TV) <= 2e-2  # they compute in bf16
+    if dtype != torch.float16:  # rounded to bf16 in the cache, this one's largest difference is 2.0e-2 to 2.2e-2
+        largest = (our_logits_TV - their_logits_TV).abs().max() / their_logits_TV.abs().max()
+        assert largest <= 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -19,7 +19,7 @@ from qlora_trainer.report.tables import prepared_table
 from qlora_trainer.run import prepare
 from qlora_trainer.run.plan_command import plan_on
 from qlora_trainer.run.records import Prepared, Record, StepDone
-from tests.run.tiny_run import run_to_end, tiny_config, write_base
+from tests.run.tiny_run import SIZES, run_to_end, tiny_config, write_base
 
 # Before any test runs: autograd's engine counts the devices once, at the first backward of the process.
 python_accelerator()
@@ -28,18 +28,7 @@ python_accelerator()
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_base(tmp_path_factory.mktemp("stablelm"))
-    config = StableLmConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=1,
-    )
+    config = StableLmConfig(**SIZES, vocab_size=320)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)

@@ -141,7 +141,7 @@ def test_an_update_that_fails_at_any_operation_is_told(session: Session, monkeyp
 
 def rehearsed(session: Session) -> Generator[PlanRevised, None, Knobs]:
     return prepare._rehearse(
-        session.config, session.model, session.optimizer, session.lora, session.knobs, packs=session.packs
+        session.config, session.model, session.optimizer, session.lora, session.knobs, packing=session.packs
     )
 
 
@@ -149,9 +149,7 @@ def test_a_rehearsal_survives_it_at_every_kth_operation(session: Session, monkey
     """Mutation tried: without the `finally` in `rehearse` the optimizer keeps what was rehearsed."""
     working = rehearse
     with OutOfMemoryAt(-1) as counting:
-        follow(
-            prepare._rehearse(session.config, session.model, session.optimizer, session.lora, session.knobs, packs=True)
-        )
+        follow(rehearsed(session))
     fresh = state_of(session)
     for k in spread(counting.num_operations, 8):
         out_of_memory = OutOfMemoryAt(k)
@@ -161,10 +159,7 @@ def test_a_rehearsal_survives_it_at_every_kth_operation(session: Session, monkey
                 working(*args, **kwargs)
 
         monkeypatch.setattr(prepare, "rehearse", failing)
-        steps = prepare._rehearse(
-            session.config, session.model, session.optimizer, session.lora, session.knobs, packs=True
-        )
-        (revised,) = follow(steps)
+        (revised,) = follow(rehearsed(session))
         assert (revised.step, revised.phase, revised.micro_batch_tokens) == (0, "rehearsal", 256)
         for name, tensor in state_of(session).items():
             assert torch.equal(tensor, fresh[name])
