@@ -34,8 +34,9 @@ def data_report(report: DataReport, *, has_colours: bool) -> RenderableType:
     """
     blocks: list[RenderableType] = []
     for number, sample in enumerate(report.samples, start=1):
-        title = Text(f"sample {number}: {sample.where}")  # a path may hold brackets, which markup would obey
-        blocks += [Rule(title, align="left", style="dim"), _sample(sample, has_colours)]
+        # Not the title of the rule, which would cut the line number off a long path; no markup: paths hold brackets.
+        title = Text(f"sample {number}: {sample.where}", style="bold")
+        blocks += [Rule(style="dim"), title, _sample(sample, has_colours)]
     if report.samples:
         what = "on green" if has_colours else f"between {' and '.join(_LEARNED_MARKS)}"
         blocks.append(Text(f"{what}: learned, token by token; the rest is read only\n", style="dim"))

@@ -232,7 +232,8 @@ def test_one_long_row_of_a_small_held_out_part_is_no_error(
 
 
 def test_a_path_with_brackets_is_shown_as_it_is(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write_rows(tmp_path / "a[v2].jsonl", 60)
+    """Mutation tried: as the title of the rule, which cuts a path that is longer than the line."""
+    path = write_rows(tmp_path / f"{'a' * 100}[v2].jsonl", 60)
     out, _ = called(capsys, str(path), "--model", str(base), "--show", "1")
     assert "a[v2].jsonl:1" in out.replace("\n", "")
 
