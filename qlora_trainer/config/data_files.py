@@ -35,6 +35,7 @@ class HubDataset:
         subset: its configuration, as the hub's viewer names it; None takes the only or default one.
         split: as `datasets.load_dataset` reads it, such as train or train[:1000]; None takes the only one.
         revision: branch, tag or commit; None takes the default branch.
+        is_streamed: read from the network as it comes, in place of being downloaded first.
     """
 
     name: str
@@ -42,6 +43,7 @@ class HubDataset:
     subset: str | None = None
     split: str | None = None
     revision: str | None = None
+    is_streamed: bool = False
 
     def __str__(self) -> str:
         return self.name

@@ -214,6 +214,16 @@ class DataSection(Section):
     on_bad_row: Literal["stop", "skip"] = Field(
         "stop", description="A line that is no conversation: stop at the first, or skip, count and list them."
     )
+    streaming: bool = Field(
+        False,
+        description="Read train while it is trained on, a hub id from the network, in place of tokenising all of it "
+        "first; needs training.max_steps, and data.eval or eval_fraction: 0.",
+    )
+    stream_rows: int = Field(
+        10_000,
+        ge=1,
+        description="Rows that are read and shuffled at a time when streaming is true; up to 255 more.",
+    )
     packing: bool = Field(True, description="Lay whole documents end to end without padding, isolated from each other.")
 
 
@@ -303,6 +313,15 @@ class RunConfig(Section):
         tokens, seq_len = self.memory.micro_batch_tokens, self.data.seq_len
         if tokens != "auto" and seq_len != "auto" and tokens < seq_len:
             raise _disagreement("memory.micro_batch_tokens", tokens, f"at least data.seq_len = {seq_len}")
+        if self.data.streaming and self.training.max_steps is None:
+            expected = "a number of steps, since data.streaming knows no end of the data"
+            raise _disagreement("training.max_steps", None, expected)
+        if self.data.streaming and self.data.stream_rows < self.training.global_batch_size:
+            expected = f"at least training.global_batch_size = {self.training.global_batch_size}"
+            raise _disagreement("data.stream_rows", self.data.stream_rows, expected)
+        if self.data.streaming and self.data.eval is None and self.data.eval_fraction > 0:
+            expected = "0, or a data.eval: nothing can be held out of a stream (data.streaming)"
+            raise _disagreement("data.eval_fraction", self.data.eval_fraction, expected)
         patience = self.training.early_stopping_patience
         if patience is not None and self.data.eval is None and self.data.eval_fraction == 0:
             raise _disagreement(

@@ -12,34 +12,51 @@ no image, sound or document.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_trainer.config.data_files import HubDataset
 from qlora_trainer.config.dataset_folder import DatasetFolder
 from qlora_trainer.data.arrow_rows import iter_rows
-from qlora_trainer.data.hub_dataset import load_hub_dataset
+from qlora_trainer.data.hub_dataset import iter_hub_stream, load_hub_dataset
 from qlora_trainer.data.records import ARROW_BATCH_ROWS, Record
 from qlora_trainer.errors import DataError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 
-def iter_dataset(source: DatasetFolder | HubDataset) -> Iterator[Record]:
+def iter_dataset(source: DatasetFolder | HubDataset, *, after: int = 0) -> Iterator[Record]:
     """Reads the rows in the order that the library gives them, a batch at a time.
+
+    Args:
+        source: a folder, or a data set of the hub, which is downloaded whole first unless it is streamed.
+        after: so many rows are passed over; of a streamed data set they are read from the network again.
 
     Raises:
         DataError: the folder cannot be read, or the hub gives nothing of that name.
     """
+    if isinstance(source, HubDataset) and source.is_streamed:
+        yield from _rows(iter_hub_stream(source, after=after), str(source), after)
+        return
     dataset = _load_folder(source) if isinstance(source, DatasetFolder) else load_hub_dataset(source)[0]
-    number = 0
+    if after >= len(dataset):  # of which the library can skip no more
+        return
+    tables = dataset.with_format("arrow").skip(after).iter(batch_size=ARROW_BATCH_ROWS)
+    for record in _rows(tables, str(source), after):
+        yield replace(record, share=record.number / len(dataset))
+
+
+def _rows(tables: Iterator[pa.Table], name: str, after: int) -> Iterator[Record]:
+    number = after
     try:
-        for table in dataset.with_format("arrow").iter(batch_size=ARROW_BATCH_ROWS):
-            for fields in iter_rows(table, name=str(source), first=number + 1):
+        for table in tables:
+            for fields in iter_rows(table, name=name, first=number + 1):
                 number += 1
-                yield Record(number, fields, share=number / len(dataset))
+                yield Record(number, fields)
     except _library_errors() as error:
-        raise _broken(f"{source}:row {number + 1}", error) from error
+        raise _broken(f"{name}:row {number + 1}", error) from error
 
 
 def _load_folder(source: DatasetFolder) -> Dataset:

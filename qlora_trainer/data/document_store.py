@@ -116,6 +116,11 @@ class DocumentStore:
         """Rows with the very tokens of an earlier one."""
         return self.num_rows - int(np.unique(self._rows_N["content"]).size)
 
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the tokens of all rows, and which are learned, by way of a hash of each row."""
+        return hashlib.sha256(self._rows_N["content"].tobytes()).hexdigest()
+
     def where(self, row: int) -> str:
         """`file:line` or `file:row number`."""
         entry = self._rows_N[row]

@@ -1,4 +1,4 @@
-"""Data sets of the hub: downloaded by `datasets` into its own Arrow cache, one commit of one split.
+"""Data sets of the hub, one commit of one split: downloaded by `datasets` into its own Arrow cache, or streamed.
 
 What is loaded is pinned to a commit first. Left to itself the library takes what its cache holds, of whatever revision,
 where the hub cannot be reached or anything else goes wrong; so what came is compared with what was asked for.
@@ -7,13 +7,17 @@ where the hub cannot be reached or anything else goes wrong; so what came is com
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from qlora_trainer.config.data_files import HubDataset
+from qlora_trainer.data.records import ARROW_BATCH_ROWS
 from qlora_trainer.errors import DataError, StorageError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -29,6 +33,23 @@ def hub_commit(source: HubDataset) -> str:
     return _asked_commit(source) or load_hub_dataset(source)[1]
 
 
+def streamed(source: HubDataset) -> HubDataset:
+    """The same data set at the commit that it is at now, to be streamed.
+
+    Raises:
+        DataError: the hub does not have it or cannot be reached: a cache is of no use to a stream.
+    """
+    commit = _asked_commit(source)
+    if commit is None:
+        raise DataError(
+            where=str(source),
+            found="no hub that could be reached",
+            expected="a network while the data is streamed",
+            fix="Check it, or train without data.streaming from what the cache of `datasets` has.",
+        )
+    return replace(source, revision=commit, is_streamed=True)
+
+
 def load_hub_dataset(source: HubDataset) -> tuple[Dataset, str]:
     """Downloads a data set, unless the cache has it, and maps the split that is asked for.
 
@@ -39,32 +60,84 @@ def load_hub_dataset(source: HubDataset) -> tuple[Dataset, str]:
         DataError: nothing of that name, revision, subset or split; a data set that needs a script; or several splits
             none of which is named.
     """
-    from datasets import Dataset, load_dataset
-    from datasets.exceptions import DatasetsError
+    from datasets import Dataset
 
     commit = _asked_commit(source)
-    try:
-        # Neither token nor code is given: the library takes the user's token, and runs no code of a data set.
-        loaded = load_dataset(
-            source.repository,
-            source.subset,
-            split=source.split,
-            revision=commit or source.revision,
-            keep_in_memory=False,  # whatever the environment says
-        )
-    except (DatasetsError, _http_error(), RuntimeError, OSError, ValueError, LookupError, TypeError) as error:
-        _refuse(source, error)
+    # In mapped memory, whatever the environment says.
+    loaded = _load(source, revision=commit or source.revision, keep_in_memory=False)
     if not isinstance(loaded, Dataset):  # all splits by name
-        splits = list(loaded)
-        if len(splits) != 1:
+        loaded = _only_split(source, loaded)
+    return loaded, _require_commit(source, loaded, commit)
+
+
+def iter_hub_stream(source: HubDataset, *, after: int) -> Iterator[pa.Table]:
+    """Reads a data set from the network as it comes, after so many rows, which are read again too; keeps nothing.
+
+    Yields:
+        Tables of some hundred rows.
+
+    Raises:
+        DataError: see `load_hub_dataset`; or the network was lost, and stayed so while the library tried again.
+    """
+    from datasets import IterableDataset
+    from pyarrow import ArrowException
+
+    if source.split is not None and "[" in source.split:
+        raise DataError(
+            where=str(source),
+            found="a part of a split",
+            expected="a whole split: the library streams no others",
+            fix=f"Write {source.name.partition('[')[0]}, or train without data.streaming.",
+        )
+    loaded = _load(source, revision=source.revision, streaming=True)
+    if not isinstance(loaded, IterableDataset):
+        loaded = _only_split(source, loaded)
+    tables = loaded.with_format("arrow").skip(after).iter(batch_size=ARROW_BATCH_ROWS)
+    while True:
+        try:
+            table = next(tables, None)
+        except (*_load_errors(), ArrowException) as error:
             raise DataError(
                 where=str(source),
-                found="a data set of several splits, none of which is named",
-                expected=f"one of {', '.join(splits)}",
-                fix=f"Write {source}:{splits[0]}, say.",
-            )
-        loaded = loaded[splits[0]]
-    return loaded, _require_commit(source, loaded, commit)
+                found=f"a stream that broke off ({_reason(error)})",
+                expected="a network while the data is streamed, and rows that `datasets` can read",
+                fix="Go on when it is back: --resume auto; or train without data.streaming, from a download.",
+            ) from error
+        if table is None:
+            return
+        yield table
+
+
+def _load(source: HubDataset, **how: Any) -> Any:
+    """What `datasets.load_dataset` returns; neither token nor code is given: it takes the user's token, and runs none.
+
+    Raises:
+        DataError, StorageError: what it raises, told.
+    """
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.repository, source.subset, split=source.split, **how)
+    except _load_errors() as error:
+        _refuse(source, error)
+
+
+def _load_errors() -> tuple[type[Exception], ...]:
+    from datasets.exceptions import DatasetsError
+
+    return DatasetsError, _http_error(), RuntimeError, OSError, ValueError, LookupError, TypeError
+
+
+def _only_split(source: HubDataset, by_name: Any) -> Any:
+    splits = list(by_name)
+    if len(splits) != 1:
+        raise DataError(
+            where=str(source),
+            found="a data set of several splits, none of which is named",
+            expected=f"one of {', '.join(splits)}",
+            fix=f"Write {source}:{splits[0]}, say.",
+        )
+    return by_name[splits[0]]
 
 
 def _asked_commit(source: HubDataset) -> str | None:

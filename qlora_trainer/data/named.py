@@ -8,7 +8,7 @@ from typing import Literal
 
 from qlora_trainer.config.data_files import DataSource, data_files
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, iter_files
+from qlora_trainer.data.rows import START, BadRow, FileRead, Place, Reading, Row, iter_files
 
 
 def sources_named(section: DataSection, key: Literal["train", "eval"]) -> tuple[DataSource, ...]:
@@ -40,14 +40,17 @@ def iter_named(
     yield from iter_sources(sources, section)
 
 
-def iter_sources(sources: Sequence[DataSource], section: DataSection) -> Iterator[Row | BadRow | Reading | FileRead]:
-    """Yields what `data.rows.iter_files` does, read the way that `section` asks.
+def iter_sources(
+    sources: Sequence[DataSource], section: DataSection, start: Place = START
+) -> Iterator[Row | BadRow | Reading | FileRead]:
+    """Yields what `data.rows.iter_files` does from `start` on, read the way that `section` asks.
 
     Raises:
         DataError: see `data.rows.iter_files`.
     """
     stop = section.on_bad_row == "stop"
-    yield from iter_files(sources, row_format=section.format, columns=section.columns or (), stop=stop)
+    columns = section.columns or ()
+    yield from iter_files(sources, row_format=section.format, columns=columns, stop=stop, start=start)
 
 
 def rows_of(sources: Sequence[DataSource], section: DataSection, numbers: Collection[int]) -> list[Row]:

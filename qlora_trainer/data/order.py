@@ -74,7 +74,7 @@ class Order:
             raise IndexError(f"step {step} of a run with {self.num_steps} steps")
         first = step * self.global_batch_size
         epochs_and_offsets = (divmod(p, self.num_documents) for p in range(first, self.samples_seen(step + 1)))
-        return [int(_permutation(self.seed, epoch, self.num_documents)[offset]) for epoch, offset in epochs_and_offsets]
+        return [int(permutation(self.seed, epoch, self.num_documents)[offset]) for epoch, offset in epochs_and_offsets]
 
     def samples_seen(self, num_steps_done: int) -> int:
         """Documents seen after that many optimizer steps, repeats counted."""
@@ -86,12 +86,12 @@ class Order:
 
 
 @lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, num_documents: int) -> NDArray[np.int64]:
-    """A permutation of the documents that is a function of its arguments only.
+def permutation(seed: int, number: int, num_documents: int) -> NDArray[np.int64]:
+    """The permutation of that number (of an epoch, or of a block), which is a function of its arguments only.
 
     Sorts raw Philox words: NumPy promises their stream for ever, but not that of `Generator.permutation`.
     """
-    words = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_documents)
-    permutation: NDArray[np.int64] = np.argsort(words, kind="stable").astype(np.int64, copy=False)
-    permutation.flags.writeable = False
-    return permutation
+    words = np.random.Philox(key=np.array([seed, number], dtype=np.uint64)).random_raw(num_documents)
+    shuffled: NDArray[np.int64] = np.argsort(words, kind="stable").astype(np.int64, copy=False)
+    shuffled.flags.writeable = False
+    return shuffled

@@ -9,8 +9,10 @@ from __future__ import annotations
 import csv
 import gzip
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -40,8 +42,13 @@ class Record:
     share: float = 0.0
 
 
-def iter_records(path: Path) -> Iterator[Record]:
+def iter_records(path: Path, *, after: int = 0) -> Iterator[Record]:
     """Reads the rows of a file in order.
+
+    Args:
+        path: the file.
+        after: rows up to this number are passed over: lines of JSON and row groups of Parquet unread, all others as
+            soon as they are read.
 
     Raises:
         DataError: the file cannot be read, or not beyond some row.
@@ -49,12 +56,13 @@ def iter_records(path: Path) -> Iterator[Record]:
     kind = path.name.lower().removesuffix(".gz")
     try:
         if kind.endswith(".parquet"):
-            yield from _parquet(path)
+            yield from (record for record in _parquet(path, after) if record.number > after)
             return
         num_bytes = max(path.stat().st_size, 1)
         with path.open("rb") as raw:
-            for record in _text_records(raw, path, is_csv=kind.endswith(".csv")):
-                yield replace(record, share=raw.tell() / num_bytes)
+            for record in _text_records(raw, path, is_csv=kind.endswith(".csv"), after=after):
+                if record.number > after:
+                    yield replace(record, share=raw.tell() / num_bytes)
     except (OSError, ValueError, EOFError, zlib.error) as error:  # ValueError: a NUL byte in the path, bad Parquet
         raise DataError(
             where=str(path),
@@ -64,7 +72,7 @@ def iter_records(path: Path) -> Iterator[Record]:
         ) from error
 
 
-def _text_records(raw: BinaryIO, path: Path, *, is_csv: bool) -> Iterator[Record]:
+def _text_records(raw: BinaryIO, path: Path, *, is_csv: bool, after: int) -> Iterator[Record]:
     is_compressed = path.name.lower().endswith(".gz")
     # GzipFile has all of BinaryIO that is used here.
     file = cast("BinaryIO", gzip.GzipFile(fileobj=raw)) if is_compressed else raw
@@ -76,11 +84,13 @@ def _text_records(raw: BinaryIO, path: Path, *, is_csv: bool) -> Iterator[Record
         for number, element in enumerate(iter_array(file, str(path)), start=1):
             yield Record(number, element)
     else:
-        yield from _json_lines(file, str(path))
+        yield from _json_lines(file, str(path), after)
 
 
-def _json_lines(file: BinaryIO, path: str) -> Iterator[Record]:
+def _json_lines(file: BinaryIO, path: str, after: int) -> Iterator[Record]:
     for line, raw in iter_lines(file):
+        if line <= after:
+            continue
         where = f"{path}:{line}"
         try:
             text = decode_line(raw, where).strip()
@@ -140,7 +150,8 @@ def _bad_csv(where: str, found: str, expected: str) -> DataError:
     return DataError(where=where, found=found, expected=expected, fix="Correct the line, or export the file again.")
 
 
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, after: int) -> Iterator[Record]:
+    """From the row group that holds the row after `after` on."""
     from pyarrow import ArrowException  # takes half a second, and few files need it
     from pyarrow.parquet import ParquetFile
 
@@ -149,7 +160,11 @@ def _parquet(path: Path) -> Iterator[Record]:
         # With a buffer, a column of a row group is read piece by piece: pandas writes a million rows into a group.
         with ParquetFile(path, pre_buffer=False, buffer_size=PARQUET_BUFFER_BYTES) as file:
             num_rows = max(file.metadata.num_rows, 1)
-            for batch in file.iter_batches(batch_size=ARROW_BATCH_ROWS):
+            groups = range(file.metadata.num_row_groups)
+            ends = list(accumulate(file.metadata.row_group(group).num_rows for group in groups))
+            num_skipped = bisect_right(ends, after)
+            number = ends[num_skipped - 1] if num_skipped else 0
+            for batch in file.iter_batches(batch_size=ARROW_BATCH_ROWS, row_groups=groups[num_skipped:]):
                 for fields in iter_rows(batch, name=str(path), first=number + 1):
                     number += 1
                     yield Record(number, fields, share=number / num_rows)

@@ -6,6 +6,7 @@ Costs one pass over the files with one row in memory beside those that the calle
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Row:
         tools: functions that the assistant may ask for, as JSON text; may be empty.
         text: the plain text; empty for a conversation.
         is_line: which of the two `line` is.
+        form: the name of its form.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Row:
     tools: str = ""
     text: str = ""
     is_line: bool = True
+    form: str = ""
 
     @property
     def where(self) -> str:
@@ -83,6 +86,24 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Between two rows of some sources; reading may begin there.
+
+    Attributes:
+        source: number of the source.
+        after: number (or line) of the last of its rows that lies before; 0 at its start.
+        row: good rows of all sources that lie before.
+    """
+
+    source: int = 0
+    after: int = 0
+    row: int = 0
+
+
+START = Place()
+
+
+@dataclass(frozen=True, slots=True)
 class BadRow:
     """A row that is passed over, and why."""
 
@@ -96,7 +117,7 @@ class FileRead:
     Attributes:
         path: the file.
         format_name: the form of its rows.
-        num_rows: good ones, at least one.
+        num_rows: good ones; of a file that was read from its start at least one.
         num_bad: rows that were passed over.
         reasons: of the first `MAX_REASONS` of them, each beginning with the row's place.
     """
@@ -169,6 +190,7 @@ def iter_files(
     row_format: str | None = None,
     columns: tuple[tuple[str, str], ...] = (),
     stop: bool = True,
+    start: Place = START,
 ) -> Iterator[Row | BadRow | Reading | FileRead]:
     """Yields the rows of each file, good and bad, now and then how far it is, and last what was found in it.
 
@@ -179,16 +201,20 @@ def iter_files(
         row_format: the name of the form of all rows; None takes it from the first row of each file.
         columns: (our key, their column) pairs; empty takes all columns under their own names.
         stop: whether the first bad row is an error.
+        start: where to begin; what lies before it is not counted, and only read as far as it takes to get there.
 
     Raises:
         DataError: a file cannot be read, holds no good row, or `stop` and a row is bad.
     """
-    index = 0
-    for source in paths:
-        path = str(source)
+    index = start.row
+    for number, path_or_source in enumerate(paths[start.source :], start=start.source):
+        source = Path(path_or_source) if isinstance(path_or_source, str) else path_or_source
+        path, after = str(source), start.after if number == start.source else 0
         known = None if row_format is None else format_named(row_format)
+        if after and known is None:
+            known = _form_of(source, columns)
         num_bad, first, reasons = 0, index, list[str]()
-        for record in iter_source(Path(source) if isinstance(source, str) else source):
+        for record in iter_source(source, after=after):
             try:
                 row, known = _read_record(record, path, known, columns, index)
             except DataError as error:
@@ -203,7 +229,7 @@ def iter_files(
                 yield row
             if record.number % ROWS_PER_READING == 0:
                 yield Reading(path, index, record.share)
-        if index == first or known is None:
+        if known is None or (index == first and not after):
             raise DataError(
                 where=path,
                 found=f"no rows but {num_bad} bad ones, the first {reasons[0]}" if num_bad else "no rows",
@@ -211,6 +237,14 @@ def iter_files(
                 fix="Point data.train (or data.eval) to files with rows in them.",
             )
         yield FileRead(path, known.name, index - first, num_bad, tuple(reasons))
+
+
+def _form_of(source: DataSource, columns: tuple[tuple[str, str], ...]) -> Format | None:
+    """The form that the first good row of a source decides."""
+    for record in iter_source(source):
+        with suppress(DataError):
+            return _read_record(record, str(source), None, columns, 0)[1]
+    return None
 
 
 def _read_record(
@@ -222,7 +256,8 @@ def _read_record(
     fields = rename_columns(record.fields, columns, where=where)
     row_format = known or detect_format(fields, where=where)
     content = read_content(fields, row_format, where=where)
-    row = Row(path, index, record.number, content.messages, content.tools, content.text, record.is_line)
+    form = row_format.name
+    row = Row(path, index, record.number, content.messages, content.tools, content.text, record.is_line, form)
     return row, row_format
 
 

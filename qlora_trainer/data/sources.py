@@ -16,13 +16,13 @@ from qlora_trainer.data.records import Record, iter_records
 from qlora_trainer.hardware.sealed_folder import sha256_of
 
 
-def iter_source(source: DataSource) -> Iterator[Record]:
-    """Reads the rows of a source in order.
+def iter_source(source: DataSource, *, after: int = 0) -> Iterator[Record]:
+    """Reads the rows of a source in order, those after the row number (or line) `after`.
 
     Raises:
         DataError: it cannot be read, or not beyond some row.
     """
-    return iter_records(source) if isinstance(source, Path) else iter_dataset(source)
+    return iter_records(source, after=after) if isinstance(source, Path) else iter_dataset(source, after=after)
 
 
 def pinned(source: DataSource) -> DataSource:

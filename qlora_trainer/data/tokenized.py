@@ -79,14 +79,16 @@ def select(
     )
 
 
-def fit_documents(data: TokenizedData, seq_len: int, *, overlong: Overlong, max_dropped_share: float) -> TokenizedData:
+def fit_documents(
+    data: TokenizedData, seq_len: int, *, overlong: Overlong, max_dropped_share: float | None
+) -> TokenizedData:
     """Makes every document at most `seq_len` long.
 
     Args:
         data: tokenised documents, whole rows.
         seq_len: longest document that is kept.
         overlong: what becomes of longer ones.
-        max_dropped_share: share of the rows that may be dropped.
+        max_dropped_share: share of the rows that may be dropped; None lets all be.
 
     Returns:
         The rest, with what was done counted.
@@ -112,7 +114,8 @@ def fit_documents(data: TokenizedData, seq_len: int, *, overlong: Overlong, max_
             num_truncated=num_changed if overlong == "truncate" else 0,
             num_split=num_changed if overlong == "split" else 0,
         )
-    require_most_rows(fitted, max_dropped_share, seq_len)
+    if max_dropped_share is not None:
+        require_most_rows(fitted, max_dropped_share, seq_len)
     return fitted
 
 

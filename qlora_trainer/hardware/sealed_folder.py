@@ -53,6 +53,15 @@ def writing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `folder`, and removes it; what a killed process left is removed a day later."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(folder)
+    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=folder.parent) as temporary:
+        yield Path(temporary)
+
+
 def defects(folder: Path) -> list[str]:
     """Why `folder` cannot be trusted, one reason a file; empty when every file is as it was sealed."""
     try:

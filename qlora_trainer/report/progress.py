@@ -37,6 +37,7 @@ from qlora_trainer.run.records import (
     Saved,
     StepDone,
     StepSkipped,
+    StreamRead,
     Summary,
 )
 
@@ -94,6 +95,9 @@ class _LiveLine:
         self._waiting.update(self._waiting_task, visible=True, description=what_for)
 
     def read(self, record: Reading) -> None:
+        if self._stepping_task is not None:  # the next rows of a stream
+            self._stepping.update(self._stepping_task, description=reading_line(record))
+            return
         if self._reading_task is None:  # a total cannot be taken from a task again
             self._waiting.update(self._waiting_task, visible=False)
             self._reading_task = self._waiting.add_task("", total=1.0)
@@ -155,7 +159,16 @@ class _View:
                 self._answers.append(record)
             case Finished():
                 self.finished = record
-            case Evaluated() | Saved() | RowsSkipped() | StepSkipped() | Planned() | PlanRevised() | Resumed():
+            case (
+                Evaluated()
+                | Saved()
+                | RowsSkipped()
+                | StreamRead()
+                | StepSkipped()
+                | Planned()
+                | PlanRevised()
+                | Resumed()
+            ):
                 self._print(event_line(record))
 
     def _show_reading(self, record: Reading) -> None:

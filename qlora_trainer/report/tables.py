@@ -29,6 +29,7 @@ from qlora_trainer.run.records import (
     Saved,
     StepDone,
     StepSkipped,
+    StreamRead,
 )
 
 _MAX_QUESTION_CHARACTERS = 200
@@ -40,6 +41,8 @@ def prepared_table(record: Prepared) -> RenderableType:
     """What is about to be trained, on what, and for how long."""
     share_percent = record.trainable_parameters / record.base_parameters * 100
     documents = counted(record.num_train_documents, "document")
+    if record.is_stream:
+        documents = f"a stream; at its start {documents}"
     facts = [
         ("base", f"{record.base} in NF4, {record.base_parameters / 1e6:,.1f} M parameters, frozen"),
         ("adapter", f"{record.trainable_parameters / 1e6:,.2f} M parameters, {share_percent:.2f} % of the base"),
@@ -86,7 +89,10 @@ def step_line(record: StepDone, *, seconds_left: float | None) -> Text:
     return Text("  ".join(part for part in parts if part))
 
 
-def event_line(record: Evaluated | Saved | RowsSkipped | StepSkipped | Planned | PlanRevised | Resumed) -> Text:
+Event = Evaluated | Saved | RowsSkipped | StreamRead | StepSkipped | Planned | PlanRevised | Resumed
+
+
+def event_line(record: Event) -> Text:
     """What happened, as a line or a few."""
     match record:
         case Evaluated():
@@ -95,6 +101,8 @@ def event_line(record: Evaluated | Saved | RowsSkipped | StepSkipped | Planned |
             return saved_line(record)
         case RowsSkipped():
             return rows_skipped_lines(record)
+        case StreamRead():
+            return stream_line(record)
         case StepSkipped():
             return skipped_line(record)
         case Planned():
@@ -103,6 +111,16 @@ def event_line(record: Evaluated | Saved | RowsSkipped | StepSkipped | Planned |
             return revised_line(record)
         case Resumed():
             return resumed_lines(record)
+
+
+def stream_line(record: StreamRead) -> Text:
+    """The rows of a stream that are trained on next, as a line."""
+    last = record.first_row + record.num_rows - 1
+    line = Text(f"stream: rows {record.first_row:,} to {last:,}, {counted(record.num_documents, 'document')}")
+    for count, what in ((record.num_dropped, "dropped"), (record.num_changed, "cut or split")):
+        if count:
+            line.append(f", {counted(count, 'row')} {what}")
+    return line
 
 
 def planned_line(record: Planned) -> Text:

@@ -11,13 +11,17 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from qlora_trainer.data.batches import BlockRead
 from qlora_trainer.data.micro_batches import cut, cut_padded
-from qlora_trainer.errors import DivergedError, DoesNotFitError
+from qlora_trainer.data.rows import Reading
+from qlora_trainer.errors import DivergedError
+from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import is_out_of_memory, read_memory
 from qlora_trainer.run.finish import plan_json
 from qlora_trainer.run.folder import append_eval, append_skipped, append_step, write_plan
-from qlora_trainer.run.planned import counted_on, halved_or_refused
-from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone, StepSkipped
+from qlora_trainer.run.inputs import skipped_told
+from qlora_trainer.run.planned import halved, halved_or_refused, lack_of_memory_told
+from qlora_trainer.run.records import Evaluated, PlanRevised, RowsSkipped, StepDone, StepSkipped, StreamRead
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import Document
@@ -38,27 +42,77 @@ def evaluate_or_revise(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        session, revised = _revise(session, session.eval_data.documents, progress.step, phase="evaluation")
+        where = f"the evaluation at step {progress.step}"
+        session, revised = _revise(session, progress.step, where, phase="evaluation")
         yield revised
     append_eval(session.folder, evaluated)
     yield evaluated
     return session, progress, evaluated.is_best
 
 
-def step_or_revise(
+def next_documents(
     session: Session, progress: Progress
+) -> Generator[Reading | StreamRead | RowsSkipped, None, list[Document]]:
+    """The documents of the next step; of a stream they may have to be read first.
+
+    Raises:
+        DataError, StorageError, ConfigError: they cannot be.
+        DoesNotFitError: memory runs out meanwhile.
+    """
+    reading = session.batches.batch(progress.step)
+    with lack_of_memory_told(f"reading the documents of step {progress.step + 1}", session.knobs):
+        while True:
+            try:
+                item = next(reading)
+            except StopIteration as end:
+                documents: list[Document] = end.value
+                return documents
+            if isinstance(item, Reading):
+                yield item
+            else:
+                yield _stream_read(item)
+                yield from skipped_told(item.block.store.files)
+
+
+def _stream_read(read: BlockRead) -> StreamRead:
+    return StreamRead(
+        first_row=read.block.start.place.row + 1,
+        num_rows=read.data.num_rows,
+        num_documents=len(read.data.documents),
+        num_dropped=read.data.num_dropped,
+        num_changed=read.data.num_truncated + read.data.num_split,
+    )
+
+
+def step_or_revise(
+    session: Session, progress: Progress, documents: Sequence[Document]
 ) -> Generator[StepDone | StepSkipped | PlanRevised, None, tuple[Session, Progress]]:
-    """Take a step, in smaller micro-batches where memory runs out."""
+    """Take a step, in smaller micro-batches where memory runs out.
+
+    One whose loss or gradient norm is not finite leaves weights and optimizer as they were.
+    """
+    step = progress.step
     while True:
+        start = time.perf_counter()
         try:
-            progress, done, skipped = _step(session, progress)
+            loss, grad_norm = _accumulate(session, documents, step)
             break
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-        documents = [session.train_data.documents[position] for position in session.order.batch(progress.step)]
-        session, revised = _revise(session, documents, progress.step + 1, phase="step")
+        session, revised = _revise(session, step + 1, f"step {step + 1}", phase="step")
         yield revised
+    rate = _learning_rate(session, step)
+    skipped = None
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        session = yield from _update_or_revise(session, rate, step)
+    else:
+        rows = tuple(document.index for document in documents)
+        skipped = StepSkipped(
+            step=step + 1, loss=loss, grad_norm=grad_norm, rows=rows, num_in_a_row=progress.skipped_in_a_row + 1
+        )
+    seconds = time.perf_counter() - start
+    progress, done = _stepped(session, progress, documents, seconds, skipped, loss=loss, lr=rate, grad_norm=grad_norm)
     if skipped is not None:
         append_skipped(session.folder, skipped)
     append_step(session.folder, done)
@@ -69,45 +123,69 @@ def step_or_revise(
     return session, progress
 
 
-def _step(session: Session, progress: Progress) -> tuple[Progress, StepDone, StepSkipped | None]:
-    """One optimizer step; one whose loss or gradient norm is not finite leaves weights and optimizer as they were."""
-    start = time.perf_counter()
-    config, knobs, step = session.config.training, session.knobs, progress.step
-    documents = [session.train_data.documents[position] for position in session.order.batch(step)]
-    supervised_tokens = sum(document.num_supervised_tokens for document in documents)
+def _accumulate(session: Session, documents: Sequence[Document], step: int) -> tuple[float, float]:
+    """Loss and gradient norm of a step; the gradients, clipped, are the optimizer's."""
     session.optimizer.zero_gradients()
     loss = accumulate_gradients(
         session.model,
         _micro_batches(session, documents, step=step),
-        num_supervised_tokens=supervised_tokens,
-        loss_chunk_tokens=knobs.plan.loss_chunk,
+        num_supervised_tokens=sum(document.num_supervised_tokens for document in documents),
+        loss_chunk_tokens=session.knobs.plan.loss_chunk,
     )
-    grad_norm = session.optimizer.clip_gradients(config.max_grad_norm)
-    loss_value, grad_norm_value = float(loss), float(grad_norm)
-    rate = learning_rate(
+    grad_norm = session.optimizer.clip_gradients(session.config.training.max_grad_norm)
+    return float(loss), float(grad_norm)
+
+
+def _update_or_revise(session: Session, rate: float, step: int) -> Generator[PlanRevised, None, Session]:
+    """The optimizer's update: where memory runs out in it, the rest of it, with the gradients that it had.
+
+    It takes the same memory again. What gives it a chance is what was freed since: the update's own workspace, and the
+    allocator's cache. So it is tried again once at one document, too.
+    """
+    is_last_try = False
+    while True:
+        try:
+            session.optimizer.update(rate)
+            return session
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        release_free_memory()
+        if not is_last_try and halved(session.knobs.plan) is None:
+            is_last_try = True
+            continue
+        session, revised = _revise(session, step + 1, f"the optimizer's update of step {step + 1}", phase="step")
+        yield revised
+
+
+def _learning_rate(session: Session, step: int) -> float:
+    training = session.config.training
+    return learning_rate(
         step,
-        num_steps=knobs.num_steps,
-        peak=config.learning_rate,
-        schedule=config.schedule,
-        warmup_ratio=config.warmup_ratio,
+        num_steps=session.knobs.num_steps,
+        peak=training.learning_rate,
+        schedule=training.schedule,
+        warmup_ratio=training.warmup_ratio,
     )
-    skipped = None
-    if math.isfinite(loss_value) and math.isfinite(grad_norm_value):
-        _update(session, rate, step)
-    else:
-        skipped = StepSkipped(
-            step=step + 1,
-            loss=loss_value,
-            grad_norm=grad_norm_value,
-            rows=tuple(document.index for document in documents),
-            num_in_a_row=progress.skipped_in_a_row + 1,
-        )
-    seconds = time.perf_counter() - start
+
+
+def _stepped(
+    session: Session,
+    progress: Progress,
+    documents: Sequence[Document],
+    seconds: float,
+    skipped: StepSkipped | None,
+    *,
+    loss: float,
+    lr: float,
+    grad_norm: float,
+) -> tuple[Progress, StepDone]:
     tokens = sum(document.num_tokens for document in documents)
+    supervised_tokens = sum(document.num_supervised_tokens for document in documents)
     memory = read_memory(session.device)
     progress = replace(
         progress,
-        step=step + 1,
+        step=progress.step + 1,
         tokens=progress.tokens + tokens,
         supervised_tokens=progress.supervised_tokens + supervised_tokens,
         train_seconds=progress.train_seconds + seconds,
@@ -115,20 +193,20 @@ def _step(session: Session, progress: Progress) -> tuple[Progress, StepDone, Ste
     )
     done = StepDone(
         step=progress.step,
-        num_steps=knobs.num_steps,
-        loss=loss_value,
-        lr=rate,
-        grad_norm=grad_norm_value,
+        num_steps=session.knobs.num_steps,
+        loss=loss,
+        lr=lr,
+        grad_norm=grad_norm,
         tokens=tokens,
         supervised_tokens=supervised_tokens,
         seconds=seconds,
         tokens_per_second=tokens / seconds,
         peak_bytes=memory.peak_bytes,
         memory_bytes=memory.now_bytes,
-        samples_seen=session.order.samples_seen(progress.step),
-        epoch=session.order.epoch(progress.step),
+        samples_seen=session.batches.samples_seen(progress.step),
+        epoch=session.batches.epoch(progress.step),
     )
-    return progress, done, skipped
+    return progress, done
 
 
 def _require_some_finite(skipped: StepSkipped) -> None:
@@ -147,25 +225,6 @@ def _require_some_finite(skipped: StepSkipped) -> None:
         expected="finite numbers",
         fix="Lower training.learning_rate or look at the rows in skipped.jsonl; the checkpoints before are intact.",
     )
-
-
-def _update(session: Session, rate: float, step: int) -> None:
-    """The optimizer's step; unlike a backward pass it cannot be tried again once a part of it is done.
-
-    Raises:
-        DoesNotFitError: memory ran out in it.
-    """
-    try:
-        session.optimizer.update(rate)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFitError(
-            where=f"the optimizer's update of step {step + 1}",
-            found="no memory left, and weights that may be half updated",
-            expected=counted_on(session.knobs),
-            fix="End what else uses the memory and go on from the last checkpoint: --resume auto.",
-        ) from error
 
 
 def _evaluate(session: Session, progress: Progress) -> tuple[Progress, Evaluated]:
@@ -204,17 +263,15 @@ def _micro_batches(session: Session, documents: Sequence[Document], *, step: int
 
 
 def _revise(
-    session: Session, documents: Sequence[Document], step: int, *, phase: Literal["step", "evaluation"]
+    session: Session, step: int, where: str, *, phase: Literal["step", "evaluation"]
 ) -> tuple[Session, PlanRevised]:
     """Memory ran out: the same documents again, with the same draws, in micro-batches of half the size.
 
     Raises:
         DoesNotFitError: they are of one document already.
     """
-    longest = max(document.num_tokens for document in documents)
     before = session.knobs.plan.micro_batch_tokens
-    where = f"step {step}" if phase == "step" else f"the evaluation at step {step}"
-    knobs = halved_or_refused(session.knobs, longest_tokens=longest, where=where)
+    knobs = halved_or_refused(session.knobs, where=where)
     session = replace(session, knobs=knobs)
     write_plan(session.folder, plan_json(session))
     revised = PlanRevised(

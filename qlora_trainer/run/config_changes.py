@@ -36,6 +36,8 @@ REFUSED_KEYS = frozenset(
         "data.overlong",
         "data.on_bad_row",
         "data.packing",
+        "data.streaming",
+        "data.stream_rows",
         "training.global_batch_size",
         "training.optimizer",
         "training.seed",

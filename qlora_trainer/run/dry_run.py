@@ -31,8 +31,9 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | Plan]:
 def counted_documents(inputs: Inputs) -> str:
     """In words, what is trained on."""
     data = inputs.data.train
+    what = "a stream, at its start " if inputs.data.stream else ""
     return (
-        f"{len(data.documents):,} documents, {data.num_tokens:,} tokens, "
+        f"{what}{len(data.documents):,} documents, {data.num_tokens:,} tokens, "
         f"{data.num_supervised_tokens:,} of them supervised; longest {data.documents.longest_tokens:,}; "
         f"{data.num_dropped:,} rows dropped"
     )

@@ -109,6 +109,8 @@ def open_run_folder(path: Path, *, resume: bool) -> Iterator[RunFolder]:
     made_here = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        if made_here:
+            LOCAL.fsync_dir(path.parent)
         lock = _lock(path)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(
@@ -147,7 +149,7 @@ def write_plan(folder: RunFolder, plan: Mapping[str, Any]) -> None:
     """
     try:
         before = json.loads(folder.plan_path.read_bytes())
-    except (OSError, ValueError):  # none yet, or none that can be read: then there is nothing to keep
+    except (OSError, ValueError, RecursionError):  # none yet, or none that can be read: then there is nothing to keep
         before = {}
     kept = before if isinstance(before, dict) else {}
     write_atomically(folder.plan_path, (json.dumps(kept | dict(plan), indent=2, allow_nan=False) + "\n").encode())

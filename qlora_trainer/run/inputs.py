@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,8 +17,18 @@ from qlora_trainer.data.document_store import DocumentStore
 from qlora_trainer.data.named import forms_told, num_bad_rows, rows_of
 from qlora_trainer.data.rows import FileRead, Reading, Row
 from qlora_trainer.data.split import hold_out
+from qlora_trainer.data.stream import (
+    BegunStream,
+    BlockStart,
+    fit_block,
+    open_rows,
+    open_stream,
+    read_block,
+    select_block,
+    stream_hash,
+)
 from qlora_trainer.data.template import require_fast
-from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
+from qlora_trainer.data.token_cache import KnownTokenizer, TokenizedFiles, tokenize_named
 from qlora_trainer.data.tokenized import (
     TokenizedData,
     changes_told,
@@ -41,11 +51,12 @@ class Data:
     """Documents to train on and to evaluate on.
 
     Attributes:
-        train, evaluation: tokenised, those that are too long left out.
+        train, evaluation: tokenised, those that are too long left out. Of a stream the first block is trained on first.
         questions: held-out ones to answer before and after.
         seq_len: tokens of the longest document that is kept.
         hashes: SHA-256 of the files, by what they are.
         files: what was found in each file.
+        stream: where the data that is trained on goes on, if it is read meanwhile.
     """
 
     train: TokenizedData
@@ -54,14 +65,15 @@ class Data:
     seq_len: int
     hashes: Mapping[str, str]
     files: tuple[FileRead, ...]
+    stream: BegunStream | None = None
 
     @property
     def told(self) -> Iterator[Preparing | RowsSkipped]:
         """What the user should know of the data before the first step."""
         yield from (Preparing(what=line) for line in forms_told(self.files))
-        for file in self.files:
-            if file.num_bad:
-                yield RowsSkipped(path=file.path, num_rows=file.num_bad, reasons=file.reasons)
+        if self.stream is not None:
+            yield Preparing(what=f"the training data is streamed: read are its first {self.train.num_rows:,} rows")
+        yield from skipped_told(self.files)
         yield from (Preparing(what=line) for line in changes_told(self.train))
 
 
@@ -80,6 +92,13 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     tokenizer_hash: str
     data: Data
+
+
+def skipped_told(files: Iterable[FileRead]) -> Iterator[RowsSkipped]:
+    """The bad rows of files that have some."""
+    for file in files:
+        if file.num_bad:
+            yield RowsSkipped(path=file.path, num_rows=file.num_bad, reasons=file.reasons)
 
 
 def read_inputs(config: RunConfig) -> Generator[Reading, None, Inputs]:
@@ -129,40 +148,72 @@ def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenize
 
 
 def _read_data(config: RunConfig, base: Base, tokenizer: KnownTokenizer) -> Generator[Reading, None, Data]:
+    if config.data.streaming:
+        return (yield from _begin_stream(config, base, tokenizer))
     section = config.data
     bos_token_id = tokenizer.tokenizer.bos_token_id
     train = yield from tokenize_named(section, "train", tokenizer)
-    hashes, files = {"training data": train.content_hash}, train.store.files
-    held_out = train
-    if section.eval is not None:
-        held_out = yield from tokenize_named(section, "eval", tokenizer)
-        hashes["evaluation data"], files = held_out.content_hash, (*files, *held_out.store.files)
-    train_rows_N, eval_rows_N = train_and_held_out(
-        config, train.store, None if section.eval is None else held_out.store
-    )
-    train_data = select(train.store, train_rows_N, bos_token_id=bos_token_id, num_bad=num_bad_rows(train.store.files))
+    held_out = None if section.eval is None else (yield from tokenize_named(section, "eval", tokenizer))
+    rows_N, eval_rows_N = train_and_held_out(config, train.store, held_out.store if held_out else None)
     # Bad rows are drawn for neither part of one set of files: they count to what is trained on.
-    num_bad_held_out = 0 if section.eval is None else num_bad_rows(held_out.store.files)
-    eval_data = select(held_out.store, eval_rows_N, bos_token_id=bos_token_id, num_bad=num_bad_held_out)
+    train_data = select(train.store, rows_N, bos_token_id=bos_token_id, num_bad=num_bad_rows(train.store.files))
     require_most_rows(train_data, section.max_dropped_share)
     seq_len = decide_seq_len(config, base, train_data)
-    askable_rows_N = eval_rows_N[held_out.store.is_askable_N[eval_rows_N]]
-    asked = spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
-    asked_rows = rows_of(held_out.sources, section, asked)
-    # A part that is held out may be a dozen rows, of which one is more than the share: there it is counted only.
-    eval_share = 1.0 if section.eval is None else section.max_dropped_share
-    fitted, fitted_eval = (
-        fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=share)
-        for data, share in ((train_data, section.max_dropped_share), (eval_data, eval_share))
-    )
+    fitted = fit_documents(train_data, seq_len, overlong=section.overlong, max_dropped_share=section.max_dropped_share)
+    evaluation, questions = _held_out(config, held_out or train, eval_rows_N, tokenizer, seq_len)
     return Data(
         train=fitted,
-        evaluation=fitted_eval,
-        questions=tuple(_question(row) for row in asked_rows),
+        evaluation=evaluation,
+        questions=questions,
         seq_len=seq_len,
-        hashes=hashes,
-        files=files,
+        hashes=_hashes(train.content_hash, held_out),
+        files=(*train.store.files, *(held_out.store.files if held_out else ())),
     )
+
+
+def _begin_stream(config: RunConfig, base: Base, tokenizer: KnownTokenizer) -> Generator[Reading, None, Data]:
+    section = config.data
+    stream = open_stream(section, tokenizer)
+    rows = open_rows(stream)
+    first = yield from read_block(stream, BlockStart(), rows)
+    whole = select_block(first, stream)
+    require_most_rows(whole, section.max_dropped_share)
+    seq_len = decide_seq_len(config, base, whole)
+    held_out = None if section.eval is None else (yield from tokenize_named(section, "eval", tokenizer))
+    if held_out is not None:
+        rows_N = np.arange(held_out.store.num_rows, dtype=np.int32)
+        evaluation, questions = _held_out(config, held_out, rows_N, tokenizer, seq_len)
+    else:
+        evaluation, questions = select(first.store, np.zeros(0, dtype=np.int32), bos_token_id=None), ()
+    return Data(
+        train=fit_block(first, stream, seq_len),
+        evaluation=evaluation,
+        questions=questions,
+        seq_len=seq_len,
+        hashes=_hashes(stream_hash(stream, first), held_out),
+        files=(*first.store.files, *(held_out.store.files if held_out else ())),
+        stream=BegunStream(stream, first, rows),
+    )
+
+
+def _hashes(train_hash: str, held_out: TokenizedFiles | None) -> dict[str, str]:
+    return {"training data": train_hash} | ({"evaluation data": held_out.content_hash} if held_out else {})
+
+
+def _held_out(
+    config: RunConfig, files: TokenizedFiles, rows_N: NDArray[np.int32], tokenizer: KnownTokenizer, seq_len: int
+) -> tuple[TokenizedData, tuple[Question, ...]]:
+    """The documents to evaluate on, rows of their own files or of those that are trained on; and questions of them."""
+    section, store = config.data, files.store
+    has_files = section.eval is not None
+    num_bad = num_bad_rows(store.files) if has_files else 0
+    data = select(store, rows_N, bos_token_id=tokenizer.tokenizer.bos_token_id, num_bad=num_bad)
+    # A part that is held out may be a dozen rows, of which one is more than the share: there it is counted only.
+    share = section.max_dropped_share if has_files else 1.0
+    askable_rows_N = rows_N[store.is_askable_N[rows_N]]
+    asked = spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
+    questions = tuple(_question(row) for row in rows_of(files.sources, section, asked))
+    return fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=share), questions
 
 
 def train_and_held_out(

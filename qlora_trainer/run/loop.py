@@ -13,10 +13,10 @@ from pathlib import Path
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.show import to_yaml
 from qlora_trainer.data.tokenized import length_percentiles
-from qlora_trainer.errors import InterruptedAndSaved
+from qlora_trainer.errors import InterruptedAndSaved, QloraTrainerError
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.answer import answer_all
-from qlora_trainer.run.attempts import evaluate_or_revise, step_or_revise
+from qlora_trainer.run.attempts import evaluate_or_revise, next_documents, step_or_revise
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.finish import finish, plan_json, resolved_config
 from qlora_trainer.run.folder import (
@@ -109,7 +109,13 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
             raise _interrupted(session, interruption.signal_name or "a signal", progress.step)
         if is_last:
             break
-        session, progress = yield from step_or_revise(session, progress)
+        try:
+            documents = yield from next_documents(session, progress)
+        except QloraTrainerError:  # of a stream: what was learned until here stays
+            if progress.step > 0 and progress.step != saved_step:
+                yield _save(session, progress, is_best=False)
+            raise
+        session, progress = yield from step_or_revise(session, progress, documents)
     yield from _answer(session, "after")
     yield _finish(session, progress, "done" if progress.step >= session.knobs.num_steps else "stopped_early")
 
@@ -128,9 +134,10 @@ def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
         optimizer=session.optimizer.state_dict(),
         state={
             "run_id": session.run_id,
-            "samples_seen": session.order.samples_seen(progress.step),
-            "epoch": session.order.epoch(progress.step),
+            "samples_seen": session.batches.samples_seen(progress.step),
+            "epoch": session.batches.epoch(progress.step),
             "seed": session.config.training.seed,
+            "stream": session.batches.state(progress.step),
             "best_step": None if progress.best_eval_loss is None else progress.best_step,
             "progress": progress.as_json(),
             "plan": session.knobs.as_json(),
@@ -196,6 +203,7 @@ def _prepared(session: Session) -> Prepared:
         trainable_parameters=sum(parameter.numel() for parameter in parameters),
         device=session.device.type,
         compute_dtype=session.knobs.machine.compute_dtype,
+        is_stream=session.config.data.streaming,
         num_train_documents=len(session.train_data.documents),
         num_eval_documents=len(session.eval_data.documents),
         num_dropped_documents=session.train_data.num_dropped,

@@ -98,12 +98,12 @@ def _with_pins(config: RunConfig) -> str:
     return f" with the pinned {' and '.join(pins)}" if pins else ""
 
 
-def halved(knobs: PlanKnobs, longest_tokens: int) -> PlanKnobs | None:
-    """The same with half of the micro-batch, for a device that ran out of memory; None at one document.
+def halved(knobs: PlanKnobs) -> PlanKnobs | None:
+    """The same with half of the micro-batch, for a device that ran out of memory; None at one document of full length.
 
     What is learned stays the same: the documents of a step and their random draws do not depend on the cut.
     """
-    tokens = max(longest_tokens, knobs.micro_batch_tokens // 2)
+    tokens = max(knobs.seq_len, knobs.micro_batch_tokens // 2)
     if tokens >= knobs.micro_batch_tokens:
         return None
     return replace(
@@ -114,19 +114,20 @@ def halved(knobs: PlanKnobs, longest_tokens: int) -> PlanKnobs | None:
     )
 
 
-def halved_or_refused(knobs: Knobs, *, longest_tokens: int, where: str) -> Knobs:
+def halved_or_refused(knobs: Knobs, *, where: str) -> Knobs:
     """Knobs with half of the micro-batch.
 
     Raises:
         DoesNotFitError: a micro-batch is one document already; names what the plan had said, by category.
     """
-    revised = halved(knobs.plan, longest_tokens)
+    revised = halved(knobs.plan)
     if revised is None:
         raise DoesNotFitError(
             where=where,
-            found=f"no memory left for a micro-batch of {knobs.plan.micro_batch_tokens:,} tokens, one document",
+            found=f"no memory left, in micro-batches of {knobs.plan.micro_batch_tokens:,} tokens, one document",
             expected=counted_on(knobs),
-            fix="End what else uses the memory, or lower data.seq_len, lora.rank or memory.budget.",
+            fix="End what else uses the memory, or lower data.seq_len, lora.rank or memory.budget; "
+            "--resume auto goes on from the last save.",
         )
     return replace(knobs, plan=revised)
 

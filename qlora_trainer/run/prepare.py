@@ -11,8 +11,10 @@ import torch
 
 from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.batches import StoredBatches, StreamedBatches
 from qlora_trainer.data.order import Order
 from qlora_trainer.data.rows import Reading
+from qlora_trainer.data.stream import BlockStart
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
@@ -29,7 +31,7 @@ from qlora_trainer.run.checkpoint.storage import check_free_space
 from qlora_trainer.run.checkpoint.tensors import lay_out
 from qlora_trainer.run.config_changes import PLANNED_KEYS, REFUSED_KEYS, Change
 from qlora_trainer.run.folder import RunFolder
-from qlora_trainer.run.inputs import Inputs, read_inputs
+from qlora_trainer.run.inputs import Data, Inputs, read_inputs
 from qlora_trainer.run.knobs import (
     Knobs,
     MachineKnobs,
@@ -81,15 +83,9 @@ def prepare(
     inputs = yield from read_inputs(config)
     data = inputs.data
     yield from data.told
-    order = Order(
-        num_documents=len(data.train.documents),
-        global_batch_size=config.training.global_batch_size,
-        seed=config.training.seed,
-        epochs=config.training.epochs,
-        max_steps=config.training.max_steps,
-    )
+    batches = _batches(config, data, loaded)
     yield Preparing(what="planning the memory")
-    knobs, plan = _decide(config, inputs, machine, order, loaded, changes)
+    knobs, plan = _decide(config, inputs, machine, batches.num_steps, loaded, changes)
     if plan is not None:
         yield Planned(plan=plan)
     yield Preparing(what="quantizing the base to NF4 (once; the result is kept)")
@@ -137,7 +133,7 @@ def prepare(
         plan=plan,
         train_data=data.train,
         eval_data=data.evaluation,
-        order=order,
+        batches=batches,
         questions=data.questions,
         fingerprints=fingerprints,
         resumed=loaded,
@@ -195,11 +191,33 @@ def _lora_settings(config: RunConfig, model: QuantizedModel, knobs: Knobs) -> Lo
     )
 
 
+def _batches(config: RunConfig, data: Data, loaded: Loaded | None) -> StoredBatches | StreamedBatches:
+    training = config.training
+    if data.stream is not None:
+        assert training.max_steps is not None  # the schema asks for it
+        return StreamedBatches(
+            data.stream,
+            seq_len=data.seq_len,
+            global_batch_size=training.global_batch_size,
+            seed=training.seed,
+            num_steps=training.max_steps,
+            start=BlockStart.of(loaded.state["stream"]) if loaded else None,
+        )
+    order = Order(
+        num_documents=len(data.train.documents),
+        global_batch_size=training.global_batch_size,
+        seed=training.seed,
+        epochs=training.epochs,
+        max_steps=training.max_steps,
+    )
+    return StoredBatches(data.train.documents, order)
+
+
 def _decide(
     config: RunConfig,
     inputs: Inputs,
     machine: MachineKnobs,
-    order: Order,
+    num_steps: int,
     loaded: Loaded | None,
     changes: Sequence[Change],
 ) -> tuple[Knobs, Plan | None]:
@@ -213,7 +231,7 @@ def _decide(
                 began_with.plan,
                 predicted_peak_bytes=began_with.predicted_peak_bytes,
                 breakdown=began_with.breakdown,
-                num_steps=order.num_steps,
+                num_steps=num_steps,
             )
             return knobs, None
         # What the saved state is the state of is not planned anew: another budget could choose another rank.
@@ -229,7 +247,7 @@ def _decide(
         plan.knobs,
         predicted_peak_bytes=predicted_bytes,
         breakdown=plan.predicted.breakdown,
-        num_steps=order.num_steps,
+        num_steps=num_steps,
     )
     return knobs, plan
 
@@ -262,7 +280,7 @@ def _rehearse(
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            revised = halved_or_refused(knobs, longest_tokens=knobs.plan.seq_len, where="the rehearsal")
+            revised = halved_or_refused(knobs, where="the rehearsal")
         else:
             return knobs
         yield PlanRevised(

@@ -62,6 +62,25 @@ class RowsSkipped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamRead:
+    """The next rows of streamed data are tokenised.
+
+    Attributes:
+        first_row: 1-based number of the first good one of them.
+        num_rows: good ones.
+        num_documents: that are left of them.
+        num_dropped: rows left out because they are too long or have nothing to train on.
+        num_changed: rows that were cut or split because they are too long.
+    """
+
+    first_row: int
+    num_rows: int
+    num_documents: int
+    num_dropped: int
+    num_changed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """The base is loaded, the data is tokenised, the first step is next.
 
@@ -72,6 +91,8 @@ class Prepared:
         trainable_parameters: parameters of the adapters.
         device: "cpu" or "cuda".
         compute_dtype: "bfloat16", "float16" or "float32".
+        is_stream: whether the data is read while it is trained on; then the numbers of train documents and rows, of
+            their tokens and lengths are those of the rows that were read first.
         num_train_documents: documents trained on in an epoch.
         num_eval_documents: documents held out.
         num_dropped_documents: rows left out because they are longer than `seq_len` or have nothing to train on.
@@ -93,6 +114,7 @@ class Prepared:
     trainable_parameters: int
     device: str
     compute_dtype: str
+    is_stream: bool
     num_train_documents: int
     num_eval_documents: int
     num_dropped_documents: int
@@ -269,6 +291,7 @@ Record = (
     Preparing
     | Reading
     | RowsSkipped
+    | StreamRead
     | Planned
     | PlanRevised
     | Prepared

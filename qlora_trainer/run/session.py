@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.order import Order
+from qlora_trainer.data.batches import StoredBatches, StreamedBatches
 from qlora_trainer.data.rows import Message
 from qlora_trainer.data.tokenized import TokenizedData
 from qlora_trainer.model.adapters import LoraSettings
@@ -75,6 +75,10 @@ class Session:
         knobs: in force; revised when memory runs out.
         knobs_at_start: before this process's first step, as `config.yaml` shows them.
         plan: what the knobs were decided by; None where a resumed run keeps the knobs it began with.
+        train_data: all that is trained on; of a stream the first block.
+        eval_data: all that is held out.
+        batches: the documents of each step.
+        questions: held-out ones, answered before and after.
         resumed: the checkpoint the run goes on from, or None.
         preparing_peak_bytes: most resident memory until the base was loaded.
     """
@@ -96,7 +100,7 @@ class Session:
     plan: Plan | None
     train_data: TokenizedData
     eval_data: TokenizedData
-    order: Order
+    batches: StoredBatches | StreamedBatches
     questions: tuple[Question, ...]
     fingerprints: Mapping[str, str]
     resumed: Loaded | None

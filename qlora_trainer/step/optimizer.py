@@ -8,7 +8,8 @@ parameters and state can be saved and loaded by parameter name. The update itsel
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,8 @@ from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
 
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
-# bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB.
+# bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB. (The CUDA
+# kernel makes none, so that one piece is enough there, and memory cannot run out in the middle of it.)
 CPU_PIECE_ELEMENTS = 2**20
 
 
@@ -39,6 +41,21 @@ class OptimizerSettings:
     residency: Literal["device", "paged"]
     weight_decay: float
     paging_folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A stretch of the flat buffers that is updated at once.
+
+    Attributes:
+        parameter: a view of the master; bitsandbytes leaves a parameter alone whose `.grad` is None.
+        gradient: its gradient.
+        state: its master, moments and scales, all that an update writes.
+    """
+
+    parameter: nn.Parameter
+    gradient: Tensor
+    state: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +109,8 @@ class AdapterOptimizer:
             parameter.grad = place.view(self.gradient)
             if parameter.dtype == torch.float32:
                 parameter.data = place.view(self._master)  # an fp32 adapter is its own master
+        self._pieces = self._cut()
+        self._num_updated_pieces = 0  # of an update that is under way
         self._adamw = self._make_adamw()
 
     @property
@@ -122,15 +141,31 @@ class AdapterOptimizer:
         for name, parameter in self._parameters.items():
             parameter.data.copy_(weights[name])
             self._places[name].view(self._master).copy_(parameter.data)
-        self._set_step_count(0)
+        self._begin_at(0)
 
     @torch.no_grad()
     def update(self, learning_rate: float) -> None:
-        """One AdamW step on the master; then the model's weights are rounded from it."""
+        """One AdamW step on the master; then the model's weights are rounded from it.
+
+        Piece by piece, and each wholly or not at all: where it raises, calling it again with the same gradients does
+        the rest of the step.
+
+        Raises:
+            Exception: whatever the device raises when memory runs out (see `hardware.memory.is_out_of_memory`).
+        """
         self._adamw.param_groups[0]["lr"] = learning_rate
-        self._adamw.step()
-        self.step_count += 1
+        for piece in self._pieces[self._num_updated_pieces :]:
+            with _wholly_or_not_at_all(piece.state if self._device.type == "cpu" else ()):
+                self._adamw.state[piece.parameter]["step"] = self.step_count  # a try that failed has counted it
+                piece.parameter.grad = piece.gradient
+                try:
+                    self._adamw.step()
+                finally:
+                    piece.parameter.grad = None
+            self._num_updated_pieces += 1
         self._refresh_parameters()
+        self._num_updated_pieces = 0
+        self.step_count += 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """`{parameter}.master`, `.state1`, `.state2` (and `.absmax1`, `.absmax2` at 8 bits), and `step_count`.
@@ -165,7 +200,7 @@ class AdapterOptimizer:
             raise ValueError(f"{len(wrong)} tensors differ from this optimizer's, the first is {wrong[0]}")
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        self._set_step_count(int(state["step_count"]))
+        self._begin_at(int(state["step_count"]))
         self._refresh_parameters()
 
     @property
@@ -177,10 +212,9 @@ class AdapterOptimizer:
             return torch.zeros(num_elements, dtype=dtype, device=self._device)
         return zeros_paged(num_elements, dtype=dtype, device=self._device, folder=self.settings.paging_folder)
 
-    def _set_step_count(self, step_count: int) -> None:
+    def _begin_at(self, step_count: int) -> None:
         self.step_count = step_count
-        for piece_state in self._adamw.state.values():
-            piece_state["step"] = step_count
+        self._num_updated_pieces = 0
 
     def _refresh_parameters(self) -> None:
         rounded = [name for name, parameter in self._parameters.items() if parameter.dtype != torch.float32]
@@ -188,31 +222,46 @@ class AdapterOptimizer:
             sources = [self._places[name].view(self._master) for name in rounded]
             torch._foreach_copy_([self._parameters[name].data for name in rounded], sources)
 
+    def _cut(self) -> tuple[_Piece, ...]:
+        num_elements = self._master.numel()
+        piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else num_elements
+        pieces = []
+        for first in range(0, num_elements, piece_elements):
+            elements = slice(first, first + piece_elements)
+            blocks = slice(first // BLOCK_ELEMENTS, (first + piece_elements) // BLOCK_ELEMENTS)
+            parameter = nn.Parameter(self._master[elements], requires_grad=True)
+            moments = (flat[elements] for flat in self._moments.values())
+            scales = (flat[blocks] for flat in self._scales.values())
+            pieces.append(_Piece(parameter, self.gradient[elements], (parameter.data, *moments, *scales)))
+        return tuple(pieces)
+
     def _make_adamw(self) -> Any:
         """bitsandbytes' AdamW over pieces of the flat master, its state laid out here instead of by itself.
 
         Left alone it would allocate per parameter, fall back to resident memory on a CPU, and keep tensors under
         4,096 elements in 32 bits.
         """
-        num_elements = self._master.numel()
-        piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else num_elements
-        pieces = {}
-        for first in range(0, num_elements, piece_elements):
-            piece = nn.Parameter(self._master[first : first + piece_elements], requires_grad=True)
-            piece.grad = self.gradient[first : first + piece_elements]
-            pieces[piece] = slice(first, first + piece.numel())
-        adamw = make_adamw(list(pieces), weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits)
+        parameters = [piece.parameter for piece in self._pieces]
+        adamw = make_adamw(parameters, weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits)
         signed_map, unsigned_map = (dynamic_map(signed=signed, device=self._device) for signed in (True, False))
-        for piece, elements in pieces.items():
-            state: dict[str, Any] = {"step": 0}
-            state |= {name: flat[elements] for name, flat in self._moments.items()}
-            if self._scales:
-                blocks = slice(elements.start // BLOCK_ELEMENTS, elements.stop // BLOCK_ELEMENTS)
-                state |= {name: flat[blocks] for name, flat in self._scales.items()}
-                state["qmap1"] = signed_map
-                state["qmap2"] = unsigned_map
-            adamw.state[piece] = state
+        maps = {"qmap1": signed_map, "qmap2": unsigned_map} if self._scales else {}
+        for piece in self._pieces:
+            names = (*self._moments, *self._scales)
+            adamw.state[piece.parameter] = {"step": 0, **dict(zip(names, piece.state[1:], strict=True)), **maps}
         return adamw
+
+
+@contextmanager
+def _wholly_or_not_at_all(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put `tensors` back as they were where the body raises. To put them back takes no memory; the copies are made
+    before."""
+    before = [tensor.clone() for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        for tensor, copy in zip(tensors, before, strict=True):
+            tensor.copy_(copy)
+        raise
 
 
 def num_flat_elements(shapes: Iterable[tuple[int, ...]]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain, repeat
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from qlora_trainer.config.data_files import data_files
+from qlora_trainer.config.data_files import HubDataset, data_files
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data.named import iter_named
-from qlora_trainer.data.rows import Row
+from qlora_trainer.data.named import iter_named, iter_sources
+from qlora_trainer.data.rows import START, Place, Row
 from qlora_trainer.data.sources import source_hash
+from qlora_trainer.data.stream import open_stream
 from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
 from qlora_trainer.errors import DataError, StorageError
 from tests.data.saved_sets import cached, chats, fill_cache
@@ -51,18 +53,27 @@ class Hub:
         return SimpleNamespace(sha=self.commits[revision])
 
     def load_dataset(
-        self, path: str, name: str | None, *, split: str | None, revision: str | None, keep_in_memory: bool
+        self,
+        path: str,
+        name: str | None,
+        *,
+        split: str | None,
+        revision: str | None,
+        keep_in_memory: bool | None = None,
+        streaming: bool = False,
     ) -> Any:
-        from datasets import DatasetDict
+        from datasets import DatasetDict, IterableDatasetDict
 
         self.asked.append((path, name, split, revision))
         if self.raises is not None:
             raise self.raises
-        assert keep_in_memory is False
+        assert streaming or keep_in_memory is False
         assert revision is not None
         splits = {key: cached(self.cache, path, revision, key) for key in ("train", "test")}
+        if streaming:
+            splits = {key: dataset.to_iterable_dataset() for key, dataset in splits.items()}
         if split is None:
-            return DatasetDict(splits)
+            return (IterableDatasetDict if streaming else DatasetDict)(splits)
         if split not in splits:
             raise ValueError(f"Unknown split \"{split}\". Should be one of ['train', 'test'].")
         return splits[split]
@@ -234,6 +245,38 @@ def test_a_branch_that_moves_while_it_is_read_is_read_as_it_was(
     monkeypatch.setattr(hub, "dataset_info", lambda *_, **__: SimpleNamespace(sha=next(answers)))
     deque(tokenize_named(section("owner/name:train"), "train", KnownTokenizer(chatml, "a hash", "a base")))
     assert {revision for *_, revision in hub.asked} == {NEW}
+
+
+def streamed(name: str, chatml: PreTrainedTokenizerFast, place: Place = START) -> list[str]:
+    asked = DataSection(train=(name,), streaming=True, eval_fraction=0)
+    [source] = open_stream(asked, KnownTokenizer(chatml, "a hash", "a base")).sources
+    assert isinstance(source, HubDataset)
+    return [item.messages[0].content for item in iter_sources((source,), asked, place) if isinstance(item, Row)]
+
+
+def test_a_stream_is_read_from_the_asked_commit(hub: Hub, chatml: PreTrainedTokenizerFast) -> None:
+    """Mutation tried: `skip` left out, which begins at the first row again."""
+    assert streamed("owner/name:train", chatml) == ["Hi 10", "Hi 11", "Hi 12"]
+    assert streamed("owner/name:train", chatml, Place(after=1, row=1)) == ["Hi 11", "Hi 12"]
+    assert {revision for *_, revision in hub.asked} == {NEW}
+    with pytest.raises(DataError, match=r"several splits, none of which is named; expected one of train, test"):
+        streamed("owner/name", chatml)
+    with pytest.raises(DataError, match="no such file or folder, and nothing that could be fetched"):
+        streamed("owner/other:train", chatml)
+
+
+def test_a_stream_that_breaks_off_is_told(
+    hub: Hub, chatml: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets import IterableDataset
+
+    def broken(self: IterableDataset, batch_size: int) -> Iterator[Any]:
+        yield from ()
+        raise ConnectionError("Server Disconnected")
+
+    monkeypatch.setattr(IterableDataset, "iter", broken)
+    with pytest.raises(DataError, match=r"found a stream that broke off \(Server Disconnected\).*--resume auto"):
+        streamed("owner/name:train", chatml)
 
 
 @pytest.mark.usefixtures("offline")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.data.order import Order, _permutation
+from qlora_trainer.data.order import Order, permutation
 
 
 @given(
@@ -112,7 +112,7 @@ def test_a_run_that_is_cut_anywhere_sees_the_same_documents(
     """
 
     def order() -> Order:
-        _permutation.cache_clear()  # as a new process
+        permutation.cache_clear()  # as a new process
         return Order(num_documents=num_documents, global_batch_size=global_batch_size, seed=3, epochs=epochs)
 
     num_steps = order().num_steps

@@ -29,6 +29,7 @@ def prepared(num_steps: int) -> Prepared:
         trainable_parameters=4_884_480,
         device="cpu",
         compute_dtype="float32",
+        is_stream=False,
         num_train_documents=1520,
         num_eval_documents=180,
         num_dropped_documents=3,

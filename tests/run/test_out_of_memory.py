@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.run import attempts, inputs, loop, prepare
@@ -23,39 +22,14 @@ from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import evaluate
+from tests.out_of_memory_at import OutOfMemoryAt, spread
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
 
+T = TypeVar("T")
 OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1")
-
-
-class OutOfMemoryAt(TorchDispatchMode):
-    """Fails at operation `k` (0 is the first), once, as a GPU does where `k` is even, else as the CPU's allocator does;
-    counts all of them.
-    """
-
-    def __init__(self, k: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.k = k
-        self.num_operations = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.num_operations += 1
-        if self.num_operations - 1 == self.k:
-            if self.k % 2:
-                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory")
-            raise torch.OutOfMemoryError("tried to allocate 2.00 GiB")
-        return func(*args, **(kwargs or {}))
-
-
-def spread(num_operations: int, num_places: int) -> list[int]:
-    """The first, the last, and every so many in between."""
-    stride = max(1, num_operations // num_places) | 1  # an odd one, so that both kinds of error come
-    return sorted({*range(0, num_operations, stride), num_operations - 1})
 
 
 @pytest.fixture(scope="module")
@@ -75,25 +49,37 @@ def state_of(session: Session) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in session.optimizer.state_dict().items()}
 
 
+def first_step(session: Session) -> Iterator[Any]:
+    documents = returned(attempts.next_documents(session, Progress()))
+    return attempts.step_or_revise(session, Progress(), documents)
+
+
+def returned(reading: Generator[Any, None, T]) -> T:
+    """What a generator returns that yields nothing."""
+    with pytest.raises(StopIteration) as end:
+        next(reading)
+    value: T = end.value.value
+    return value
+
+
 def follow(records: Iterator[Any]) -> list[Any]:
     with closing(records):  # type: ignore[type-var]
         return list(records)
 
 
 def test_a_step_survives_it_at_every_kth_operation(session: Session) -> None:
-    """Mutation tried: without `zero_gradients` at the start of `_step` the gradients of both tries add up."""
+    """In the forward, the backward and the update. Mutation tried: without `zero_gradients` in `_accumulate` the
+    gradients of both tries add up.
+    """
     before = state_of(session)
     with OutOfMemoryAt(-1) as counting:
-        (expected,) = follow(attempts.step_or_revise(session, Progress()))
+        (expected,) = follow(first_step(session))
     after = state_of(session)
-    with OutOfMemoryAt(-1) as updating:
-        session.optimizer.update(0.0)
-    num_operations = counting.num_operations - updating.num_operations - 10  # those after the update are not retried
-    assert num_operations > 100
-    for k in spread(num_operations, 25):
+    assert counting.num_operations > 100
+    for k in spread(counting.num_operations, 25):
         session.optimizer.load_state_dict(before)
         with OutOfMemoryAt(k):
-            revised, done = follow(attempts.step_or_revise(session, Progress()))
+            revised, done = follow(first_step(session))
         assert isinstance(revised, PlanRevised)
         assert (revised.step, revised.phase, revised.micro_batch_tokens) == (1, "step", 256)
         assert isinstance(done, StepDone)
@@ -119,23 +105,49 @@ def test_an_evaluation_survives_it_at_every_kth_operation(session: Session) -> N
         assert session.model.module.training
 
 
-def test_an_update_that_fails_at_any_operation_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights may be half updated then: the step is not done again, the last checkpoint is what counts."""
+def test_an_update_goes_on_where_it_failed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit what an update in one go is: the gradients are those of the first try.
+
+    Mutation tried: the whole step again in half the micro-batch, whose sums are others.
+    """
     before = state_of(session)
     working = AdapterOptimizer.update
+    follow(first_step(session))
+    after = state_of(session)
+    session.optimizer.load_state_dict(before)
     with OutOfMemoryAt(-1) as counting:
         session.optimizer.update(1e-4)
     for k in spread(counting.num_operations, 8):
         session.optimizer.load_state_dict(before)
+        out_of_memory = OutOfMemoryAt(k)
 
-        def failing(optimizer: AdapterOptimizer, learning_rate: float, k: int = k) -> None:
-            with OutOfMemoryAt(k):
+        def failing(
+            optimizer: AdapterOptimizer, learning_rate: float, out_of_memory: OutOfMemoryAt = out_of_memory
+        ) -> None:
+            with out_of_memory:
                 working(optimizer, learning_rate)
 
         monkeypatch.setattr(AdapterOptimizer, "update", failing)
-        with pytest.raises(DoesNotFitError, match=r"update of step 1: found no memory left.*--resume auto"):
-            follow(attempts.step_or_revise(session, Progress()))
+        revised, _ = follow(first_step(session))
+        assert (revised.step, revised.phase, revised.micro_batch_tokens) == (1, "step", 256)
+        assert all(torch.equal(tensor, after[name]) for name, tensor in state_of(session).items()), k
     monkeypatch.undo()
+    session.optimizer.load_state_dict(before)
+
+
+def test_an_update_that_never_finds_memory_is_told(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights may be half updated then; the last checkpoint is what counts."""
+    before = state_of(session)
+
+    def failing(optimizer: AdapterOptimizer, learning_rate: float) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(AdapterOptimizer, "update", failing)
+    said = (
+        r"the optimizer's update of step 1: found no memory left, in micro-batches of .*, one document.*--resume auto"
+    )
+    with pytest.raises(DoesNotFitError, match=said):
+        follow(first_step(session))
     session.optimizer.load_state_dict(before)
 
 

@@ -25,11 +25,13 @@ from qlora_trainer.run import planned as plans
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.knobs import MachineKnobs
+from qlora_trainer.run.planned import halved
 from qlora_trainer.run.records import Planned, PlanRevised, Record, StepDone
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import accumulate_gradients
-from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
+from tests.report.made_plan import KNOBS as PLAN_KNOBS
+from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +196,7 @@ def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 12 bytes")
 
     monkeypatch.setattr(attempts, "accumulate_gradients", failing)
-    with pytest.raises(DoesNotFitError, match="step 1: found no memory left for a micro-batch") as caught:
+    with pytest.raises(DoesNotFitError, match="step 1: found no memory left, in micro-batches of") as caught:
         run_to_end(tiny_config(tmp_path, base))
     told = str(caught.value)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())["predicted"]
@@ -204,13 +206,26 @@ def test_out_of_memory_with_one_document_gives_up_with_the_plan_in_the_message(
         assert num_bytes == 0 or f"{name.replace('_', ' ')} {num_bytes / 2**20:,.2f}" in told
 
 
-def test_out_of_memory_in_the_update_is_not_retried(
+def test_out_of_memory_in_the_update_is_tried_again_also_at_one_document(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Mutation tried: given up where the micro-batch cannot be halved."""
+    (tmp_path / "whole").mkdir()
+    one_document = ("data.seq_len=64", "memory.micro_batch_tokens=64")
+    run_to_end(tiny_config(tmp_path / "whole", base, *one_document))
     before = 2  # the plan's dry run and the rehearsal
     monkeypatch.setattr(AdapterOptimizer, "update", out_of_memory_once(AdapterOptimizer.update, at_call=before + 2))
-    with pytest.raises(DoesNotFitError, match=r"the optimizer's update of step 2: .* half updated"):
-        run_to_end(tiny_config(tmp_path, base))
+    records = run_to_end(tiny_config(tmp_path, base, *one_document))
+    assert not any(isinstance(record, PlanRevised) for record in records)
+    assert course(tmp_path / "run") == course(tmp_path / "whole" / "run")
+
+
+def test_a_micro_batch_is_halved_to_a_document_of_full_length_at_least() -> None:
+    """The step at hand may have short documents only. Mutation tried: halved to the longest of those."""
+    knobs = replace(PLAN_KNOBS, seq_len=448, micro_batch_tokens=512)
+    assert (smaller := halved(knobs)) is not None
+    assert smaller.micro_batch_tokens == 448
+    assert halved(smaller) is None
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_retried(

@@ -4,34 +4,50 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.run import attempts
 from qlora_trainer.run.checkpoint import save
 from qlora_trainer.run.checkpoint.listing import point
 from qlora_trainer.run.checkpoint.storage import Storage
 from qlora_trainer.run.loop import train
-from qlora_trainer.run.records import Finished, Resumed
+from qlora_trainer.run.records import Evaluated, Finished, Resumed
+from qlora_trainer.run.session import Progress, Session
+from qlora_trainer.step.train_step import evaluate
 from tests.run.faulty_storage import Crash
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
 
-# Every step is evaluated and saved; the rate is so high that step 6 is worse than step 5. Until then each is better.
-OPTIONS = (
-    "training.learning_rate=0.05",
-    "training.schedule=constant",
-    "training.eval_every=1",
-    "training.save_every=1",
-)
+OPTIONS = ("training.eval_every=1", "training.save_every=1")  # every step is evaluated and saved
+
+
+@pytest.fixture(autouse=True, scope="module")
+def step_6_is_worse() -> Iterator[None]:
+    """Than step 5, and until then each is better than the one before; on every processor."""
+    evaluated = attempts._evaluate
+
+    def judged(session: Session, progress: Progress) -> tuple[Progress, Evaluated]:
+        penalty = 100.0 if progress.step == 6 else 10.0 * (6 - progress.step)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attempts, "evaluate", lambda *args, **kwargs: evaluate(*args, **kwargs) + 1000 * penalty)
+            return evaluated(session, progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempts, "_evaluate", judged)
+        yield
 
 
 @pytest.fixture(scope="module")
-def undisturbed(base: Path, tmp_path_factory: pytest.TempPathFactory, plans_made_once: None) -> Path:
+def undisturbed(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, plans_made_once: None, step_6_is_worse: None
+) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     run_to_end(tiny_config(folder, base, *OPTIONS))
     assert links(folder / "run") == {"last": "step-00000006", "best": "step-00000005"}

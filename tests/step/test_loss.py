@@ -12,7 +12,7 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig,
 from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.quantized import LogitShape
 from qlora_trainer.step.loss import chunked_cross_entropy, largest_bytes
-from tests.hardware.profiled_memory import allocated_by
+from tests.hardware.profiled_memory import allocated_by, bytes_beyond_results
 
 NUM_HIDDEN, NUM_VOCABULARY = 24, 50
 
@@ -132,4 +132,8 @@ def test_the_room_it_asks_for_is_what_it_takes(num_positions: int, dtype: torch.
 
     taken = allocated_by(run).peak_bytes
     asked = largest_bytes(hidden_NH, head, shape, chunk_tokens=256)
-    assert 0.98 * taken <= asked <= 1.3 * taken
+    # On a CPU with bf16 instructions a product has a scratch buffer, which is in no plan (`hardware.kernel_workspace`).
+    gradient_CV = torch.zeros(min(num_positions, 256), 3000, dtype=dtype)
+    weight_VH = head.weight.to(dtype)
+    scratch = bytes_beyond_results(lambda: torch.mm(gradient_CV, weight_VH))
+    assert 0.98 * (taken - scratch) <= asked <= 1.3 * taken

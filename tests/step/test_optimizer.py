@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.step import optimizer as optimizer_module
 from qlora_trainer.step.optimizer import BLOCK_ELEMENTS, CPU_PIECE_ELEMENTS, AdapterOptimizer
+from tests.out_of_memory_at import OutOfMemoryAt
 from tests.step.peak_memory import peak_growth_bytes
 from tests.step.recorded import (
     SHAPES,
@@ -115,6 +116,57 @@ def test_paged_is_resident_bit_for_bit(disk_folder: Path, bits: int, dtype: torc
     assert differing(paged.state_dict(), resident.state_dict()) == []
     assert differing(weights_of(paged_parameters), weights_of(resident_parameters)) == []
     assert paged.num_bytes == resident.num_bytes
+
+
+@EVERY_DTYPE
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_update_that_fails_at_any_operation_is_done_by_a_second_call(
+    tmp_path: Path, bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutations tried: without the copies a moment decays twice; without the count a piece is updated twice; with a
+    count of steps that a failed try raises, the bias correction is that of a later step.
+    """
+    monkeypatch.setattr(optimizer_module, "CPU_PIECE_ELEMENTS", 4 * BLOCK_ELEMENTS)
+    whole, whole_parameters = make_optimizer(tmp_path, dtype, bits=bits, weight_decay=0.1)
+    run_steps(whole, whole_parameters, range(1), RATE)
+    with OutOfMemoryAt(-1) as counting:
+        run_steps(whole, whole_parameters, range(1, 2), RATE)
+    run_steps(whole, whole_parameters, range(2, 3), RATE)
+    num_failed = 0
+    for k in range(counting.num_operations):
+        optimizer, parameters = make_optimizer(tmp_path, dtype, bits=bits, weight_decay=0.1)
+        run_steps(optimizer, parameters, range(1), RATE)
+        for name, gradient in recorded_gradients(1).items():
+            gradients_of(parameters)[name].copy_(gradient)
+        try:
+            with OutOfMemoryAt(k):
+                optimizer.update(RATE)
+        except (RuntimeError, torch.OutOfMemoryError):
+            num_failed += 1
+            optimizer.update(RATE)
+        run_steps(optimizer, parameters, range(2, 3), RATE)
+        assert differing(optimizer.state_dict(), whole.state_dict()) == [], k
+        assert differing(weights_of(parameters), weights_of(whole_parameters)) == [], k
+    assert num_failed > 20
+
+
+def test_a_piece_that_is_half_updated_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes' kernel leaves it when memory runs out in its middle. Mutation tried: without the copies."""
+    whole, whole_parameters = make_optimizer(tmp_path)
+    run_steps(whole, whole_parameters, range(2), RATE)
+    optimizer, parameters = make_optimizer(tmp_path)
+    run_steps(optimizer, parameters, range(1), RATE)
+
+    def failing() -> None:
+        optimizer.state_tensors()[1].mul_(0.5)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer._adamw, "step", failing)
+        with pytest.raises(MemoryError):
+            run_steps(optimizer, parameters, range(1, 2), RATE)
+    optimizer.update(RATE)
+    assert differing(optimizer.state_dict(), whole.state_dict()) == []
 
 
 @settings(max_examples=40)
