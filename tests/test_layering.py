@@ -20,6 +20,7 @@ LIGHT_ROOMS = {"errors", "config", "cli"}  # a mistake in the config is told bef
 HEAVY = {"torch", "transformers", "bitsandbytes", "datasets", "accelerate", "peft", "trl"}
 ONLY_IN = {"bitsandbytes": f"{PACKAGE}.hardware.quant_library"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "eval", "exec"}
 MAX_LINES = 500
 MAX_MEDIAN_LINES = 200
 
@@ -117,6 +118,22 @@ def misplaced(modules: Mapping[str, list[Import]]) -> list[str]:
     ]
 
 
+def unsafe_calls(text: str, name: str) -> list[str]:
+    """Calls that unpickle, or that run what a file says; `numpy.load` is not needed either."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        trusts = any(
+            keyword.arg in {"trust_remote_code", "allow_pickle"} and ast.unparse(keyword.value) != "False"
+            for keyword in node.keywords
+        )
+        if trusts or called in UNSAFE_CALLS or called.endswith(".read_pickle"):
+            found.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    return found
+
+
 def heavy_at_start(modules: Mapping[str, list[Import]]) -> list[str]:
     """Heavy imports that happen when a light room is imported, directly or through other modules of ours."""
     found = []
@@ -161,6 +178,32 @@ def test_imports_flow_one_way(modules: dict[str, list[Import]]) -> None:
 
 def test_pickle_stays_out_and_bitsandbytes_in_its_place(modules: dict[str, list[Import]]) -> None:
     assert misplaced(modules) == []
+
+
+def test_nothing_is_called_that_reads_pickle_or_runs_code_of_others() -> None:
+    called = [found for path in sorted(ROOT.rglob("*.py")) for found in unsafe_calls(path.read_text(), path.name)]
+    assert called == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "torch.load(path, weights_only=True)",
+        "np.load(path)",
+        "numpy.load(path, allow_pickle=True)",
+        "pd.read_pickle(path)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "eval(text)",
+        "exec(text)",
+    ],
+)
+def test_an_unsafe_call_is_found(text: str) -> None:
+    assert unsafe_calls(text, "a.py") == [f"a.py:1 {text}"]
+
+
+def test_a_safe_call_is_passed() -> None:
+    safe = "json.load(file)\nmodel.eval()\nAutoConfig.from_pretrained(name, trust_remote_code=False)\n"
+    assert unsafe_calls(safe, "a.py") == []
 
 
 def test_light_rooms_import_nothing_heavy(modules: dict[str, list[Import]]) -> None:

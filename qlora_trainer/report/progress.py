@@ -96,12 +96,13 @@ class _LiveLine:
 
     def read(self, record: Reading) -> None:
         if self._stepping_task is not None:  # the next rows of a stream
-            self._stepping.update(self._stepping_task, description=reading_line(record))
+            self._stepping.update(self._stepping_task, description=reading_line(record), refresh=True)
             return
         if self._reading_task is None:  # a total cannot be taken from a task again
             self._waiting.update(self._waiting_task, visible=False)
             self._reading_task = self._waiting.add_task("", total=1.0)
-        self._waiting.update(self._reading_task, completed=record.share, description=reading_line(record))
+        line = reading_line(record)
+        self._waiting.update(self._reading_task, completed=record.share, description=line, refresh=True)
 
     def move(self, record: StepDone, seconds_left: float | None) -> None:
         if self._stepping_task is None:

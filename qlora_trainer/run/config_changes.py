@@ -26,7 +26,6 @@ REFUSED_KEYS = frozenset(
         "lora.target_modules",
         "data.train",
         "data.eval",
-        "data.revision",
         "data.eval_fraction",
         "data.format",
         "data.columns",
@@ -63,6 +62,7 @@ FLAGGED_KEYS = frozenset(
 LOGGED_KEYS = frozenset(
     {
         "data.max_dropped_share",
+        "data.revision",  # whose content has a fingerprint: the commit may be named, or its branch have moved
         "training.save_every",
         "training.eval_every",
         "memory.budget",

@@ -47,6 +47,8 @@ def test_defaults() -> None:
             "overlong": "drop",
             "max_dropped_share": 0.05,
             "on_bad_row": "stop",
+            "streaming": False,
+            "stream_rows": 10_000,
             "packing": True,
         },
         "training": {

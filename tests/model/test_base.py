@@ -165,7 +165,7 @@ def test_a_broken_index_is_refused(content: str, folder: Path) -> None:
 def test_a_broken_weight_file_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base", CONFIGS["llama"], max_shard_size="1GB")
     (folder / "model.safetensors").write_bytes(content)
-    assert "cannot be read" in _refusal(str(folder))
+    assert f"{folder / 'model.safetensors'}: found a weight file that cannot be read" in _refusal(str(folder))
 
 
 @pytest.mark.parametrize("revision", [None, "main"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.report.tables import event_line
-from qlora_trainer.run.records import PlanRevised, Resumed, RowsSkipped, StepSkipped
+from qlora_trainer.run.records import PlanRevised, Resumed, RowsSkipped, StepSkipped, StreamRead
 
 
 def test_a_resume_tells_what_was_damaged_and_what_is_asked_otherwise() -> None:
@@ -26,6 +26,14 @@ def test_a_resume_tells_what_was_damaged_and_what_is_asked_otherwise() -> None:
         "changed: output.dir: 'a[31m' -> 'b'",
         "note: torch 2.9 -> 2.10: the numbers may differ in their last digits",
     ]
+
+
+def test_the_next_rows_of_a_stream_are_counted() -> None:
+    record = StreamRead(first_row=10_241, num_rows=10_240, num_documents=10_239, num_dropped=1, num_changed=2)
+    told = "stream: rows 10,241 to 20,480, 10,239 documents, 1 row dropped, 2 rows cut or split"
+    assert event_line(record).plain == told
+    whole = StreamRead(first_row=1, num_rows=7, num_documents=7, num_dropped=0, num_changed=0)
+    assert event_line(whole).plain == "stream: rows 1 to 7, 7 documents"
 
 
 def test_a_skipped_step_tells_its_rows() -> None:

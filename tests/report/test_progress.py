@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
+from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import DivergedError, InterruptedAndSaved
 from qlora_trainer.report.progress import show
 from qlora_trainer.report.screen import printable
@@ -30,7 +32,9 @@ def test_a_run_tells_what_it_is_does_and_reached(is_terminal: bool) -> None:
         "  adapter    4.88 M parameters, 3.63 % of the base",
         "  compute    float32 on cpu",
         "  train      1,520 documents, 182,341 tokens (97,212 supervised)",
+        "  lengths    104 tokens at the median, 90 %: 161, 99 %: 188, longest: 192",
         "  eval       180 documents held out",
+        "  repeated   2 rows like an earlier one",
         "  dropped    3 documents, too long or with nothing to train on",
         "  plan       100 steps of 16 documents",
         "  limits     192 tokens a document, 1,024 tokens at once",
@@ -54,6 +58,24 @@ def test_a_run_tells_what_it_is_does_and_reached(is_terminal: bool) -> None:
     for fact in facts:
         assert any(line.endswith(fact) for line in lines), fact  # in this order: `any` goes on where it stopped
     assert "loading the base and the data" in text
+
+
+def test_a_stream_is_told_as_one() -> None:
+    text = shown([replace(prepared(10), is_stream=True)], is_terminal=False, width=120)
+    assert "  train      a stream; at its start 1,520 documents, 182,341 tokens (97,212 supervised)" in text
+
+
+def test_reading_is_shown_before_and_between_the_steps() -> None:
+    """A bar with its share before the first step; the next rows of a stream in place of the step's line.
+
+    Mutation tried: `read` that starts the first line again below the second.
+    """
+    reading = [Reading("rows.jsonl", 1000, 0.25), Reading("rows.jsonl", 2000, 0.5)]
+    before = shown([*reading, prepared(2)], is_terminal=True, width=120)
+    assert "tokenising rows.jsonl: 2,000 rows, 50% of the file" in before
+    between: list[Record] = [prepared(2), step_done(1, 2), *reading, step_done(2, 2)]
+    assert "tokenising rows.jsonl: 2,000 rows, 50% of the file" in shown(between, is_terminal=True, width=120)
+    assert "tokenising" not in shown(between, is_terminal=False)
 
 
 def test_a_log_file_gets_forty_step_lines_and_no_escape_codes() -> None:

@@ -97,6 +97,20 @@ def test_nothing_is_removed_before_the_commit(tmp_path: Path) -> None:
     assert [operations.count(f"fsync {name}") for name in ALL_NAMES] == [1, 1, 1, 1]
 
 
+def test_names_are_on_the_disk_before_what_they_replace_is_removed(tmp_path: Path) -> None:
+    """A power loss may forget any change of a directory since its last fsync.
+
+    Mutations tried: `point` and `remove_step` without their `fsync_dir`.
+    """
+    recording = Recording()
+    save(two_saved(tmp_path / "run"), 3, keep=2, is_best=True, storage=recording)
+    operations = recording.operations
+    renames = [number for number, operation in enumerate(operations) if operation.startswith("rename")]
+    renamed = [operations[number].split()[1] for number in renames]
+    assert renamed == ["step-00000003", "last", "best", ".tmp-removed-step-00000001"]
+    assert [operations[number + 1] for number in renames] == ["fsync_dir run"] * 4
+
+
 @pytest.mark.parametrize("error_number", [errno.EIO, errno.ENOSPC])
 def test_a_refusal_at_every_operation_never_harms_the_old_steps(tmp_path: Path, error_number: int) -> None:
     """Mutation tried: a save that takes an fsync of the parent for done, which failed, raises nothing."""

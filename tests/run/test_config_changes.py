@@ -49,6 +49,20 @@ def changed(now: dict[str, Any]) -> list[str]:
     return [change.key for change in changes_between(BEGAN_WITH, now, [RESOLVED, AT_START])]
 
 
+def test_what_changes_the_course_is_refused_or_needs_a_flag() -> None:
+    """Spelled out a second time: a key that is only told would make another run of this one without a word."""
+    model = {f"model.{key}" for key in ("base", "revision")}
+    quantization = {f"quantization.{key}" for key in ("double_quant", "compute_dtype")}
+    lora = {f"lora.{key}" for key in ("rank", "alpha", "dropout", "dtype", "target_modules")}
+    read = {"train", "eval", "eval_fraction", "format", "columns", "on_bad_row", "streaming", "stream_rows"}
+    learned = {"chat_template", "train_on", "seq_len", "overlong", "packing"}
+    training = {f"training.{key}" for key in ("global_batch_size", "optimizer", "seed")}
+    assert model | quantization | lora | {f"data.{key}" for key in read | learned} | training == REFUSED_KEYS
+    course = {"epochs", "max_steps", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm"}
+    memory = {f"memory.{key}" for key in ("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens")}
+    assert {f"training.{key}" for key in course | {"early_stopping_patience"}} | memory == FLAGGED_KEYS
+
+
 def test_every_key_has_one_class() -> None:
     keys = []
     for section, field in RunConfig.model_fields.items():

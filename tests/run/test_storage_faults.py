@@ -18,7 +18,7 @@ from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from qlora_trainer.run.checkpoint.storage import LocalStorage
-from qlora_trainer.run.records import Resumed, StepDone
+from qlora_trainer.run.records import Evaluated, Finished, Resumed, Saved, StepDone
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.run.small_run import save
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
@@ -241,7 +241,11 @@ def test_a_clock_that_goes_back_does_not_matter(tmp_path: Path, base: Path, monk
     readings = iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: start - 3600.0 * next(readings))
     records = run_to_end(tiny_config(tmp_path, base, *PLAIN))
-    assert all(0 < record.seconds < 60 for record in records if isinstance(record, StepDone))
+    timed = [record for record in records if isinstance(record, StepDone | Saved | Evaluated)]
+    assert {type(record) for record in timed} == {StepDone, Saved, Evaluated}
+    assert all(0 < record.seconds < 60 for record in timed)
+    assert isinstance(records[-1], Finished)
+    assert 0 < records[-1].summary.train_seconds < 60
     loaded = newest_verified(tmp_path / "run" / "checkpoints")
     assert loaded is not None
     assert loaded.step == 6
