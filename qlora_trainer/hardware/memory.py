@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from qlora_trainer.hardware.control_group import memory_free_bytes, memory_limit_bytes
 from qlora_trainer.hardware.device_memory import CUDA_CONTEXT_BYTES
 
 # c10's CPU allocator raises a plain RuntimeError; this is the fixed part of its message (c10/core/impl/alloc_cpu.cpp).
@@ -48,17 +49,19 @@ def read_memory(device: torch.device) -> MemoryReading:
 
 
 def total_memory_bytes(device: torch.device) -> int:
-    """All the memory `device` has, free or not."""
+    """All the memory `device` has, free or not; on a CPU no more than this process's control group may have."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    return int(psutil.virtual_memory().total)
+    total = int(psutil.virtual_memory().total)
+    return min(total, memory_limit_bytes() or total)
 
 
 def available_memory_bytes(device: torch.device) -> int:
-    """What `device` could still give to this process."""
+    """What `device` could still give to this process; on a CPU no more than its control group leaves."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+    available, free = int(psutil.virtual_memory().available), memory_free_bytes()
+    return available if free is None else min(available, free)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_trainer.hardware.control_group import memory_limit_bytes
+from qlora_trainer.hardware.control_group import memory_free_bytes, memory_limit_bytes
 from tests.hardware.memory_group import can_limit_memory, memory_group
 
 REPOSITORY = Path(__file__).parents[2]
@@ -64,6 +64,21 @@ def test_in_a_container_the_mount_itself_is_the_group(tmp_path: Path) -> None:
     assert memory_limit_bytes(proc) == 2048
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_what_is_free_is_that_of_the_tightest_group(tmp_path: Path, version: int) -> None:
+    """File pages do not count, which the kernel can drop. Mutation tried: `memory.current`, which has them too."""
+    mount = tmp_path / "cgroup"
+    file_name, counter = ("memory.limit_in_bytes", "total_rss") if version == 1 else ("memory.max", "anon")
+    write_limits(mount, file_name, {"a": "4096", "a/b": "2048"})
+    for group, num_bytes in (("a", 3000), ("a/b", 500)):
+        (mount / group / "memory.stat").write_text(f"file 9999\n{counter} {num_bytes}\nrss_huge 7\n")
+    kind = "cgroup cgroup rw,memory" if version == 1 else "cgroup2 cgroup2 rw"
+    proc = write_proc(tmp_path, cgroup="4:memory:/a/b\n0::/a/b\n", mounts=[f"{mount} rw - {kind}"])
+
+    assert memory_limit_bytes(proc) == 2048
+    assert memory_free_bytes(proc) == 4096 - 3000
+
+
 @pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
 def test_no_limit_is_none(tmp_path: Path, limit: str) -> None:
     mount = tmp_path / "cgroup"
@@ -71,6 +86,7 @@ def test_no_limit_is_none(tmp_path: Path, limit: str) -> None:
     proc = write_proc(tmp_path, cgroup="0::/a\n", mounts=[f"{mount} rw - cgroup2 cgroup2 rw"])
 
     assert memory_limit_bytes(proc) is None
+    assert memory_free_bytes(proc) is None
 
 
 def test_a_machine_without_control_groups_has_no_limit(tmp_path: Path) -> None:

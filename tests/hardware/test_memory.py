@@ -82,3 +82,14 @@ def test_the_cap_is_the_budget_without_the_context(
     ((found, device),) = capped
     assert found == pytest.approx(share)
     assert device.type == "cuda"
+
+
+def test_a_container_has_no_more_than_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation tried: the machine's memory alone, of which a container may have a small part."""
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda: GIB)
+    monkeypatch.setattr(memory, "memory_free_bytes", lambda: GIB // 2)
+    assert total_memory_bytes(CPU) == GIB
+    assert available_memory_bytes(CPU) == GIB // 2
+    monkeypatch.setattr(memory, "memory_limit_bytes", lambda: None)
+    monkeypatch.setattr(memory, "memory_free_bytes", lambda: None)
+    assert total_memory_bytes(CPU) == psutil.virtual_memory().total
