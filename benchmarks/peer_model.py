@@ -1,7 +1,7 @@
 """The peer's step, modelled: the installed transformers' model with the peer's layers put in by hand.
 
 For a machine without the peer's own packages (`peer_traced.py` needs them). What differs between the transformers
-releases that the rows were measured with is said in `RELEASES`.
+releases that the rows were measured with is said in `HOLDS_LOGITS` and in `peer_skeleton.EXPANDS_KEYS`.
 """
 
 from __future__ import annotations
@@ -12,20 +12,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from benchmarks import peer_layers
-from benchmarks.peer_fakes import flash_attn_func
 from benchmarks.peer_layers import Base4bit, PeftLora
-from benchmarks.peer_rows import DTYPES, CannotHandle, release_of
+from benchmarks.peer_rows import DTYPES, as_reason, release_of
+from benchmarks.peer_skeleton import build_skeleton, is_target, logits_of
 from benchmarks.peer_step import Trace, trace_step
 
-ATTENTION = "peer_flash_attention"
 # transformers before 4.46 drops the 16-bit logits as it makes the fp32 ones; since then the model's forward holds them
-# while `loss_function` works (loss/loss_utils.py). Before 4.48 Mistral expands keys and values to all heads.
+# while `loss_function` works (loss/loss_utils.py).
 HOLDS_LOGITS = {"4.45": False, "4.48": True}
-EXPANDS_KEYS = {"4.45": ("mistral",), "4.48": ()}
 
 
 def trace(row: Mapping[str, Any], num_layers: int) -> Trace:
@@ -35,48 +32,8 @@ def trace(row: Mapping[str, Any], num_layers: int) -> Trace:
         CannotHandle: this model's step does not run so.
     """
     skeleton = build_skeleton(row, num_layers)
-    try:
-        with _rotary_of(skeleton, row):
-            return trace_step(row, build=lambda: build(skeleton, row), loss_of=lambda model: loss_of(model, row))
-    except Exception as error:
-        raise CannotHandle(f"its modelled step does not run: {type(error).__name__}: {error}") from error
-
-
-def build_skeleton(row: Mapping[str, Any], num_layers: int) -> Any:
-    """transformers' model on meta.
-
-    Raises:
-        CannotHandle: there is no such model.
-    """
-    if row["peer_kernels"] != "stock" and {"gate_proj", "up_proj", "down_proj"} & set(row["target_modules"]):
-        raise CannotHandle("the plugin's fused MLP is not modelled: give --peer-python")
-    try:
-        config = transformers.AutoConfig.for_model(**row["config"] | {"num_hidden_layers": num_layers})
-        config.use_cache = False
-        with torch.device("meta"):
-            model: Any = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.bfloat16, attn_implementation="eager"
-            )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CannotHandle(f"transformers {transformers.__version__} does not build it: {error}") from error
-    linears = {name.rpartition(".")[2] for name, part in model.named_modules() if isinstance(part, nn.Linear)}
-    if not hasattr(model, "model") or not hasattr(model, "lm_head") or not linears.issuperset(row["target_modules"]):
-        raise CannotHandle("a model that is not named like Llama, or without the row's target_modules, is not modelled")
-    _register_attention(expand_keys=row["config"]["model_type"] in EXPANDS_KEYS[release_of(row)])
-    model.config._attn_implementation = ATTENTION
-    return model.requires_grad_(False)
-
-
-def base_weights(row: Mapping[str, Any]) -> list[tuple[str, int, bool]]:
-    """(name, elements, whether it is quantized) of the whole model's weights.
-
-    Raises:
-        CannotHandle: there is no such model.
-    """
-    model = build_skeleton(row, row["config"]["num_hidden_layers"])
-    head = model.get_output_embeddings()
-    quantized = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-    return [(name, p.numel(), id(p) in quantized) for name, p in model.named_parameters()]
+    with as_reason("its modelled step does not run"), _rotary_of(skeleton, row):
+        return trace_step(row, build=lambda: build(skeleton, row), loss_of=lambda model: loss_of(model, row))
 
 
 def build(skeleton: Any, row: Mapping[str, Any]) -> Any:
@@ -86,7 +43,7 @@ def build(skeleton: Any, row: Mapping[str, Any]) -> Any:
         if isinstance(module, nn.Linear) and module is not head:
             parent, _, leaf = name.rpartition(".")
             layer: nn.Module = Base4bit(module, double_quant=row["double_quant"])
-            if leaf in row["target_modules"]:
+            if is_target(row, name):
                 layer = PeftLora(
                     layer,  # type: ignore[arg-type]
                     rank=row["lora_rank"],
@@ -145,23 +102,8 @@ def _rotary_of(model: Any, row: Mapping[str, Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        module.apply_rotary_pos_emb = stock
-
-
-def _register_attention(*, expand_keys: bool) -> None:
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        if expand_keys and query.shape[1] != key.shape[1]:
-            groups = query.shape[1] // key.shape[1]
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        if query.dtype == torch.float32:  # integrations/flash_attention.py
-            query, key, value = (x.to(torch.bfloat16) for x in (query, key, value))
-        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-        return flash_attn_func(query, key, value), None
-
-    transformers.AttentionInterface.register(ATTENTION, attend)
-    transformers.AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+        if stock is not None:
+            module.apply_rotary_pos_emb = stock
 
 
 def loss_of(model: Any, row: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -186,10 +128,7 @@ def loss_of(model: Any, row: Mapping[str, Any]) -> Callable[[Mapping[str, Tensor
             labels = inputs["labels"][..., 1:].contiguous()
             flat = shifted.view(-1, shifted.shape[-1])
             return peer_layers.ChunkedLoss.apply(flat, model.lm_head.weight, labels.view(-1)), None  # type: ignore[no-untyped-call]
-        logits = model.lm_head(hidden)
-        scaling = getattr(model.config, "logits_scaling", None)
-        if scaling is not None:
-            logits = logits / scaling
+        logits = logits_of(model, hidden)
         if not holds_logits:
             logits = logits.float()
         return full_loss(logits, inputs["labels"]), logits

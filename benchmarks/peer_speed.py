@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 # Dense bf16 FLOP/s and bytes/s: NVIDIA A100 80GB SXM data sheet.
 PEAKS = {"A100-80GB": (312e12, 2039e9)}
@@ -13,15 +14,15 @@ BANDWIDTH_EFFICIENCY = 0.79
 SECONDS_PER_LAUNCH = 14e-6
 
 
-def tokens_per_second(gpu: str, tokens: int, work: Mapping[str, float]) -> float | None:
+def tokens_per_second(gpu: Any, tokens: int, work: Mapping[str, float]) -> float | None:
     """None where the GPU's peaks are not known.
 
     Args:
-        gpu: its name in the published rows.
+        gpu: its name in the published rows, or whatever is there.
         tokens: of the step.
         work: of a `peer_step.Trace`.
     """
-    if gpu not in PEAKS:
+    if not isinstance(gpu, str) or gpu not in PEAKS:
         return None
     flops_per_second, bytes_per_second = PEAKS[gpu]
     seconds = (

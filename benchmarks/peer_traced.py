@@ -14,13 +14,15 @@ import json
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import peer_fakes
+from benchmarks import peer_fakes, peer_rows
 from benchmarks.peer_step import Trace, trace_step
 
 REENTRANT = {"use_reentrant": True}  # the default of torch 2.4, which the peer leaves as it is
@@ -34,7 +36,7 @@ def _peer(name: str) -> Any:
 def build_skeleton(row: Mapping[str, Any], num_layers: int) -> Any:
     """The peer's quantized model without adapters, on meta; not under fake tensors, which `Params4bit` cannot wrap."""
     transformers, integration = _peer("transformers"), _peer("transformers.integrations.bitsandbytes")
-    config = transformers.AutoConfig.for_model(**row["config"] | {"num_hidden_layers": num_layers})
+    config = transformers.AutoConfig.for_model(**peer_rows.at_depth(row["config"], num_layers))
     config.use_cache = False
     config._attn_implementation_internal = config._attn_implementation = "flash_attention_2"
     config._attn_implementation_autoset = True
@@ -43,6 +45,7 @@ def build_skeleton(row: Mapping[str, Any], num_layers: int) -> Any:
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"), transformers.modeling_utils.no_init_weights():
         model: Any = model_class(config)
+    peer_rows.check_model(model)
     torch.set_default_dtype(torch.float32)
     model.tie_weights()
     quantization = transformers.BitsAndBytesConfig(
@@ -200,24 +203,29 @@ def prepare() -> None:
     transformers.PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(lambda cls, config, **kwargs: config)
 
 
-def run_job(job: tuple[Mapping[str, Any], int]) -> dict[str, Any]:
-    """One trace, in a process of its own: the plugin's patches to transformers' modules stay."""
+def run_job(row: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """One trace, or why there is none."""
     try:
-        return {"trace": trace(*job).as_dict()}
+        return {"trace": trace(row, num_layers).as_dict()}
     except Exception as error:  # noqa: BLE001  whatever the peer's code cannot do is told, and the row is modelled
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+
+
+def in_a_process(row: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """`run_job` in a process of its own: the plugin's patches of transformers stay, and a crash ends one trace only."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as pool:
+        try:
+            return pool.submit(run_job, row, num_layers).result()
+        except BrokenProcessPool as error:
+            return {"error": f"its process died: {error}"}
 
 
 def main() -> int:
     """Reads a JSON list of (row, depths), prints a list of `{"traces"}` or `{"error"}` on the last line."""
     prepare()
-    jobs = json.load(sys.stdin)
-    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
-        flat = [(row, num_layers) for row, depths in jobs for num_layers in depths]
-        results = iter(pool.map(run_job, flat, chunksize=1))
     answers = []
-    for _, depths in jobs:
-        own = [next(results) for _ in depths]
+    for row, depths in json.load(sys.stdin):
+        own = [in_a_process(row, num_layers) for num_layers in depths]
         errors = [one["error"] for one in own if "error" in one]
         answers.append({"error": errors[0]} if errors else {"traces": [one["trace"] for one in own]})
     print(json.dumps(answers))

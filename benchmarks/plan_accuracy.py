@@ -1,6 +1,6 @@
 """What the plan says against what real runs take on a CPU: allocated bytes by phase, and the resident set.
 
-    python -m benchmarks.plan_accuracy [--only TEXT] [--quick] [--json FILE] [--folder DIR]
+    python benchmarks/plan_accuracy.py [--only TEXT] [--quick] [--json FILE] [--folder DIR]
 
 For each configuration: a run of two steps that is cut off after its checkpoint, and its resume to the third step, with
 an evaluation before and after; once under torch.profiler, which counts what is allocated, and once in a fresh process
@@ -22,9 +22,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Run as a file, Python looks for modules beside it only: `benchmarks` is a folder further up.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.plan_accuracy_inputs import ARCHITECTURES, CASES, QUICK, Case, write_base, write_documents
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).resolve().parents[1]
 MIB = 2**20
 MAX_OFF, MAX_LOW = 0.02, 0.01
 RSS_SHARE, RSS_BYTES = 0.03, 64 * MIB
@@ -232,7 +235,7 @@ def _pair(pair: tuple[int, int]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_accuracy", description="Plans against real runs.")
+    parser = argparse.ArgumentParser(prog="plan_accuracy.py", description="Plans against real runs.")
     parser.add_argument("--only", help="configurations whose name contains this")
     parser.add_argument("--quick", action="store_true", help=f"{len(QUICK)} configurations instead of {len(CASES)}")
     parser.add_argument("--json", type=Path, help="write every figure here, after each configuration")

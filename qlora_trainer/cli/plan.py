@@ -10,12 +10,13 @@ import typer
 
 from qlora_trainer.cli.options import ConfigFile, Overrides
 from qlora_trainer.config.data_files import HubDataset, data_files
+from qlora_trainer.config.known_models import check_name
 from qlora_trainer.config.load import load_config
+from qlora_trainer.config.paths import require_plot_path
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
 from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.hardware.gpu_catalogue import choose_gpu
-from qlora_trainer.planning.known_models import check_name
 
 _NO_DATA = "data.train=train.jsonl"  # a plan without data takes documents of full length
 
@@ -45,6 +46,8 @@ def plan(
         raise ConfigError(
             where="plan", found="neither a CONFIG nor --model", expected="one of them", fix="Give --model llama-3.1-8b."
         )
+    if plot is not None:
+        require_plot_path(plot)
     named = [] if model is None else [f"model.base={json.dumps(model)}"]
     data = [_NO_DATA] if config_file is None else []
     config = load_config(config_file, (*data, *(overrides or ()), *named))
@@ -78,7 +81,8 @@ def plan(
         from qlora_trainer.report.frontier_plot import write_frontier_plot
 
         write_frontier_plot(made, plot)
-    require_fit(made, config)
+    asked_by = "--vram" if vram is not None else "--ram" if ram is not None else "memory.budget"
+    require_fit(made, config, asked_by)
 
 
 def _size(text: str | None, *, option: str) -> int | None:

@@ -82,6 +82,32 @@ def require_on_disk(folder: Path) -> None:
         )
 
 
+def require_plot_path(path: Path) -> None:
+    """Refuse what no plot can be written to, before a minute is spent on what it would show.
+
+    Raises:
+        ConfigError: no .png, or in a folder that is not there.
+        StorageError: the folder cannot be written, or the path is one itself.
+    """
+    if path.suffix.lower() != ".png":
+        raise ConfigError(
+            where=str(path),
+            found=f"a plot that ends in {path.suffix!r}" if path.suffix else "a plot without an ending",
+            expected="one that ends in .png",
+            fix="Name it frontier.png, for example.",
+        )
+    if not os.path.isdir(path.parent):  # unlike Path.is_dir, no OSError for a parent that may not be looked at
+        raise ConfigError(
+            where=str(path),
+            found=f"no folder {path.parent}",
+            expected="a folder that exists",
+            fix="Create it or choose another place for the plot.",
+        )
+    if os.path.isdir(path):
+        raise StorageError(where=str(path), found="a folder", expected="a file", fix="Choose another name.")
+    _check_writable(path.parent, key="--plot")
+
+
 def file_system_kind(folder: Path) -> str:
     """The type of the file system that `folder` is on, as in /proc/self/mountinfo ("ext4", "tmpfs", ...)."""
     device = folder.stat().st_dev

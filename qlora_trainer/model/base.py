@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.config.bases import MAX_INDEX_BYTES
+from qlora_trainer.config.known_models import suggest
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
@@ -82,7 +83,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     """The transformers config of a folder; remote code is never run.
 
     Raises:
-        ConfigError: it is missing, broken, without the model's sizes, or of a type that transformers does not have.
+        ConfigError: it is missing, broken, without the model's sizes or with one of nothing, or of a type that
+            transformers does not have.
     """
     try:
         text = read_capped(folder / "config.json")  # a few kB; what is larger than the cap is never parsed
@@ -113,6 +115,14 @@ def _require_sizes(path: Path, given: Mapping[str, Any], config: PreTrainedConfi
             found=f"no {', '.join(missing)}",
             expected=f"the sizes of the model: {', '.join(names)}",
             fix="Copy the config.json of the base whole.",
+        )
+    empty = [name for name in names if isinstance(size := getattr(config, name), int) and size < 1]
+    if empty:
+        raise ConfigError(
+            where=str(path),
+            found=f"{empty[0]} {getattr(config, empty[0])}",
+            expected="at least 1",
+            fix="Copy the config.json of the base again.",
         )
 
 
@@ -243,11 +253,12 @@ def _fetch_from_hub(name: str, revision: str | None, patterns: tuple[str, ...]) 
             return Path(hf_hub_download(name, "config.json", revision=revision)).parent
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        hint = suggest(name)
         raise ConfigError(
             where=f"model.base {name!r}",
             found=f"nothing that could be fetched from the hub ({str(error).splitlines()[0]})",
             expected="a local folder, a hub id that you may read, or one of " + ", ".join(PACKAGED_BASES),
-            fix="Check the name, the network and your hub token.",
+            fix=f"{f'Did you mean {hint}? ' if hint else ''}Check the name, the network and your hub token.",
         ) from error
 
 

@@ -17,6 +17,7 @@ from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes
 from qlora_trainer.planning.throughput import Speed, gpu_speed
 
 NO_LIMIT_BYTES = 2**62
+DEVICE_KEY, HOST_KEY = "memory.budget", "memory.host_budget"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,8 @@ class Budget:
         compute_dtype: what the device multiplies in.
         memory: from allocated bytes to used ones.
         speed: for the estimate of time.
+        device_key: who asks for `budget_bytes`: "memory.budget", or the option that takes its place.
+        asked_bytes, asked_host_bytes: what was asked for by `device_key` and by memory.host_budget; None for neither.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -43,6 +46,9 @@ class Budget:
     compute_dtype: ComputeDtype
     memory: DeviceMemory
     speed: Speed
+    device_key: str = DEVICE_KEY
+    asked_bytes: int | None = None
+    asked_host_bytes: int | None = None
 
 
 def gpu_budget(
@@ -73,22 +79,35 @@ def gpu_budget(
         compute_dtype="bfloat16" if gpu.compute_capability >= BF16_COMPUTE_CAPABILITY else "float16",
         memory=cuda_memory(gpu.compute_capability),
         speed=gpu_speed(gpu),
+        device_key=where,
+        asked_bytes=vram_bytes,
+        asked_host_bytes=host_bytes,
     )
 
 
-def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = None) -> Budget:
+def cpu_budget(
+    ram_bytes: int | None,
+    host_bytes: int | None = None,
+    *,
+    compute_dtype: ComputeDtype | None = None,
+    where: str = "--ram",
+) -> Budget:
     """This machine's CPU.
 
     Args:
-        ram_bytes: resident memory of the whole process; None is what is free now, and what this process has already.
+        ram_bytes, host_bytes: resident memory of the whole process, of which the smaller counts; None for both is what
+            is free now, and what this process has already.
         compute_dtype: None for the one that this machine multiplies faster.
+        where: who asks for `ram_bytes`, for messages.
 
     Raises:
         ConfigError: more memory than this machine has.
     """
     cpu = torch.device("cpu")
-    _require_machine_has(ram_bytes, cpu, where="--ram")
-    budget_bytes = available_memory_bytes(cpu) + resident_bytes() if ram_bytes is None else ram_bytes
+    _require_machine_has(ram_bytes, cpu, where=where)
+    _require_machine_has(host_bytes, cpu, where=HOST_KEY)
+    asked = [limit for limit in (ram_bytes, host_bytes) if limit is not None]
+    budget_bytes = min(asked) if asked else available_memory_bytes(cpu) + resident_bytes()
     dtype = compute_dtype or choose_compute_dtype(cpu)
     measured = measure_cpu_speed(dtype)
     return Budget(
@@ -107,6 +126,9 @@ def cpu_budget(ram_bytes: int | None, *, compute_dtype: ComputeDtype | None = No
             launch_seconds=measured.launch_seconds,
             weight_passes=3,
         ),
+        device_key=where,
+        asked_bytes=ram_bytes,
+        asked_host_bytes=host_bytes,
     )
 
 
@@ -124,15 +146,14 @@ def machine_budget(
         DoesNotFitError: nothing is free on the device.
     """
     device, host = choose_device(), torch.device("cpu")
-    _require_machine_has(budget_bytes, device, where="memory.budget")
-    _require_machine_has(host_bytes, host, where="memory.host_budget")
     if device.type == "cpu":
-        limits = [limit for limit in (budget_bytes, host_bytes) if limit is not None]
-        return cpu_budget(min(limits, default=None), compute_dtype=compute_dtype)
+        return cpu_budget(budget_bytes, host_bytes, compute_dtype=compute_dtype, where=DEVICE_KEY)
+    _require_machine_has(budget_bytes, device, where=DEVICE_KEY)
+    _require_machine_has(host_bytes, host, where=HOST_KEY)
     free = available_memory_bytes(device)
     if free < 2**26:
         raise DoesNotFitError(
-            where="memory.budget",
+            where=DEVICE_KEY,
             found=f"{free / 2**20:.0f} MiB free on the GPU",
             expected="some memory to train in",
             fix="End what is using the GPU (see nvidia-smi).",
@@ -151,6 +172,8 @@ def machine_budget(
         compute_dtype=compute_dtype or choose_compute_dtype(device),
         memory=cuda_memory(capability),
         speed=gpu_speed(like),
+        asked_bytes=budget_bytes,
+        asked_host_bytes=host_bytes,
     )
 
 

@@ -81,6 +81,7 @@ def build_dry_model(
         ConfigError: the architecture cannot be trained (see `find_parts`), or has no norm after its layers.
     """
     skeleton = build_skeleton(config, with_buffers=False)
+    _hold_frequencies(skeleton)
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
     tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes)
@@ -166,6 +167,24 @@ def _final_norm(model: QuantizedModel, layers: Sequence[nn.Module]) -> nn.Module
             fix="Choose another base, or report this model type.",
         )
     return norms[-1]
+
+
+def _hold_frequencies(skeleton: PreTrainedModel) -> None:
+    """Leave out what dynamic rotary scaling asks of every batch: is a position beyond the model's own?
+
+    None is (data.seq_len is at most `max_position_embeddings`), so its frequencies never change (transformers 5.23,
+    `dynamic_rope_update`); and positions that are fake have no value to decide it by.
+    """
+    for part in skeleton.modules():
+        kind: Any = getattr(part, "rope_type", None)
+        if isinstance(kind, dict):  # by layer type
+            setattr(part, "rope_type", {layer_type: _held(own) for layer_type, own in kind.items()})  # noqa: B010
+        elif isinstance(kind, str):
+            setattr(part, "rope_type", _held(kind))  # noqa: B010
+
+
+def _held(rope_type: str) -> str:
+    return "default" if "dynamic" in rope_type else rope_type
 
 
 def _materialize_buffers(skeleton: PreTrainedModel, device: torch.device) -> None:

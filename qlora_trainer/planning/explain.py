@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.budget import Budget
+from qlora_trainer.planning.budget import HOST_KEY, Budget
 from qlora_trainer.planning.plan import WouldFit
 from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
@@ -60,19 +60,17 @@ def would_fit(
         _optimizer(layout, optimizer, bound),
         _seq_len(layout, optimizer, bound),
         _rank(layout, optimizer, bound),
-        _memory(least, bound.config, budget, process_bytes=process_bytes, host_bytes=host_bytes),
+        _memory(least, budget, process_bytes=process_bytes, host_bytes=host_bytes),
     ]
     return tuple(change for change in found if change is not None)
 
 
-def _memory(
-    least: Candidate, config: RunConfig, budget: Budget, *, process_bytes: int, host_bytes: int
-) -> WouldFit | None:
+def _memory(least: Candidate, budget: Budget, *, process_bytes: int, host_bytes: int) -> WouldFit | None:
     """More memory of the one kind that is short, where there can be that much."""
-    device, host = ("memory.budget", budget.most_bytes), ("memory.host_budget", budget.most_host_bytes)
+    device, host = (budget.device_key, budget.most_bytes), (HOST_KEY, budget.most_host_bytes)
     if budget.kind == "cpu":  # both keys limit the same memory
-        asked = {device: config.memory.budget, host: config.memory.host_budget}
-        short = {key: size for key, size in asked.items() if isinstance(size, int) and size < process_bytes}
+        asked = {device: budget.asked_bytes, host: budget.asked_host_bytes}
+        short = {key: size for key, size in asked.items() if size is not None and size < process_bytes}
         short = short or {device: budget.budget_bytes}
     else:
         of_device = {device: budget.budget_bytes} if process_bytes > budget.budget_bytes else {}
@@ -81,7 +79,7 @@ def _memory(
     if len(short) != 1:  # one change alone is not enough
         return None
     (((knob, most_bytes), before_bytes),) = short.items()
-    hundredths = math.ceil(100 * (host_bytes if knob == "memory.host_budget" else process_bytes) / _GIB)
+    hundredths = math.ceil(100 * (host_bytes if knob == HOST_KEY else process_bytes) / _GIB)
     if hundredths * _GIB > 100 * most_bytes:
         return None
     return WouldFit(
@@ -90,6 +88,13 @@ def _memory(
         after=f"{hundredths / 100:.2f}GiB",
         allocated_peak_bytes=least.usage.peak_bytes,
     )
+
+
+def _asked(pinned: bool | int | str, decided: int) -> int | str:
+    """What a change goes out from: what the config says, since that is what is changed; what was decided for `auto`."""
+    if isinstance(pinned, bool):
+        return str(pinned).lower()
+    return decided if pinned == "auto" else pinned
 
 
 def _tried(
@@ -102,9 +107,10 @@ def _tried(
 
 
 def _micro_batch(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+    before = _asked(bound.config.memory.micro_batch_tokens, layout.tokens)
     for tokens in reversed(token_steps(layout.seq_len, layout.tokens)[:-1]):
         smaller = replace(layout, tokens=tokens, loss_chunk=min(layout.loss_chunk, tokens))
-        change = _tried(smaller, optimizer, bound, "memory.micro_batch_tokens", layout.tokens, tokens)
+        change = _tried(smaller, optimizer, bound, "memory.micro_batch_tokens", before, tokens)
         if change is not None:
             return change
     return None
@@ -114,14 +120,16 @@ def _recompute(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
     if layout.num_recomputed == bound.num_layers:
         return None
     every = replace(layout, num_recomputed=bound.num_layers)
-    return _tried(every, optimizer, bound, "memory.activation_checkpointing", "false", "true")
+    before = _asked(bound.config.memory.activation_checkpointing, layout.num_recomputed)
+    return _tried(every, optimizer, bound, "memory.activation_checkpointing", before, "true")
 
 
 def _loss_chunk(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
     if layout.loss_chunk <= MIN_LOSS_CHUNK:
         return None
     smaller = replace(layout, loss_chunk=MIN_LOSS_CHUNK)
-    return _tried(smaller, optimizer, bound, "memory.loss_chunk_tokens", layout.loss_chunk, MIN_LOSS_CHUNK)
+    before = _asked(bound.config.memory.loss_chunk_tokens, layout.loss_chunk)
+    return _tried(smaller, optimizer, bound, "memory.loss_chunk_tokens", before, MIN_LOSS_CHUNK)
 
 
 def _optimizer(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:

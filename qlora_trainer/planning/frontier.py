@@ -41,7 +41,8 @@ def _cell(
     space: Space, price: Pricer, estimate: Estimator, is_within: Callable[[Usage], bool], chosen: PlanKnobs
 ) -> FrontierCell:
     fewest, most = space.recompute
-    multiples = [space.seq_len * count for count in range(1, max(2, -(-space.tokens[-1] // space.seq_len) + 1))]
+    num_documents = max(1, -(-space.tokens[-1] // space.seq_len))
+    multiples = range(space.seq_len, space.seq_len * num_documents + 1, space.seq_len)
     chunk = min(chosen.loss_chunk, space.seq_len)
 
     def is_fine(tokens: int, num_recomputed: int = most) -> bool:

@@ -85,6 +85,7 @@ def trace_training(
     settings: LoraSettings,
     *,
     adapter_dtype: torch.dtype,
+    num_tokens: int,
     document_lengths: Sequence[int],
     rows: int,
     num_recomputed: int,
@@ -96,7 +97,8 @@ def trace_training(
     Args:
         dry: the model.
         settings, adapter_dtype: the adapters.
-        document_lengths: of the micro-batch; every token is supervised.
+        num_tokens: of the micro-batch, every one supervised.
+        document_lengths: that occur in it; how many documents have each does not matter (see `inside`).
         rows: rows of one document each that the micro-batch consists of; 1 when packed.
         num_recomputed: layers that keep only their input.
         loss_chunk_tokens: as in training.
@@ -107,7 +109,6 @@ def trace_training(
     """
     device = dry.model.device
     tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
-    num_tokens = sum(document_lengths)
     with dry.fake_mode, without_collector():
         attach_dry_adapters(dry, settings, dtype=adapter_dtype)
         for parameter in trainable_parameters(dry.model).values():

@@ -17,6 +17,8 @@ from qlora_trainer.step import loss
 
 ATTENTION = ("qlora_trainer::packed_attention", "qlora_trainer::packed_attention_backward")
 LOSS = "qlora_trainer::chunked_cross_entropy"
+# Where the tokens of a row are in each tensor of an attention; the lengths of the documents come behind the tensors.
+_TOKEN_AXES = {ATTENTION[0]: (2, 2, 2), ATTENTION[1]: (1, 2, 2, 2, 1, 2)}
 _CHUNK_ARGUMENT = 6  # of LOSS: how many positions are in a chunk
 # The undecorated functions behind the operations.
 _BODIES: dict[str, Callable[..., Any]] = {
@@ -37,8 +39,10 @@ def inside_bytes(op: str, args: tuple[Any, ...]) -> int | None:
 
 def bytes_of(inside: Inside) -> int:
     """The same of recorded arguments."""
-    if inside.op in _BODIES:
-        return _traced_bytes(inside.op, _two_chunks(inside.arguments) if inside.op == LOSS else inside.arguments)
+    if inside.op == LOSS:
+        return _traced_bytes(inside.op, _two_chunks(inside.arguments))
+    if inside.op in ATTENTION:
+        return _traced_bytes(inside.op, _one_of_each(inside.op, inside.arguments))
     return library_inside_bytes(inside.op, _as_meta(inside.arguments))
 
 
@@ -51,6 +55,17 @@ def _two_chunks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         TensorSpec((num_positions,), targets.dtype, targets.device),
         *others,
     )
+
+
+def _one_of_each(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Attention over one document of each length: it takes them one after the other, and a batch may hold a million."""
+    axes = _TOKEN_AXES[op]
+    lengths = tuple(dict.fromkeys(arguments[len(axes)]))
+    tensors = [
+        TensorSpec((*spec.shape[:axis], sum(lengths), *spec.shape[axis + 1 :]), spec.dtype, spec.device)
+        for spec, axis in zip(arguments, axes, strict=False)
+    ]
+    return (*tensors, lengths, *arguments[len(axes) + 1 :])
 
 
 def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, rows: int, loss_chunk: int) -> Inside:

@@ -18,6 +18,7 @@ from qlora_trainer.hardware.device import DTYPES
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.adapters import LoraSettings, select_targets
+from qlora_trainer.model.positions import max_positions
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.explain import Bound, gave_up, would_fit
@@ -88,7 +89,8 @@ def make_plan(
     Args:
         config: what was asked for; what it pins stays.
         budget: the device and its memory.
-        model_config: the architecture of `config.model.base`; None reads it (see `read_model_config`).
+        model_config: the architecture of `config.model.base`, if it has been accepted and `data.packing` is what it
+            allows; None reads it and sees to both (see `read_model_config`).
         documents: lengths of the data; None plans for global batches of documents of full length.
         interpreter_bytes: asked once the traces are made: what the process takes without a model. None for what a
             process of this kind usually takes.
@@ -98,12 +100,16 @@ def make_plan(
         The plan; if nothing fits, the smallest, with `fits` false.
 
     Raises:
-        ConfigError: documents longer than the model's positions, or a base that is unknown or cannot be trained.
+        ConfigError: documents longer than the model's positions or than a pinned micro-batch, or a base that is unknown
+            or cannot be trained.
     """
-    model_config = model_config or read_model_config(config.model.base, config.model.revision)
-    asked_len = config.data.seq_len
-    seq_len = documents.seq_len if documents is not None else DEFAULT_SEQ_LEN if asked_len == "auto" else asked_len
+    if model_config is None:
+        model_config, can_pack = read_model_config(config.model.base, config.model.revision)
+        packing = config.data.packing and can_pack
+        config = config.model_copy(update={"data": config.data.model_copy(update={"packing": packing})})
+    seq_len = documents.seq_len if documents is not None else _full_length(config, model_config)
     _require_positions(seq_len, model_config, config.model.base)
+    _require_micro_batch(seq_len, config)
     size = config.training.global_batch_size
     documents = documents or Documents.of_full_length(seq_len, global_batch_size=size)
     with without_collector():
@@ -221,12 +227,13 @@ class _Planner:
     def confirmed(self, candidate: Candidate) -> Candidate:
         """The same knobs, traced at full depth."""
         layout = candidate.layout
-        num_documents, rest = divmod(layout.tokens, layout.seq_len)
+        rest = layout.tokens % layout.seq_len
         traced = trace_training(
             self.dry,
             replace(self.settings, rank=layout.rank),
             adapter_dtype=DTYPES[self.config.lora.dtype],
-            document_lengths=[layout.seq_len] * num_documents + [rest] * (rest > 0),
+            num_tokens=layout.tokens,
+            document_lengths=(layout.seq_len, rest) if rest else (layout.seq_len,),
             rows=layout.rows,
             num_recomputed=layout.num_recomputed,
             loss_chunk_tokens=layout.loss_chunk,
@@ -354,7 +361,7 @@ class _Planner:
         )
 
     def frontier(self, plan: Plan) -> tuple[FrontierCell, ...]:
-        positions = getattr(self.dry.model.module.config, "max_position_embeddings", None)
+        positions = max_positions(self.dry.model.module.config)
         return frontier_cells(
             self.space, self.price, self.estimate, self.is_within, plan.knobs, max_positions=positions
         )
@@ -368,8 +375,32 @@ def _different(found: Sequence[Candidate]) -> list[Candidate]:
     return list(seen.values())
 
 
+def _full_length(config: RunConfig, model_config: PreTrainedConfig) -> int:
+    """Tokens of a document that is not there yet: what was asked for, or as many as usual where all limits allow it.
+
+    A limit that the user did not break must not be held against them: `auto` stays below it.
+    """
+    if config.data.seq_len != "auto":
+        return config.data.seq_len
+    pinned = config.memory.micro_batch_tokens
+    limits = [max_positions(model_config), pinned if pinned != "auto" else None]
+    return min([DEFAULT_SEQ_LEN, *(limit for limit in limits if limit is not None)])
+
+
+def _require_micro_batch(seq_len: int, config: RunConfig) -> None:
+    """The config itself compares two pinned values; here `data.seq_len` is what the documents made of `auto`."""
+    pinned = config.memory.micro_batch_tokens
+    if pinned != "auto" and pinned < seq_len:
+        raise ConfigError(
+            where="memory.micro_batch_tokens",
+            found=f"{pinned} tokens",
+            expected=f"at least {seq_len}, the data.seq_len of these documents: none is cut between micro-batches",
+            fix=f"Raise memory.micro_batch_tokens to {seq_len}, or lower data.seq_len to {pinned}.",
+        )
+
+
 def _require_positions(seq_len: int, model_config: PreTrainedConfig, name: str) -> None:
-    most = getattr(model_config, "max_position_embeddings", None)
+    most = max_positions(model_config)
     if most is not None and seq_len > most:
         raise ConfigError(
             where="data.seq_len",

@@ -16,7 +16,7 @@ from qlora_trainer.hardware.device_memory import DeviceMemory
 from qlora_trainer.planning.full_trace import StateTrace
 from qlora_trainer.planning.inside import LOSS, bytes_of, resized
 from qlora_trainer.planning.shallow_trace import Policy, StepParts
-from qlora_trainer.planning.timeline import Level, Outline, Segment, outline
+from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Level, Outline, Segment, outline
 from qlora_trainer.planning.tracker import CATEGORIES, Inside
 
 PHASES = ("load", "forward", "loss", "backward", "optimizer", "eval", "save", "resume")
@@ -110,6 +110,7 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     order += [("forward", layer.forward) for layer in layers]
     order.append(("loss", parts.loss[policies[-1]]))
     order += [("backward", layer.backward) for layer in reversed(layers)]
+    is_input_kept = layout.num_recomputed > 0 and layers[0].backward is not EMPTY_SEGMENT
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
     for number, (phase, segment) in enumerate(order):
@@ -118,8 +119,8 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
         if phase not in levels or peak > levels[phase].peak_bytes:
             levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (level + own.at_peak).tolist(), strict=True)))
         level = level + own.net
-        if number == len(layers) and 0 < layout.num_recomputed < len(layers):
-            # From the loss on, a tensor of hidden states between recomputed and kept layers that neither's trace shows.
+        if number == len(layers) and is_input_kept and layout.num_recomputed < len(layers):
+            # The first layer's input, which a recomputed one keeps and the loss behind a kept one counts as let go of.
             level[CATEGORIES.index("saved_activation")] += _hidden_bytes(prices, layout)
     return list(levels.values())
 

@@ -1,7 +1,8 @@
 """A training step over a few of a model's layers, traced once: the parts that every deeper step is made of.
 
 The layers are the first one, whose input needs no gradient, and one more of each kind (windowed or full attention,
-...); they are traced recomputed, then kept. `price` puts the parts together for any depth.
+with which adapters, below or above the first adapter, ...); they are traced recomputed, then kept. `price` puts the
+parts together for any depth.
 """
 
 from __future__ import annotations
@@ -17,25 +18,34 @@ from torch import Tensor, nn
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import LoraSettings, trainable_parameters
 from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, layer_kinds, only_layers
-from qlora_trainer.planning.inside import LOSS, inside_bytes
-from qlora_trainer.planning.timeline import Probe, Segment, choose_probe, read_segments
+from qlora_trainer.planning.inside import ATTENTION, LOSS, inside_bytes
+from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Probe, Segment, choose_probe, read_segments
 from qlora_trainer.planning.tracker import StorageTracker, TensorSpec
-from qlora_trainer.planning.work import WorkSum, sum_work
+from qlora_trainer.planning.work import NO_WORK, WorkSum, sum_work
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
 
 Policy = Literal["recompute", "keep"]
+_ATTENTION_PASSES = dict(zip(ATTENTION, (1.0, 2.5), strict=True))  # backward is 2.5 forwards (Dao, 2023)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerParts:
-    """One layer's share of a step."""
+    """One layer's share of a step.
+
+    Attributes:
+        forward, backward: what it allocates; backward is empty below the first adapter, where no gradient arrives.
+        forward_work, backward_work: what it computes.
+        query_spec: what attention is given first.
+        attention_passes: how often attention's forward is computed, or what takes as long.
+    """
 
     forward: Segment
     backward: Segment
     forward_work: WorkSum
     backward_work: WorkSum
     query_spec: TensorSpec
+    attention_passes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +112,18 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
 
 
 def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tuple[str, ...]]:
-    """`layer_kinds`, told apart also by which of a layer's linears carry an adapter."""
+    """`layer_kinds`, told apart also by which of a layer's linears carry an adapter, and by what gradients it sees."""
     targets = set(settings.targets)
-    chosen = []
     names = {id(linear): name for name, linear in dry.model.linears.items()}
-    for kind, layer in zip(layer_kinds(dry), dry.layers, strict=True):
-        own = [names[id(part)] in targets for part in layer.modules() if id(part) in names]
-        chosen.append((*kind, str(own)))
+    has_adapter = [
+        [names[id(part)] in targets for part in layer.modules() if id(part) in names] for layer in dry.layers
+    ]
+    first = next((index for index, own in enumerate(has_adapter) if any(own)), 0)
+    chosen = []
+    for index, kind in enumerate(layer_kinds(dry)):
+        # No gradient reaches what is below the first adapter, and that layer's own input needs none.
+        place = "below" if index < first else "first" if index == first else "above"
+        chosen.append((*kind, str(has_adapter[index]), place))
     return chosen
 
 
@@ -118,14 +133,15 @@ class _Traced:
     work: Mapping[object, WorkSum]
 
     def layer(self, place: int) -> LayerParts:
-        forward, backward = ("forward", place), ("backward", place)
-        query_spec = next(
-            inside.arguments[1]
-            for _, inside in self.segments[backward].insides
-            if inside.op == "qlora_trainer::packed_attention_backward"
-        )
+        forward, backward = self.segments["forward", place], self.segments.get(("backward", place), EMPTY_SEGMENT)
+        attended = [inside for _, inside in (*forward.insides, *backward.insides) if inside.op in _ATTENTION_PASSES]
         return LayerParts(
-            self.segments[forward], self.segments[backward], self.work[forward], self.work[backward], query_spec
+            forward=forward,
+            backward=backward,
+            forward_work=self.work["forward", place],
+            backward_work=self.work.get(("backward", place), NO_WORK),
+            query_spec=next(inside.arguments[0] for inside in attended if inside.op == ATTENTION[0]),
+            attention_passes=sum(_ATTENTION_PASSES[inside.op] for inside in attended),
         )
 
     @property

@@ -53,8 +53,11 @@ class Demand:
     shortest_tokens: float
 
     def filled_tokens(self, micro_batch_tokens: int) -> float:
-        """Of a micro-batch, what whole documents fill: equal ones leave a remainder, a short one fits any gap."""
-        of_equal = self.mean_tokens * (micro_batch_tokens // self.mean_tokens)
+        """Of a micro-batch, what whole documents fill: equal ones leave a remainder, a short one fits any gap.
+
+        It holds one at least, whatever the division of a rounded mean says.
+        """
+        of_equal = self.mean_tokens * max(1, micro_batch_tokens // self.mean_tokens)
         return max(of_equal, micro_batch_tokens - self.shortest_tokens)
 
 
@@ -92,8 +95,8 @@ def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed:
         own = parts.of_layer(index, "recompute" if index < len(parts.kinds) - num_kept else "keep")
         total += _part_seconds(own.forward_work, layout, tokens, speed)
         total += _part_seconds(own.backward_work, layout, tokens, speed)
-        passes = 3.5 + (1 if index < layout.num_recomputed else 0)  # backward is 2.5 forwards (Dao, 2023)
-        total += passes * tokens * _attention_flops_per_token(own.query_spec, demand) / (speed.flops * ATTENTION_SHARE)
+        attention_flops = own.attention_passes * tokens * _attention_flops_per_token(own.query_spec, demand)
+        total += attention_flops / (speed.flops * ATTENTION_SHARE)
     total += _loss_seconds(prices, layout, tokens, speed)
     return total
 

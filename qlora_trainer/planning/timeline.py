@@ -57,6 +57,15 @@ class Segment:
         return sizes
 
 
+EMPTY_SEGMENT = Segment(
+    np.zeros(0, dtype=np.int64),
+    np.zeros(0, dtype=np.bool_),
+    np.zeros(0, dtype=np.bool_),
+    np.zeros(0, dtype=np.int8),
+    (),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Outline:
     """A segment at given values.

@@ -41,6 +41,9 @@ class WorkSum:
         return float(self.flops @ monomials), float(self.moved_bytes @ monomials)
 
 
+NO_WORK = WorkSum(np.zeros(4), np.zeros(4), 0, 0)
+
+
 def sum_work(tracker: StorageTracker, probe: Probe) -> dict[object, WorkSum]:
     """The work of each marked part of a trace."""
     starts = [start for start, _ in tracker.events.marks]

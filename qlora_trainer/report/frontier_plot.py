@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import os.path
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qlora_trainer.config.paths import require_plot_path
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.planning.plan import FrontierCell, Plan
 from qlora_trainer.report.formats import format_bytes
@@ -73,20 +73,7 @@ def write_frontier_plot(plan: Plan, path: Path) -> None:
 
 def _check(plan: Plan, path: Path) -> None:
     """What can be told before matplotlib is imported, which takes a second."""
-    if path.suffix.lower() != ".png":
-        raise ConfigError(
-            where=str(path),
-            found=f"a plot that ends in {path.suffix!r}" if path.suffix else "a plot without an ending",
-            expected="one that ends in .png",
-            fix="Name it frontier.png, for example.",
-        )
-    if not os.path.isdir(path.parent):  # unlike Path.is_dir, no OSError for a parent that may not be looked at
-        raise ConfigError(
-            where=str(path),
-            found=f"no folder {path.parent}",
-            expected="a folder that exists",
-            fix="Create it or choose another place for the plot.",
-        )
+    require_plot_path(path)
     if not plan.frontier:
         raise ConfigError(
             where=str(path),

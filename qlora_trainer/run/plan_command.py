@@ -51,11 +51,13 @@ def plan_on(
 
 
 def _budget(config: RunConfig, gpu: str | None, vram_bytes: int | None, ram_bytes: int | None) -> Budget:
+    """An option takes the place of `memory.budget`; `memory.host_budget` counts beside it."""
     asked = None if config.memory.budget == "auto" else config.memory.budget
     host = None if config.memory.host_budget == "auto" else config.memory.host_budget
+    dtype = None if config.quantization.compute_dtype == "auto" else config.quantization.compute_dtype
     if gpu is not None or vram_bytes is not None:
         limit, where = (asked, "memory.budget") if vram_bytes is None else (vram_bytes, "--vram")
         return gpu_budget(gpu, limit, host, where=where)
     if ram_bytes is not None:
-        return cpu_budget(ram_bytes)
-    return machine_budget(asked, host)
+        return cpu_budget(ram_bytes, host, compute_dtype=dtype)
+    return machine_budget(asked, host, dtype)

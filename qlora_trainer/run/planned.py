@@ -59,8 +59,13 @@ def as_rows_allow(config: RunConfig, base: Base) -> RunConfig:
     return with_values(config, {"data.packing": packs(config, base)})
 
 
-def require_fit(plan: Plan, config: RunConfig) -> Plan:
+def require_fit(plan: Plan, config: RunConfig, device_key: str = "memory.budget") -> Plan:
     """The plan itself, if it fits.
+
+    Args:
+        plan: as it was made.
+        config: what it was made for.
+        device_key: who asked for the budget: the key, or an option in its place.
 
     Raises:
         DoesNotFitError: names what is missing, what `config` has pinned, and the single changes that would make it fit.
@@ -68,7 +73,7 @@ def require_fit(plan: Plan, config: RunConfig) -> Plan:
     if plan.fits:
         return plan
     changes = [f"{change.knob} {change.before} -> {change.after}" for change in plan.would_fit]
-    where, place, budget_bytes = "memory.budget", plan.device, plan.budget_bytes
+    where, place, budget_bytes = device_key, plan.device, plan.budget_bytes
     needed_bytes = plan.predicted.process_peak_bytes
     if needed_bytes <= budget_bytes:  # then it is the host's memory that is short
         where, place, budget_bytes = "memory.host_budget", "the host", plan.host_budget_bytes

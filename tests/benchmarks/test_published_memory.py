@@ -11,44 +11,12 @@ import pytest
 from benchmarks import peer_model
 from benchmarks.peer_allocator import MIB, CachingAllocator, unsplit_bytes
 from benchmarks.peer_rows import CannotHandle, check, release_of
+from benchmarks.peer_skeleton import DEPTHS
 from benchmarks.peer_speed import tokens_per_second
-from benchmarks.published_memory import DEPTHS, Prediction, extrapolate, main, print_table
+from benchmarks.published_memory import main, print_table
+from benchmarks.published_prediction import Prediction, extrapolate
+from tests.benchmarks.published_rows import CONFIG, ROW
 
-CONFIG = {
-    "model_type": "mistral",
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 1000,
-    "tie_word_embeddings": False,
-    "sliding_window": 4096,
-}
-ROW: dict[str, Any] = {
-    "id": "small",
-    "path": "refs/a100_80gb.csv",
-    "config": CONFIG,
-    "gpu": "A100-80GB",
-    "quant": "nf4",
-    "double_quant": True,
-    "lora_rank": 8,
-    "lora_alpha": 8,
-    "lora_dropout": 0.1,
-    "lora_dtype": "float32",
-    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
-    "kbit_fp32_upcast": False,
-    "loss": "transformers_fp32",
-    "micro_batch": 2,
-    "seq_len": 512,
-    "activation_checkpointing": True,
-    "optimizer": "adamw_torch",
-    "attention": "flash_attention_2",
-    "peer_kernels": "stock",
-    "static_allocated_gib": 0.02,
-    "peak_allocated_gib": 0.04,
-    "tokens_per_second": 1000.0,
-}
 FUSED = {"loss": "fused_over_full_logits", "peer_kernels": "fused LoRA + RMSNorm + RoPE + loss"}
 LOGITS_BYTES = 2 * 512 * 1000  # one byte a logit
 
@@ -80,8 +48,9 @@ def test_a_row_is_modelled_and_a_mixture_of_experts_is_null_with_a_reason(
 
 
 def test_two_shallow_depths_give_the_full_one() -> None:
-    full = peer_model.trace(ROW, CONFIG["num_hidden_layers"]).as_dict()  # type: ignore[arg-type]
-    figures = extrapolate([peer_model.trace(ROW, depth).as_dict() for depth in DEPTHS], CONFIG["num_hidden_layers"])  # type: ignore[arg-type]
+    full = peer_model.trace(ROW, CONFIG["num_hidden_layers"]).as_dict()
+    shallow = [peer_model.trace(ROW, depth).as_dict() for depth in DEPTHS]
+    figures = extrapolate(shallow, DEPTHS, CONFIG["num_hidden_layers"])
 
     assert figures == pytest.approx(full, rel=1e-9)
 
@@ -116,7 +85,8 @@ def test_what_is_not_known_is_refused(changes: dict[str, str]) -> None:
     "changes, reason",
     [
         ({"config": CONFIG | {"model_type": "no such model"}}, "does not build"),
-        ({"target_modules": ["c_attn"]}, "not modelled"),
+        ({"target_modules": ["c_attn"]}, "no linear layer"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is no linear layer"),
         ({"micro_batch": "two"}, "does not run"),
     ],
 )

@@ -13,6 +13,7 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.report.reading import watched
 from qlora_trainer.report.screen import stderr_console
+from qlora_trainer.run import plan_command
 from qlora_trainer.run.inputs import read_inputs
 from tests.model.tiny_bases import small_config
 from tests.run.tiny_run import write_base, write_rows
@@ -94,6 +95,17 @@ def test_tables_and_a_heat_map(tiny: Path, tmp_path: Path, capsys: pytest.Captur
     assert plot.read_bytes().startswith(b"\x89PNG\r\n")
 
 
+def test_a_wrong_place_for_a_plot_is_told_before_anything_is_planned(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where the path is looked at when there is a plan to draw."""
+    monkeypatch.setattr(plan_command, "plan_on", lambda *_, **__: pytest.fail("planned all the same"))
+    plot = tmp_path / "missing" / "frontier.png"
+    out, err = called(capsys, "plan", "--model", str(tiny), "--vram", "8GiB", "--plot", str(plot), exit_code=2)
+    assert out == ""
+    assert err.startswith(f"qlora-trainer: error: {plot}: found no folder {plot.parent}")
+
+
 def test_what_does_not_fit_is_json_one_line_and_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("plan", "--model", "smollm2-135m", "--vram", "600MiB", "--set", "data.seq_len=256", "--json")
     out, err = called(capsys, *arguments, exit_code=3)
@@ -101,8 +113,8 @@ def test_what_does_not_fit_is_json_one_line_and_exit_code_3(capsys: pytest.Captu
     assert plan["fits"] is False
     assert plan["missing_bytes"] == plan["predicted"]["process_peak_bytes"] - plan["budget_bytes"]
     assert all(change.keys() == {"knob", "from", "to", "allocated_peak_bytes"} for change in plan["would_fit"])
-    assert [change["knob"] for change in plan["would_fit"]][-1] == "memory.budget"
-    assert err.startswith("qlora-trainer: error: memory.budget: found 0.59 GiB on GPU with 600MiB")
+    assert [change["knob"] for change in plan["would_fit"]][-1] == "--vram"  # memory.budget does not count beside it
+    assert err.startswith("qlora-trainer: error: --vram: found 0.59 GiB on GPU with 600MiB")
     assert err.count("\n") == 1
     assert f"{plan['missing_bytes'] / GIB:.2f} GiB too little" in err
     for change in plan["would_fit"]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qlora_trainer.config.load import load_config
-from qlora_trainer.config.paths import check_inputs
+from qlora_trainer.config.paths import check_inputs, require_plot_path
 from qlora_trainer.errors import ConfigError, DataError, StorageError
 
 
@@ -83,3 +83,23 @@ def test_folders_that_cannot_be_written(key: str, name: str, found: str) -> None
         check(f"{key}={name}", resume=True)
     assert found in caught.value.found
     assert caught.value.where == f"{key} {name}"
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("plot.pdf", "found a plot that ends in '.pdf'; expected one that ends in .png"),
+        ("plot", "found a plot without an ending"),
+        ("missing/plot.png", "found no folder missing"),
+        ("train.jsonl/plot.png", "found no folder train.jsonl"),
+        ("folder.png", "found a folder; expected a file"),
+    ],
+)
+def test_a_path_that_no_plot_can_be_written_to_is_refused(name: str, found: str, work: Path) -> None:
+    (work / "folder.png").mkdir()
+    before = sorted(os.listdir(work))
+    with pytest.raises((ConfigError, StorageError)) as caught:
+        require_plot_path(Path(name))
+    assert str(caught.value).startswith(f"{name}: {found}")
+    require_plot_path(Path("frontier.png"))
+    assert sorted(os.listdir(work)) == before

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import LlamaConfig, MixtralConfig
 
 from qlora_trainer.errors import ConfigError
@@ -80,6 +81,14 @@ def test_sizes_that_are_missing_are_named(folder: Path) -> None:
     del sizes["num_hidden_layers"], sizes["intermediate_size"]
     path.write_text(json.dumps(sizes))
     assert "found no intermediate_size, num_hidden_layers;" in _refusal(str(folder))
+
+
+@pytest.mark.parametrize("name, size", [("num_hidden_layers", 0), ("vocab_size", 0), ("num_hidden_layers", -1)])
+def test_sizes_of_nothing_are_named(name: str, size: int, folder: Path) -> None:
+    """Fails without the check: the small copy has two layers of its own, and a plan of none is an IndexError."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: size}))
+    assert f"found {name} {size}; expected at least 1" in _refusal(str(folder))
 
 
 def test_a_missing_config_is_refused(folder: Path) -> None:
@@ -178,6 +187,27 @@ def test_a_hub_id_without_a_network_is_refused_at_once(
     assert time.monotonic() - start < 5.0
     assert "'nobody/no-such-model'" in message
     assert "smollm2-135m" in message
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("meta-llama/Llama-3.1-8Bb", "Did you mean meta-llama/Llama-3.1-8B? Check the name"),
+        ("qwen/qwen25-7b", "Did you mean Qwen/Qwen2.5-7B? Check the name"),
+        ("meta-llama/Llama-3.1-8B", "smollm2-135m. Check the name"),  # it is the network or the token
+        ("nobody/no-such-model", "smollm2-135m. Check the name"),
+    ],
+)
+def test_a_misspelt_hub_id_is_answered_with_the_one_that_was_meant(
+    name: str, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails without the hint, and where a name that is known as it is is taken for a misspelt one."""
+
+    def refuse(*_: object, **__: object) -> str:
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(base_module, "hf_hub_download", refuse)
+    assert hint in _refusal(name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import torch
 
 from qlora_trainer.config.load import load_config
 from qlora_trainer.errors import ConfigError, DoesNotFitError
+from qlora_trainer.hardware.cpu_speed import CpuSpeed
 from qlora_trainer.hardware.gpu_catalogue import find_gpu
 from qlora_trainer.planning import budget
 from qlora_trainer.planning.budget import cpu_budget, gpu_budget, machine_budget
@@ -40,6 +41,34 @@ def test_more_than_this_machine_has_is_refused() -> None:
         machine_budget(None, too_much)
     with pytest.raises(ConfigError, match=r"^memory\.budget: found 1024TiB; expected at most"):
         machine_budget(too_much, None)
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16"])
+@pytest.mark.parametrize("ram_bytes", [None, GIB])
+def test_a_plan_for_this_cpu_is_timed_in_the_dtype_that_is_pinned(
+    asked: str, ram_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails where a plan leaves the dtype to the machine: the choice is then measured in another one."""
+    measured: list[str] = []
+
+    def measure(dtype: str) -> CpuSpeed:
+        measured.append(dtype)
+        return CpuSpeed(flops=1e9, bytes=1e9, unpacked_elements=1e9, launch_seconds=1e-6)
+
+    monkeypatch.setattr(budget, "measure_cpu_speed", measure)
+    monkeypatch.setattr(budget, "choose_device", lambda: torch.device("cpu"))
+    config = load_config(None, ["model.base=tiny", "data.train=x.jsonl", f"quantization.compute_dtype={asked}"])
+    assert plan_command._budget(config, None, None, ram_bytes).compute_dtype == asked
+    assert measured == [asked]
+
+
+@pytest.mark.parametrize("host, expected", [("auto", 2 * GIB), ("1GiB", GIB), ("3GiB", 2 * GIB)])
+def test_a_pinned_host_budget_counts_beside_an_option(host: str, expected: int) -> None:
+    """And `memory.budget` does not: the option takes its place. Fails where --ram is all that is looked at."""
+    pins = ["memory.budget=512MiB", f"memory.host_budget={host}", "quantization.compute_dtype=float32"]
+    config = load_config(None, ["model.base=tiny", "data.train=x.jsonl", *pins])
+    found = plan_command._budget(config, None, None, 2 * GIB)
+    assert (found.budget_bytes, found.host_budget_bytes, found.device_key) == (expected, expected, "--ram")
 
 
 @pytest.fixture

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
 
+from qlora_trainer.hardware.causal_attention import AttentionShape, attend
+from qlora_trainer.model import attention
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
+from qlora_trainer.planning import inside
 from qlora_trainer.planning.inside import ATTENTION, bytes_of
 from qlora_trainer.planning.tracker import Inside, TensorSpec
 from tests.hardware.profiled_memory import bytes_beyond_results
@@ -43,11 +48,38 @@ def test_chunked_attention_takes_what_one_document_takes(window: int, num_docume
             return grads
 
         found_backward_bytes = bytes_beyond_results(backward)
-    settings = ((NUM_TOKENS,), SCALE, window, SOFTCAP)
-    qkv = (spec(NUM_TOKENS),) * 3
-    out_spec = TensorSpec((1, NUM_TOKENS, HEADS, HEAD_SIZE), torch.float32, torch.device("cpu"))
-    lse_spec = TensorSpec((1, HEADS, NUM_TOKENS), torch.float32, torch.device("cpu"))
-    planned_bytes = bytes_of(Inside(0, ATTENTION[0], (*qkv, *settings)))
-    planned_backward_bytes = bytes_of(Inside(0, ATTENTION[1], (out_spec, *qkv, out_spec, lse_spec, *settings)))
+    planned_bytes, planned_backward_bytes = planned(NUM_TOKENS, (NUM_TOKENS,), window)
     assert found_bytes == pytest.approx(planned_bytes, abs=TOLERANCE_BYTES)
     assert found_backward_bytes == pytest.approx(planned_backward_bytes, abs=TOLERANCE_BYTES)
+
+
+def planned(num_tokens: int, lengths: Sequence[int], window: int) -> tuple[int, int]:
+    """Of forward and backward over a row of documents of these lengths."""
+    settings = (tuple(lengths), SCALE, window, SOFTCAP)
+    qkv = (spec(num_tokens),) * 3
+    out_spec = TensorSpec((1, num_tokens, HEADS, HEAD_SIZE), torch.float32, torch.device("cpu"))
+    lse_spec = TensorSpec((1, HEADS, num_tokens), torch.float32, torch.device("cpu"))
+    return (
+        bytes_of(Inside(0, ATTENTION[0], (*qkv, *settings))),
+        bytes_of(Inside(0, ATTENTION[1], (out_spec, *qkv, out_spec, lse_spec, *settings))),
+    )
+
+
+@pytest.mark.parametrize("lengths", [(400, 400, 120), (120, 400, 30, 120), (64,)])
+def test_documents_of_one_length_are_worked_out_once(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each length is asked for, none twice, and the bytes are those of the largest one.
+
+    Fails where each document is walked through: a pinned micro-batch of 10^9 tokens has half a million of them.
+    """
+    asked: list[int] = []
+
+    def see(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+        asked.append(q.shape[2])
+        return attend(q, k, v, shape)
+
+    monkeypatch.setattr(attention, "attend", see)
+    alone = [planned(length, (length,), 300) for length in lengths]
+    asked.clear()
+    inside._traced_bytes.cache_clear()
+    assert planned(sum(lengths), lengths, 300) == tuple(map(max, zip(*alone, strict=True)))
+    assert asked == list(dict.fromkeys(lengths))

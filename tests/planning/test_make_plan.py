@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -13,8 +14,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, StableLmConfig
 
+from qlora_trainer.config.known_models import known_config
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
@@ -22,8 +24,7 @@ from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning.budget import Budget, gpu_budget
 from qlora_trainer.planning.full_trace import without_collector
-from qlora_trainer.planning.known_models import known_config
-from qlora_trainer.planning.make_plan import DEFAULT_SEQ_LEN, Documents, _Planner, make_plan
+from qlora_trainer.planning.make_plan import DEFAULT_SEQ_LEN, Documents, _full_length, _Planner, make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.planning.price import PHASES
 from qlora_trainer.planning.search import Candidate
@@ -34,7 +35,7 @@ from tests.model.tiny_bases import small_config
 MIB, GIB = 2**20, 2**30
 SEQ_LEN = 256
 # Nothing but tensors, so that budgets can be compared with them.
-GPU = gpu_budget(None, 8 * GIB)
+GPU = gpu_budget(None, 8 * GIB, where="memory.budget")
 BARE_GPU = replace(GPU, memory=replace(GPU.memory, fixed_bytes=0, workspace_bytes=0))
 CPU = replace(GPU, kind="cpu", device_name="cpu", compute_dtype="float32", memory=cpu_memory(0))
 
@@ -49,7 +50,7 @@ def architecture(num_layers: int = 2) -> PreTrainedConfig:
 
 def within(budget: Budget, budget_bytes: int) -> Budget:
     host_bytes = budget_bytes if budget.kind == "cpu" else budget.host_budget_bytes
-    return replace(budget, budget_bytes=budget_bytes, host_budget_bytes=host_bytes)
+    return replace(budget, budget_bytes=budget_bytes, host_budget_bytes=host_bytes, asked_bytes=budget_bytes)
 
 
 def planned(budget: Budget, *overrides: str, num_layers: int = 2, **options: Any) -> Plan:
@@ -274,9 +275,55 @@ def test_memory_is_offered_where_it_helps_alone(traced_on: Callable[[str], Trace
     assert offers_of_memory(traced.plan(least - MIB, host_budget_bytes=MIB)) == []  # both are short
 
 
-def test_on_a_cpu_the_budget_that_is_short_is_offered() -> None:
-    plan = planned(within(CPU, 50 * MIB), "memory.host_budget=50MiB", "memory.budget=1GiB")
-    assert [knob for knob, _ in offers_of_memory(plan)] == ["memory.host_budget"]
+def offered(budget: Budget, *overrides: str) -> dict[str, tuple[int | str, int | str]]:
+    """Of a plan that does not fit: knob -> from and to."""
+    return {change.knob: (change.before, change.after) for change in planned(budget, *overrides).would_fit}
+
+
+@pytest.mark.parametrize(
+    "asked_bytes, asked_host_bytes, expected",
+    [
+        (GIB, 50 * MIB, "memory.host_budget"),
+        (50 * MIB, GIB, "--ram"),
+        (50 * MIB, None, "--ram"),
+        (None, None, "--ram"),  # what is free is too little, and more may be asked for
+        (50 * MIB, 49 * MIB, None),  # one change alone is not enough
+    ],
+)
+def test_on_a_cpu_the_budget_that_is_short_is_offered(
+    asked_bytes: int | None, asked_host_bytes: int | None, expected: str | None
+) -> None:
+    """By the name that it was asked for with: fails where memory.budget is offered under --ram, which overrules it.
+
+    The config has a memory.budget that does not count then, and is not where a change would go out from.
+    """
+    short = replace(within(CPU, 50 * MIB), device_key="--ram", asked_bytes=asked_bytes)
+    found = offered(replace(short, asked_host_bytes=asked_host_bytes), "memory.budget=60MiB")
+    assert "memory.budget" not in found
+    assert [knob for knob in found if knob in ("--ram", "memory.host_budget")] == ([expected] if expected else [])
+    assert expected is None or found[expected][0] == "0.05GiB"
+
+
+def test_under_an_option_for_a_gpu_the_option_is_offered(traced_on: Callable[[str], Traced]) -> None:
+    traced = traced_on("gpu")
+    (offer,) = [
+        change.knob
+        for change in traced.plan(traced.least_bytes() - MIB, device_key="--vram").would_fit
+        if change.knob in ("memory.budget", "--vram")
+    ]
+    assert offer == "--vram"
+
+
+@pytest.mark.parametrize("policy, before", [("false", "false"), ("1", 1)])
+def test_a_change_goes_out_from_what_was_asked_for(policy: str, before: int | str) -> None:
+    """Fails where it goes out from what was made of it: whole rows of 64, a chunk no longer than those."""
+    asked = ["memory.micro_batch_tokens=1000", "memory.loss_chunk_tokens=4096", "lora.rank=2"]
+    asked.append(f"memory.activation_checkpointing={policy}")
+    far = planned(within(CPU, 1000), *asked)
+    found = offered(within(CPU, round(0.99 * needed_bytes(far))), *asked)
+    assert found["memory.micro_batch_tokens"][0] == 1000
+    assert found["memory.loss_chunk_tokens"] == (4096, 64)
+    assert found["memory.activation_checkpointing"] == (before, "true")
 
 
 def test_the_smallest_plan_is_tried_when_prices_were_too_low(
@@ -297,12 +344,48 @@ def test_the_smallest_plan_is_tried_when_prices_were_too_low(
     assert plan.knobs.micro_batch_tokens == SEQ_LEN
 
 
-@pytest.mark.parametrize("seq_len, found", [("513", "513 tokens"), ("auto", f"{DEFAULT_SEQ_LEN} tokens")])
-def test_documents_longer_than_the_positions_are_refused(seq_len: str, found: str) -> None:
-    with pytest.raises(ConfigError, match=r"data\.seq_len") as raised:
-        planned(GPU, f"data.seq_len={seq_len}")
-    assert found in str(raised.value)
+def test_documents_longer_than_the_positions_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.seq_len: found 513 tokens") as raised:
+        planned(GPU, "data.seq_len=513")
     assert "512, the positions of tiny" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "positions, micro_batch, expected",
+    [(512, "auto", 512), (4096, "auto", DEFAULT_SEQ_LEN), (4096, "300", 300), (512, "4096", 512), (None, "300", 300)],
+)
+def test_documents_that_are_not_there_are_as_long_as_the_limits_allow(
+    positions: int | None, micro_batch: str, expected: int
+) -> None:
+    """Fails where `auto` ignores either limit: the user is told of a data.seq_len that they never set."""
+    config = run_config("data.seq_len=auto", f"memory.micro_batch_tokens={micro_batch}")
+    built = PreTrainedConfig() if positions is None else LlamaConfig(max_position_embeddings=positions)
+    assert _full_length(config, built) == expected
+
+
+def test_a_pinned_micro_batch_without_a_length_is_planned() -> None:
+    """Fails, in a division by zero, where documents are taken to be longer than the micro-batch."""
+    plan = planned(within(CPU, GIB), "data.seq_len=auto", "memory.micro_batch_tokens=100")
+    assert (plan.knobs.seq_len, plan.knobs.micro_batch_tokens) == (100, 100)
+    assert plan.fits
+
+
+def test_a_pinned_micro_batch_below_the_documents_is_refused() -> None:
+    """Fails without the check: the plan fits, and training stops at the first document that is longer."""
+    documents = Documents.of([40, 60, 100], seq_len=128, global_batch_size=4)
+    with pytest.raises(ConfigError, match=r"^memory\.micro_batch_tokens: found 127 tokens; expected at least 128"):
+        planned(CPU, "data.seq_len=auto", "memory.micro_batch_tokens=127", documents=documents)
+
+
+def test_a_pinned_micro_batch_beyond_all_memory_is_told_at_once() -> None:
+    """Fails, at a minute, where anything is done once for each of its four million documents."""
+    start = time.monotonic()
+    plan = planned(within(CPU, GIB), "memory.micro_batch_tokens=1000000000", with_frontier=True)
+    assert time.monotonic() - start < 20.0  # two seconds on two old cores
+    assert not plan.fits
+    assert plan.knobs.micro_batch_tokens == 10**9
+    assert plan.missing_bytes > 10**12
+    assert plan.would_fit[0].knob == "memory.micro_batch_tokens"
 
 
 def test_documents_decide_what_is_auto() -> None:
@@ -331,6 +414,34 @@ def test_a_config_and_a_budget_are_enough(tmp_path: Path) -> None:
     assert plan.trainable_parameters == planned(within(CPU, GIB)).trainable_parameters
     with pytest.raises(ConfigError, match=r"no folder \./none"):
         make_plan(run_config("model.base=./none"), CPU)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("config_class", [LlamaConfig, StableLmConfig])
+def test_a_base_whose_documents_must_not_share_a_row_is_planned_so(
+    config_class: Callable[..., PreTrainedConfig], asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """StableLM's layers do not pass on where documents end. Fails where what the acceptance says of rows is dropped."""
+
+    class _Seen(Exception):
+        pass
+
+    def see(config: RunConfig, *_: object) -> _Planner:
+        packs.append(config.data.packing)
+        raise _Seen
+
+    packs: list[bool] = []
+    monkeypatch.setattr(_Planner, "of", see)
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config_class(vocab_size=2048, num_key_value_heads=2, **sizes).save_pretrained(tmp_path)
+    with pytest.raises(_Seen):
+        make_plan(run_config(f"model.base={tmp_path}", f"data.packing={str(asked).lower()}"), CPU)
+    assert packs == [asked and config_class is LlamaConfig]
 
 
 def test_the_interpreter_is_asked_for_after_the_traces_and_counted() -> None:

@@ -53,8 +53,8 @@ def config_of(name: str) -> PreTrainedConfig:
     return config
 
 
-def make_planner(name: str, budget: Budget) -> _Planner:
-    config = load_config(None, ["model.base=x", "data.train=x.jsonl", f"data.seq_len={SEQ_LEN}"])
+def make_planner(name: str, budget: Budget, *overrides: str) -> _Planner:
+    config = load_config(None, ["model.base=x", "data.train=x.jsonl", f"data.seq_len={SEQ_LEN}", *overrides])
     with without_collector():
         return _Planner.of(config, budget, config_of(name), Documents.of_full_length(SEQ_LEN, global_batch_size=16))
 
@@ -106,6 +106,45 @@ def test_some_layers_recomputed(
 ) -> None:
     priced, traced = priced_and_traced(planners(name, device), tokens, num_recomputed, loss_chunk)
     assert priced.peak_bytes == pytest.approx(traced.peak_bytes, rel=MAX_MIXED.get(name, 0.0))
+
+
+TARGETS = {
+    "mlp": "[gate_proj, up_proj, down_proj]",
+    "o_proj": "[o_proj]",
+    "down_proj": "[down_proj]",
+    "upper": r"'.*\.[2-5]\..*'",
+    "upper-mlp": r"'.*\.[1-5]\.mlp\..*'",
+    "scattered": r"'.*\.[24]\..*'",
+    "last": r"'.*\.5\.self_attn\.v_proj'",
+}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_targets_that_leave_the_first_layers_attention_untrained(targets: str, device: str) -> None:
+    """Where no gradient comes, nothing is kept and nothing goes back, recomputed or not.
+
+    Fails where the query is looked for in the first layer's backward, or layers below the first adapter are taken for
+    layers between adapters.
+    """
+    planner = make_planner("llama", BUDGETS[device], f"lora.target_modules={targets}")
+    for num_recomputed in (0, 1, 3, NUM_LAYERS):
+        priced, traced = priced_and_traced(planner, 512, num_recomputed, 64)
+        require_equal_bytes(priced, traced)
+
+
+@pytest.mark.parametrize(
+    "targets, passes",
+    [("mlp", [(1.0, 3.5), (2.0, 4.5)]), ("last", [(1.0, 1.0), (1.0, 1.0)]), (None, [(3.5, 3.5), (4.5, 4.5)])],
+)
+def test_attention_is_timed_as_often_as_it_is_computed(targets: str | None, passes: list[tuple[float, float]]) -> None:
+    """Of the first two layers, kept and recomputed. Fails where every layer is taken for one with a backward."""
+    overrides = [] if targets is None else [f"lora.target_modules={TARGETS[targets]}"]
+    parts = make_planner("llama", CPU, *overrides).prices.parts
+    found = [
+        tuple(parts.of_layer(index, policy).attention_passes for index in (0, 1)) for policy in ("keep", "recompute")
+    ]
+    assert found == passes
 
 
 def test_a_length_that_is_no_multiple_of_the_documents(planners: Callable[[str, str], _Planner]) -> None:

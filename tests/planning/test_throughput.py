@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_trainer.data.micro_batches import cut
@@ -21,6 +21,16 @@ def test_equal_documents_fill_what_the_cut_fills(length: int, number: int, rest:
 
     assert demand.filled_tokens(tokens) == number * length
     assert len(cut([length] * 4 * number, tokens)) == 4
+
+
+@given(st.integers(8, 10_000), st.integers(8, 10_000))
+@example(seq_len=11, stretched_to=25)
+def test_a_micro_batch_holds_a_document_of_a_stretched_length(seq_len: int, stretched_to: int) -> None:
+    """As a frontier stretches documents to other lengths. Fails without the lower bound: 11 * (25 / 11) > 25."""
+    stretch = stretched_to / seq_len
+    demand = Demand(16, seq_len * stretch, seq_len * stretch)
+
+    assert demand.filled_tokens(stretched_to) == pytest.approx(stretched_to)
 
 
 def test_short_documents_fill_the_gaps() -> None:

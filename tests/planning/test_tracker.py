@@ -303,6 +303,7 @@ def test_fake_tensors_give_the_same_levels_as_real_ones(name: str, num_recompute
         dry,
         settings,
         adapter_dtype=torch.bfloat16,
+        num_tokens=sum(lengths),
         document_lengths=lengths,
         rows=1,
         num_recomputed=num_recomputed,

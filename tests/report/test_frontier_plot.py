@@ -108,7 +108,7 @@ def test_a_plan_without_a_frontier_cannot_be_drawn(tmp_path: Path) -> None:
 def test_what_the_disk_refuses_leaves_nothing_behind(tmp_path: Path) -> None:
     path = tmp_path / "plot.png"
     path.mkdir()
-    with pytest.raises(StorageError, match=r"found is a directory while writing it; .* Choose another place") as caught:
+    with pytest.raises(StorageError, match=r"plot.png: found a folder; expected a file") as caught:
         write_frontier_plot(fitting_plan(), path)
     assert "output.dir" not in str(caught.value)
     assert list(tmp_path.iterdir()) == [path]

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from qlora_trainer.config.known_models import hub_ids, known_config, known_names, suggest
+from qlora_trainer.model.acceptance import require_accepted
 from qlora_trainer.model.packaged_base import PACKAGED_BASES
-from qlora_trainer.planning.known_models import hub_ids, known_config, known_names, suggest
 
 # Of the safetensors metadata on the hub (an embedding that is also the head counts once).
 NUM_PARAMETERS = {
@@ -95,6 +96,13 @@ def test_a_known_base_has_as_many_parameters_as_the_published_one(name: str) -> 
 
     assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
     assert [type(model).__name__] == config["architectures"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", known_names())
+def test_a_known_base_is_one_that_packs(name: str) -> None:
+    """So that a plan need not ask it: `read_model_config` takes it for granted."""
+    assert require_accepted(built_config(name))
 
 
 @pytest.mark.parametrize("name", known_names())
@@ -201,6 +209,8 @@ def test_a_config_is_the_callers_own() -> None:
         ("zzzz", None),
         ("", None),
         ("someone/my-finetune", None),
+        ("meta-llama/Llama-3.1-8B", None),
+        ("LLAMA-3.1-8B", None),
     ],
 )
 def test_suggestions(name: str, expected: str | None) -> None:

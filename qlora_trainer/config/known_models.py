@@ -69,7 +69,9 @@ def known_config(name: str) -> dict[str, Any] | None:
 
 
 def suggest(name: str) -> str | None:
-    """The short name or hub id that was probably meant by one that `known_config` does not know, if any comes close."""
+    """The short name or hub id that was probably meant, if any comes close; None for one that is known as it is."""
+    if known_config(name) is not None:
+        return None
     close = get_close_matches(name.strip().lower(), _spellings(), n=1, cutoff=_MIN_LIKENESS)
     return _spellings()[close[0]] if close else None
 
