@@ -1,13 +1,12 @@
 """What library kernels allocate inside themselves: memory that neither their results nor their fake kernels show.
 
 Each figure was read off `torch.profiler`'s memory events (torch 2.13, bitsandbytes 0.50.2), and a test holds it against
-the same counter. Kernels that are not named here allocate nothing but their results, with one exception: on a CPU with
-bf16 instructions oneDNN multiplies 16-bit matrices, with a scratch buffer of 40 KiB to 1.3 MiB a thread whose size
-depends on its blocking. That is left to `device_memory.CPU_FIXED_BYTES`.
+the same counter. Kernels that are not named here allocate nothing but their results.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -20,6 +19,8 @@ from qlora_trainer.hardware.device import num_cpu_threads
 ADAMW_32BIT_BYTES, ADAMW_8BIT_BYTES = 12, 20
 # bitsandbytes' CPU `quantize_4bit` of a float32 piece, in bytes an element.
 QUANTIZE_4BIT_BYTES = 9.5
+# oneDNN's scratch buffer of a product of 16-bit matrices, a thread: by the columns of the left one, and at most.
+SCRATCH_LEAST_BYTES, SCRATCH_BYTES_A_COLUMN, SCRATCH_BYTES = 32 * 2**10, 168, 193 * 2**10
 
 
 def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None) -> int:
@@ -42,9 +43,27 @@ def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None)
             return ADAMW_32BIT_BYTES * int(args[1].numel())
         case "bitsandbytes::optimizer_update_8bit_blockwise" if args[1].device.type == "cpu":
             return ADAMW_8BIT_BYTES * int(args[1].numel())
+        case "aten::mm" | "aten::addmm":
+            return _product_bytes(args[0] if op == "aten::mm" else args[1], threads)
         case "bitsandbytes::quantize_4bit" if args[0].device.type == "cpu":
             return math.ceil(QUANTIZE_4BIT_BYTES * int(args[0].numel()))
     return 0
+
+
+def _product_bytes(left: Tensor, num_threads: int) -> int:
+    """oneDNN's scratch buffer, where it multiplies 16-bit matrices on a CPU; elsewhere there is none.
+
+    Its size follows from blockings that differ from processor to processor. This is what most products take on an
+    AVX-512 one with bf16 instructions; a few take up to 1.3 MiB a thread, which `device_memory.CPU_FIXED_BYTES` covers.
+    """
+    if left.device.type != "cpu" or left.dtype == torch.float32 or not _onednn_multiplies_16_bits():
+        return 0
+    return num_threads * min(SCRATCH_BYTES, SCRATCH_LEAST_BYTES + SCRATCH_BYTES_A_COLUMN * left.shape[-1])
+
+
+@functools.cache
+def _onednn_multiplies_16_bits() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _blocks(num_tokens: int) -> tuple[int, int]:

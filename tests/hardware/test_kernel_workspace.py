@@ -107,14 +107,21 @@ def test_products_need_only_their_result() -> None:
 
 
 @pytest.mark.parametrize("sizes", [(70, 50, 90), (256, 576, 1536), (512, 2048, 2048), (64, 3000, 4096)])
-def test_16_bit_products_need_no_more_than_a_scratch_buffer(sizes: tuple[int, int, int]) -> None:
-    """Nothing where torch multiplies itself; where oneDNN does, a part of what is left for it in a plan."""
+def test_16_bit_products_need_a_scratch_buffer_where_onednn_multiplies(sizes: tuple[int, int, int]) -> None:
+    """Nothing where torch multiplies itself. What is not told is a part of what is left for it in a plan."""
     rows, inner, columns = sizes
     left, right = torch.randn(rows, inner).bfloat16(), torch.randn(columns, inner).bfloat16()
     out = torch.randn(rows, columns).bfloat16()
-    limit = 0.1 * CPU_FIXED_BYTES if torch.ops.mkldnn._is_mkldnn_bf16_supported() else 0
-    for product in (lambda: left @ right.t(), lambda: out @ right, lambda: out.t() @ left):
-        assert 0 <= bytes_beyond_results(product) <= limit
+    is_onednn = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for one, other in ((left, right.t()), (out, right), (out.t(), left)):
+        told, found = inside_bytes("aten::mm", (one, other)), bytes_beyond_results(lambda: one @ other)  # noqa: B023
+        assert (told > 0) == (found > 0) == is_onednn
+        assert abs(found - told) <= 0.1 * CPU_FIXED_BYTES
+    assert inside_bytes("aten::addmm", (out, left, right.t())) == inside_bytes("aten::mm", (left, right.t()))
+    assert inside_bytes("aten::mm", (left.to("meta"), right.t().to("meta"))) == 0
+    if is_onednn:  # of the forward's form, to the size
+        told = inside_bytes("aten::mm", (left, right.t()))
+        assert told == pytest.approx(bytes_beyond_results(lambda: left @ right.t()), rel=0.6)
 
 
 @pytest.mark.parametrize(
