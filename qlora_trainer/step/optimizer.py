@@ -96,19 +96,21 @@ class AdapterOptimizer:
         self._device = next(iter(self._parameters.values())).device
         last = list(self._places.values())[-1]
         num_elements = _padded(last.first + last.num_elements)
-        self.gradient = torch.zeros(num_elements, dtype=torch.float32, device=self._device)
         self._master = self._zeros(num_elements, torch.float32)
+        for name, parameter in self._parameters.items():
+            place = self._places[name]
+            place.view(self._master).copy_(parameter.data)
+            if parameter.dtype == torch.float32:
+                parameter.data = place.view(self._master)  # an fp32 adapter is its own master
+        # Only now: where adapters are fp32, what they were in is free again.
+        self.gradient = torch.zeros(num_elements, dtype=torch.float32, device=self._device)
+        for name, parameter in self._parameters.items():
+            parameter.grad = self._places[name].view(self.gradient)
         self._moments = {name: self._zeros(num_elements, self._moment_dtype) for name in ("state1", "state2")}
         self._scales = {
             name: torch.zeros(num_elements // BLOCK_ELEMENTS, dtype=torch.float32, device=self._device)
             for name in (("absmax1", "absmax2") if settings.bits == 8 else ())
         }
-        for name, parameter in self._parameters.items():
-            place = self._places[name]
-            place.view(self._master).copy_(parameter.data)
-            parameter.grad = place.view(self.gradient)
-            if parameter.dtype == torch.float32:
-                parameter.data = place.view(self._master)  # an fp32 adapter is its own master
         self._pieces = self._cut()
         self._num_updated_pieces = 0  # of an update that is under way
         self._adamw = self._make_adamw()
