@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,30 @@ def available_memory_bytes(device: torch.device) -> int:
     return available if free is None else min(available, free)
 
 
+class OutOfMemoryError(Exception):
+    """Memory ran out, on any device; for whoever can try again with less."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on any device."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if isinstance(error, OutOfMemoryError | torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and _CPU_ALLOCATOR_MESSAGE in str(error)
+
+
+@contextmanager
+def memory_errors_as_ours() -> Iterator[None]:
+    """Turn what a device raises when memory runs out into our own error; all else passes.
+
+    Raises:
+        OutOfMemoryError: memory ran out within.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(str(error)) from error
+        raise
 
 
 def forget_peak(device: torch.device) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Generator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -16,7 +17,7 @@ from qlora_trainer.data.micro_batches import cut, cut_padded
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import DivergedError
 from qlora_trainer.hardware.heap import release_free_memory
-from qlora_trainer.hardware.memory import is_out_of_memory, read_memory
+from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_ours, read_memory
 from qlora_trainer.run.finish import plan_json
 from qlora_trainer.run.folder import append_eval, append_skipped, append_step, write_plan
 from qlora_trainer.run.inputs import skipped_told
@@ -36,12 +37,9 @@ def evaluate_or_revise(
 ) -> Generator[Evaluated | PlanRevised, None, tuple[Session, Progress, bool]]:
     """Evaluate, in smaller micro-batches where memory runs out; returns whether it was the best so far."""
     while True:
-        try:
+        with suppress(OutOfMemoryError), memory_errors_as_ours():
             progress, evaluated = _evaluate(session, progress)
             break
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
         where = f"the evaluation at step {progress.step}"
         session, revised = _revise(session, progress.step, where, phase="evaluation")
         yield revised
@@ -94,12 +92,9 @@ def step_or_revise(
     step = progress.step
     while True:
         start = time.perf_counter()
-        try:
+        with suppress(OutOfMemoryError), memory_errors_as_ours():
             loss, grad_norm = _accumulate(session, documents, step)
             break
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
         session, revised = _revise(session, step + 1, f"step {step + 1}", phase="step")
         yield revised
     rate = _learning_rate(session, step)
@@ -144,12 +139,9 @@ def _update_or_revise(session: Session, rate: float, step: int) -> Generator[Pla
     """
     is_last_try = False
     while True:
-        try:
+        with suppress(OutOfMemoryError), memory_errors_as_ours():
             session.optimizer.update(rate)
             return session
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
         release_free_memory()
         if not is_last_try and halved(session.knobs.plan) is None:
             is_last_try = True

@@ -10,7 +10,7 @@ from dataclasses import replace
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.hardware.heap import release_free_memory
-from qlora_trainer.hardware.memory import is_out_of_memory, resident_bytes
+from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_ours, resident_bytes
 from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import Budget, machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
@@ -161,10 +161,9 @@ def lack_of_memory_told(where: str, knobs: Knobs | None = None) -> Iterator[None
         DoesNotFitError: memory ran out within.
     """
     try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
+        with memory_errors_as_ours():
+            yield
+    except OutOfMemoryError as error:
         raise DoesNotFitError(
             where=where,
             found="no memory left",

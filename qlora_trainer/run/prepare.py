@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from qlora_trainer.data.stream import BlockStart
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
-from qlora_trainer.hardware.memory import cap_device_memory, forget_peak, is_out_of_memory
+from qlora_trainer.hardware.memory import OutOfMemoryError, cap_device_memory, forget_peak, memory_errors_as_ours
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, select_targets, trainable_parameters
 from qlora_trainer.model.base import fetch_weights
@@ -267,7 +268,7 @@ def _rehearse(
         DoesNotFitError: not even one document does.
     """
     while True:
-        try:
+        with suppress(OutOfMemoryError), memory_errors_as_ours():
             rehearse(
                 model,
                 optimizer,
@@ -277,12 +278,8 @@ def _rehearse(
                 max_grad_norm=config.training.max_grad_norm,
                 seed=config.training.seed,
             )
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            revised = halved_or_refused(knobs, where="the rehearsal")
-        else:
             return knobs
+        revised = halved_or_refused(knobs, where="the rehearsal")
         yield PlanRevised(
             step=0,
             phase="rehearsal",

@@ -41,7 +41,7 @@ def rehearse(
         seed: that the adapters are drawn from.
 
     Raises:
-        Exception: whatever the device raises when memory runs out (see `hardware.memory.is_out_of_memory`).
+        Exception: whatever the device raises when memory runs out (see `hardware.memory`).
     """
     try:
         micro_batch = worst_micro_batch(knobs, packing=packing)

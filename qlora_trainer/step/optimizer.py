@@ -153,7 +153,7 @@ class AdapterOptimizer:
         the rest of the step.
 
         Raises:
-            Exception: whatever the device raises when memory runs out (see `hardware.memory.is_out_of_memory`).
+            Exception: whatever the device raises when memory runs out (see `hardware.memory`).
         """
         self._adamw.param_groups[0]["lr"] = learning_rate
         for piece in self._pieces[self._num_updated_pieces :]:

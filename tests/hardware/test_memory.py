@@ -8,9 +8,11 @@ import torch
 
 from qlora_trainer.hardware import memory
 from qlora_trainer.hardware.memory import (
+    OutOfMemoryError,
     available_memory_bytes,
     cap_device_memory,
     is_out_of_memory,
+    memory_errors_as_ours,
     process_peak_bytes,
     read_memory,
     total_memory_bytes,
@@ -44,6 +46,23 @@ def test_other_errors_are_not_taken_for_it() -> None:
     assert not is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("the disk is out of memory of better days"))
     assert not is_out_of_memory(ValueError("DefaultCPUAllocator: can't allocate memory"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+    ],
+    ids=["torch", "python", "c10"],
+)
+def test_a_lack_of_memory_becomes_our_own_error(error: Exception) -> None:
+    with pytest.raises(OutOfMemoryError) as caught, memory_errors_as_ours():
+        raise error
+    assert caught.value.__cause__ is error
+    with pytest.raises(ValueError, match="another"), memory_errors_as_ours():
+        raise ValueError("another")
 
 
 def test_a_peak_stays_after_the_memory_is_given_back() -> None:
