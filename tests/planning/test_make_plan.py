@@ -556,3 +556,15 @@ def test_trainable_parameters_of_known_models(name: str, overrides: list[str], e
     assert plan.fits
     assert plan.trainable_parameters == expected
     require_consistent(plan)
+
+
+@pytest.mark.parametrize("model_type", ["granite", "cohere2", "starcoder2", "glm4", "nemotron", "lfm2"])
+def test_types_that_no_other_test_knows_are_planned(model_type: str) -> None:
+    """Whatever can be trained: traced for three layers, and the winner again at full depth."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 320, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    model_config = AutoConfig.for_model(model_type, **sizes, **heads, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    plan = make_plan(run_config("memory.activation_checkpointing=2"), GPU, model_config=model_config)
+    assert plan.fits
+    assert plan.predicted.allocated_peak_bytes == sum(plan.predicted.breakdown.values())
+    assert plan.predicted.allocated_peak_bytes == max(plan.predicted.phases.values())
