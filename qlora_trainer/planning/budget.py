@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,7 +180,7 @@ def machine_budget(
 
 def _require_machine_has(num_bytes: int | None, device: torch.device, *, where: str) -> None:
     total = total_memory_bytes(device)
-    if num_bytes is not None and num_bytes > total:
+    if num_bytes is not None and num_bytes >= total + mmap.PAGESIZE:  # a control group's limit is whole pages
         raise ConfigError(
             where=where,
             found=format_size(num_bytes),
