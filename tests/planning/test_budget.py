@@ -85,16 +85,16 @@ def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
 
 
-@pytest.mark.usefixtures("_gpu")
 def test_a_container_may_be_used_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which the kernel has rounded down to whole pages. Mutation tried: compared to the byte."""
     limit = 8 * 2**30
     monkeypatch.setattr(budget, "total_memory_bytes", lambda device: limit)
     assert cpu_budget(limit + 100, compute_dtype="float32").budget_bytes == limit + 100
-    with pytest.raises(ConfigError, match="^--ram: found"):
+    with pytest.raises(ConfigError, match=r"^--ram: found"):
         cpu_budget(limit + mmap.PAGESIZE, compute_dtype="float32")
 
 
+@pytest.mark.usefixtures("_gpu")
 def test_a_gpu_of_this_machine_gives_what_is_free() -> None:
     found = machine_budget(None, None)
     assert (found.budget_bytes, found.host_budget_bytes) == (5 * GIB, 16 * GIB)
