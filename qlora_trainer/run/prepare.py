@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -116,10 +118,11 @@ def prepare(
         restore(load_checkpoint(loaded.path), optimizer)
     if resume is not None:
         rewind(folder, loaded)
+    asked = config.model_dump(mode="json")
     return Session(
         run_id=loaded.state["run_id"] if loaded else uuid.uuid4().hex,
         config=config,
-        asked=config.model_dump(mode="json"),
+        asked=asked,
         changes=changes,
         notes=notes,
         folder=folder,
@@ -136,7 +139,7 @@ def prepare(
         eval_data=data.evaluation,
         batches=batches,
         questions=data.questions,
-        fingerprints=fingerprints,
+        fingerprints=fingerprints | {"config": sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()},
         resumed=loaded,
         preparing_peak_bytes=preparing_peak_bytes,
     )

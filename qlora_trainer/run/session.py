@@ -71,7 +71,7 @@ class Session:
         asked: the config as the user gave it, as JSON; a resume that asks otherwise is refused, or says so.
         changes: what this resume asks otherwise than the run was asked before.
         notes: what else is not as it was when the run was interrupted.
-        fingerprints: hashes of base, tokenizer and data.
+        fingerprints: hashes of base, tokenizer, data and config; the config is compared by key, not by its hash.
         knobs: in force; revised when memory runs out.
         knobs_at_start: before this process's first step, as `config.yaml` shows them.
         plan: what the knobs were decided by; None where a resumed run keeps the knobs it began with.

@@ -275,6 +275,20 @@ def test_a_tokenizer_is_known_by_what_it_does(tmp_path: Path, base: Path, change
     assert known_tokenizer(tiny_config(tmp_path, base), *found).content_hash != before
 
 
+def test_a_manifest_has_a_fingerprint_of_all_that_a_run_is_made_of(tmp_path: Path, base: Path) -> None:
+    """Mutation tried: without the config's."""
+    made_of = []
+    for rate in ("1e-3", "2e-3"):
+        config = tiny_config(tmp_path, base, f"training.learning_rate={rate}", f"output.dir={tmp_path / rate}")
+        run_until_step(config, 3)
+        made_of.append(dict(read_manifest(tmp_path / rate / "checkpoints" / "last").fingerprints))
+    first, second = made_of
+    assert set(first) == {"base", "tokenizer", "training data", "config"}
+    assert all(len(value) >= 32 for value in first.values())
+    assert first.pop("config") != second.pop("config")
+    assert first == second
+
+
 def test_all_that_changed_is_named_at_resume_with_both_hashes(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,8 +42,8 @@ class Manifest:
         step: optimizer steps done.
         run_id: the run that made it; rotation touches no other.
         files: by name; exactly `FILE_NAMES`.
-        fingerprints: hashes of what the run was made of (base, tokenizer, data), compared at resume; the config is in
-            the state, where it is compared by key.
+        fingerprints: hashes of what the run was made of (base, tokenizer, data, config), compared at resume; of the
+            config the state has the keys, which are compared one by one.
         versions: of the packages that a result depends on; a resume tells of others.
     """
 
