@@ -20,7 +20,9 @@ LIGHT_ROOMS = {"errors", "config", "cli"}  # a mistake in the config is told bef
 HEAVY = {"torch", "transformers", "bitsandbytes", "datasets", "accelerate", "peft", "trl"}
 ONLY_IN = {"bitsandbytes": f"{PACKAGE}.hardware.quant_library"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-UNSAFE_CALLS = {"torch.load", "np.load", "numpy.load", "eval", "exec"}
+# What unpickles, or runs what a file says; `numpy.load` is not needed either.
+UNSAFE = {"torch.load", "torch.serialization.load", "torch.jit.load", "torch.hub.load", "numpy.load"}
+UNSAFE |= {"eval", "exec", "builtins.eval", "builtins.exec"}
 MAX_LINES = 500
 MAX_MEDIAN_LINES = 200
 
@@ -118,20 +120,37 @@ def misplaced(modules: Mapping[str, list[Import]]) -> list[str]:
     ]
 
 
-def unsafe_calls(text: str, name: str) -> list[str]:
-    """Calls that unpickle, or that run what a file says; `numpy.load` is not needed either."""
-    found = []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.Call):
-            continue
-        called = ast.unparse(node.func)
-        trusts = any(
-            keyword.arg in {"trust_remote_code", "allow_pickle"} and ast.unparse(keyword.value) != "False"
-            for keyword in node.keywords
-        )
-        if trusts or called in UNSAFE_CALLS or called.endswith(".read_pickle"):
-            found.append(f"{name}:{node.lineno} {ast.unparse(node)}")
-    return found
+def unsafe_uses(text: str, name: str) -> list[str]:
+    """Where something of `UNSAFE` is imported or used, under whatever name, or the code of others is trusted."""
+    tree = ast.parse(text)
+    meant = _meant_by_names(tree)
+    return [f"{name}:{node.lineno} {ast.unparse(node)}" for node in ast.walk(tree) if _is_unsafe(node, meant)]
+
+
+def _meant_by_names(tree: ast.AST) -> dict[str, str]:
+    """What a module's imports call otherwise: name -> dotted name."""
+    meant = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            meant |= {alias.asname: alias.name for alias in node.names if alias.asname is not None}
+        elif isinstance(node, ast.ImportFrom):
+            meant |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return meant
+
+
+def _is_unsafe(node: ast.AST, meant: Mapping[str, str]) -> TypeGuard[ast.expr | ast.ImportFrom]:
+    match node:
+        case ast.ImportFrom():
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        case ast.Name(ctx=ast.Load()) | ast.Attribute(ctx=ast.Load()):
+            first, dot, others = ast.unparse(node).partition(".")
+            names = [meant.get(first, first) + dot + others]
+        case ast.Call():
+            trusting = [word for word in node.keywords if word.arg in {"trust_remote_code", "allow_pickle"}]
+            return any(ast.unparse(word.value) != "False" for word in trusting)
+        case _:
+            return False
+    return any(name in UNSAFE or name.endswith(".read_pickle") for name in names)
 
 
 def heavy_at_start(modules: Mapping[str, list[Import]]) -> list[str]:
@@ -181,29 +200,37 @@ def test_pickle_stays_out_and_bitsandbytes_in_its_place(modules: dict[str, list[
 
 
 def test_nothing_is_called_that_reads_pickle_or_runs_code_of_others() -> None:
-    called = [found for path in sorted(ROOT.rglob("*.py")) for found in unsafe_calls(path.read_text(), path.name)]
-    assert called == []
+    used = [found for path in sorted(ROOT.rglob("*.py")) for found in unsafe_uses(path.read_text(), path.name)]
+    assert used == []
 
 
 @pytest.mark.parametrize(
     "text",
     [
         "torch.load(path, weights_only=True)",
-        "np.load(path)",
-        "numpy.load(path, allow_pickle=True)",
+        "import torch as t; t.load(path)",
+        "import torch.serialization as s; s.load(path)",
+        "from torch import load",
+        "from torch import jit; jit.load(path)",
+        "load = torch.load",
+        "map(torch.load, paths)",
+        "import numpy as np; np.load(path)",
+        "numpy.load(path, allow_pickle=False)",
         "pd.read_pickle(path)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "read(path, allow_pickle=asked)",
         "eval(text)",
         "exec(text)",
+        "import builtins; builtins.eval(text)",
     ],
 )
-def test_an_unsafe_call_is_found(text: str) -> None:
-    assert unsafe_calls(text, "a.py") == [f"a.py:1 {text}"]
+def test_an_unsafe_use_is_found(text: str) -> None:
+    assert unsafe_uses(text, "a.py") != []
 
 
-def test_a_safe_call_is_passed() -> None:
-    safe = "json.load(file)\nmodel.eval()\nAutoConfig.from_pretrained(name, trust_remote_code=False)\n"
-    assert unsafe_calls(safe, "a.py") == []
+def test_a_safe_use_is_passed() -> None:
+    safe = "import torch as t\njson.load(file)\nmodel.eval()\nt.save(x)\nf(name, trust_remote_code=False)\neval = 1\n"
+    assert unsafe_uses(safe, "a.py") == []
 
 
 def test_light_rooms_import_nothing_heavy(modules: dict[str, list[Import]]) -> None:
