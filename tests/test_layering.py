@@ -129,7 +129,7 @@ def unsafe_uses(text: str, name: str) -> list[str]:
 
 def _meant_by_names(tree: ast.AST) -> dict[str, str]:
     """What a module's imports call otherwise: name -> dotted name."""
-    meant = {}
+    meant: dict[str, str] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             meant |= {alias.asname: alias.name for alias in node.names if alias.asname is not None}
