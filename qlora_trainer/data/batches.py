@@ -101,6 +101,7 @@ class StreamedBatches:
         if self._start.number > 0:
             self._first, self._rows = None, open_rows(self._stream, self._start.place)
         self._documents: Sequence[Document] | None = None
+        self._pending: BlockStart | None = None  # where the batch begins whose blocks are being read
 
     def batch(self, step: int) -> Generator[Reading | BlockRead, None, list[Document]]:
         """Returns the documents of a step, after it has yielded how far the blocks are that it must read for them.
@@ -115,6 +116,7 @@ class StreamedBatches:
         first = step * self._global_batch_size
         if not (self._start.num_samples <= first and step < self.num_steps):
             raise IndexError(f"step {step} of {self.num_steps}, from sample {self._start.num_samples} on")
+        self._pending = self._block_of(step)  # what a save must hold if a later one of its blocks cannot be read
         documents = []
         for sample in range(first, first + self._global_batch_size):
             while self._documents is None or sample >= self._next_start.num_samples:
@@ -123,6 +125,7 @@ class StreamedBatches:
             document = self._documents[int(order_N[sample - self._start.num_samples])]
             # Numbered through all blocks, as the rows of files are: the random draws of a document hang on its number.
             documents.append(replace(document, index=self._start.place.row + document.index))
+        self._pending = None
         return documents
 
     def samples_seen(self, num_steps_done: int) -> int:
@@ -138,6 +141,8 @@ class StreamedBatches:
         return self._block_of(num_steps_done).as_json()
 
     def _block_of(self, num_steps_done: int) -> BlockStart:
+        if self._pending is not None:
+            return self._pending
         is_used_up = self.samples_seen(num_steps_done) >= self._next_start.num_samples
         return self._next_start if is_used_up else self._start
 

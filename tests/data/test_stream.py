@@ -175,6 +175,29 @@ def test_steps_are_asked_for_in_order(tmp_path: Path, tokenizer: KnownTokenizer)
 
 
 @pytest.mark.usefixtures("small_batches")
+def test_a_batch_that_breaks_off_behind_a_whole_block_is_begun_again(
+    tmp_path: Path, tokenizer: KnownTokenizer
+) -> None:
+    """Samples 16 to 19 are of the second block, none of the empty third, and of the first one of the next pass.
+
+    Mutation tried: the state of the block that was read last, which begins behind the batch.
+    """
+    path = write_texts(tmp_path / "a.jsonl", range(18))
+    section = section_of(path, rows=9)
+    whole, broken = (batches_of(open_stream(section, tokenizer)) for _ in range(2))
+    expected = [[number_of(document, tokenizer) for document in batch(whole, step)] for step in range(5)]
+    for step in range(4):
+        batch(broken, step)
+    path.rename(tmp_path / "away.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        batch(broken, 4)
+    (tmp_path / "away.jsonl").rename(path)
+    resumed = batches_of(open_stream(section, tokenizer), BlockStart.of(json.loads(json.dumps(broken.state(4)))))
+    assert [number_of(document, tokenizer) for document in batch(resumed, 4)] == expected[4]
+    assert resumed.epoch(5) == whole.epoch(5) == 1.0
+
+
+@pytest.mark.usefixtures("small_batches")
 def test_the_form_of_a_file_is_that_of_its_first_row(tmp_path: Path, tokenizer: KnownTokenizer) -> None:
     """Also for a block that begins in the middle of it. Mutation tried: told by the first row of the block."""
     chat = json.dumps({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]})
