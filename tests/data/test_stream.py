@@ -175,9 +175,7 @@ def test_steps_are_asked_for_in_order(tmp_path: Path, tokenizer: KnownTokenizer)
 
 
 @pytest.mark.usefixtures("small_batches")
-def test_a_batch_that_breaks_off_behind_a_whole_block_is_begun_again(
-    tmp_path: Path, tokenizer: KnownTokenizer
-) -> None:
+def test_a_batch_that_breaks_off_behind_a_whole_block_is_begun_again(tmp_path: Path, tokenizer: KnownTokenizer) -> None:
     """Samples 16 to 19 are of the second block, none of the empty third, and of the first one of the next pass.
 
     Mutation tried: the state of the block that was read last, which begins behind the batch.
