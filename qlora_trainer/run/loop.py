@@ -7,7 +7,7 @@ entered the same way by a new run and by one that goes on.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 from qlora_trainer.config.schema import RunConfig
@@ -100,9 +100,7 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
         is_last = _is_last(session, progress)
         is_save_due = progress.step > 0 and (progress.step % session.knobs.save_every == 0 or is_last or is_best)
         if (is_save_due or interruption.requested) and (progress.step != saved_step or is_best):
-            with lack_of_memory_told(f"saving step {progress.step}", session.knobs):
-                saved = _save(session, progress, is_best=is_best)
-            yield saved
+            yield _save(session, progress, is_best=is_best)
             saved_step = progress.step
         if interruption.requested:
             yield _finish(session, progress, "interrupted")
@@ -113,7 +111,7 @@ def _train(session: Session, interruption: Interruption) -> Iterator[Record]:
             documents = yield from next_documents(session, progress)
         except QloraTrainerError:  # of a stream: what was learned until here stays
             if progress.step > 0 and progress.step != saved_step:
-                yield _save(session, progress, is_best=False)
+                yield from _saved_if_possible(session, progress)
             raise
         session, progress = yield from step_or_revise(session, progress, documents)
     yield from _answer(session, "after")
@@ -126,28 +124,38 @@ def _finish(session: Session, progress: Progress, status: Status) -> Finished:
 
 
 def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
-    sync_logs(session.folder)
-    return save_checkpoint(
-        session.folder.checkpoints_path,
-        step=progress.step,
-        adapter={name: parameter.data for name, parameter in trainable_parameters(session.model).items()},
-        optimizer=session.optimizer.state_dict(),
-        state={
-            "run_id": session.run_id,
-            "samples_seen": session.batches.samples_seen(progress.step),
-            "epoch": session.batches.epoch(progress.step),
-            "seed": session.config.training.seed,
-            "stream": session.batches.state(progress.step),
-            "best_step": None if progress.best_eval_loss is None else progress.best_step,
-            "progress": progress.as_json(),
-            "plan": session.knobs.as_json(),
-            "plan_at_start": session.knobs_at_start.as_json(),
-            "config": dict(session.asked),
-        },
-        fingerprints=session.fingerprints,
-        keep_checkpoints=session.config.output.keep_checkpoints,
-        is_best=is_best,
-    )
+    with lack_of_memory_told(f"saving step {progress.step}", session.knobs):
+        sync_logs(session.folder)
+        return save_checkpoint(
+            session.folder.checkpoints_path,
+            step=progress.step,
+            adapter={name: parameter.data for name, parameter in trainable_parameters(session.model).items()},
+            optimizer=session.optimizer.state_dict(),
+            state={
+                "run_id": session.run_id,
+                "samples_seen": session.batches.samples_seen(progress.step),
+                "epoch": session.batches.epoch(progress.step),
+                "seed": session.config.training.seed,
+                "stream": session.batches.state(progress.step),
+                "best_step": None if progress.best_eval_loss is None else progress.best_step,
+                "progress": progress.as_json(),
+                "plan": session.knobs.as_json(),
+                "plan_at_start": session.knobs_at_start.as_json(),
+                "config": dict(session.asked),
+            },
+            fingerprints=session.fingerprints,
+            keep_checkpoints=session.config.output.keep_checkpoints,
+            is_best=is_best,
+        )
+
+
+def _saved_if_possible(session: Session, progress: Progress) -> Iterator[Saved]:
+    """A save on the way out of an error, which is what is told, whatever becomes of the save."""
+    saved = None
+    with suppress(QloraTrainerError):
+        saved = _save(session, progress, is_best=False)
+    if saved is not None:
+        yield saved
 
 
 def _answer(session: Session, when: str) -> Iterator[Answered | Preparing]:

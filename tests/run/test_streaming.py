@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from qlora_trainer.errors import ConfigError
+from qlora_trainer.errors import ConfigError, StorageError
+from qlora_trainer.run import loop
 from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped, StepDone, StreamRead
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_rows
 from tests.run.told import complaint, train_command
@@ -77,6 +79,25 @@ def test_a_bad_row_in_the_middle_costs_nothing_that_was_learned(
     whole.mkdir()
     run_to_end(tiny_config(whole, base, *options(whole, "training.save_every=10")))
     assert course(tmp_path / "run") == course(whole / "run")
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [StorageError(where="disk", found="no room", expected="room", fix="Make room."), torch.OutOfMemoryError("2 GiB")],
+)
+def test_a_save_that_fails_on_the_way_out_does_not_hide_why(
+    failure: Exception, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(loop, "save_checkpoint", failing)
+    config = tiny_config(tmp_path, base, *options(tmp_path, "training.save_every=10"))
+    data = tmp_path / "rows.jsonl"
+    good = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([*good[:30], "broken\n", *good[31:]]))
+    assert train_command(config) == 4
+    assert "rows.jsonl:31: found" in complaint(capsys)
 
 
 def test_bad_rows_of_every_block_are_told(tmp_path: Path, base: Path) -> None:
