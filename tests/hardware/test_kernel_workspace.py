@@ -61,7 +61,7 @@ def test_flash_attention_backward_on_a_cpu(num_tokens: int, num_threads: int) ->
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("num_elements", [256, 2**14, CPU_PIECE_ELEMENTS + 2**10])
 def test_an_optimizer_update_on_a_cpu(bits: Literal[8, 32], num_elements: int, tmp_path: Path) -> None:
-    """What the tracker sees: a copy of the largest piece's state, and the kernel's own. Beside them are three scalars."""
+    """What the tracker sees: a copy of the largest piece's state, and the kernel's own. Beside it are three scalars."""
     parameter = nn.Parameter(torch.randn(num_elements))
     settings = OptimizerSettings(bits=bits, residency="device", weight_decay=0.1, paging_folder=tmp_path)
     optimizer = AdapterOptimizer({"all": parameter}, settings)
