@@ -232,7 +232,7 @@ def test_a_short_last_block_may_lose_all_its_rows(tmp_path: Path, tokenizer: Kno
 
 @pytest.mark.usefixtures("small_batches")
 def test_other_content_where_a_run_goes_on_is_refused(tmp_path: Path, tokenizer: KnownTokenizer) -> None:
-    """In the middle of a file, whose edges and size are the same."""
+    """In the middle of a file, whose first rows, the fingerprint, are the same."""
     path = write_texts(tmp_path / "a.jsonl", range(100, 140))
     section = section_of(path, rows=12)
     batches = batches_of(open_stream(section, tokenizer))
