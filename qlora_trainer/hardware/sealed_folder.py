@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MANIFEST = "manifest.json"
@@ -83,8 +83,9 @@ def defects(folder: Path) -> list[str]:
 
 def _remove_abandoned(folder: Path) -> None:
     for temporary in folder.parent.glob(f".tmp-{folder.name}-*"):
-        if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process has removed it
+            if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _seal(folder: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
-from qlora_trainer.hardware.sealed_folder import defects, sha256_of, writing
+from qlora_trainer.hardware.sealed_folder import defects, scratch, sha256_of, writing
 
 
 def test_a_sealed_folder_has_no_defects(tmp_path: Path) -> None:
@@ -67,6 +69,15 @@ def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path: Path) -> Non
     assert not old.exists()
     assert young.exists()
     assert other.exists()
+
+
+@pytest.mark.parametrize("open_folder", [writing, scratch])
+def test_what_another_process_removes_meanwhile_is_passed_over(
+    open_folder: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda folder, _: iter([folder / ".tmp-whole-gone"]))
+    with open_folder(tmp_path / "whole") as temporary:
+        assert temporary.is_dir()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"files": 3}', '{"files": {"weights": {}}}'])
