@@ -173,13 +173,13 @@ def at_depth(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     return {**config, **cut, "num_hidden_layers": num_layers}
 
 
-def published(row: Any, key: str) -> float | None:
+def published(row: Mapping[str, Any], key: str) -> float | None:
     """A published figure, or None where there is none.
 
     Raises:
         CannotHandle: there is something else.
     """
-    value = row.get(key) if isinstance(row, Mapping) else None
+    value = row.get(key)
     if value is None:
         return None
     if not _is_number(value) or value <= 0:

@@ -32,7 +32,7 @@ from typing import Any
 # Run as a file, Python looks for modules beside it only: `benchmarks` is a folder further up.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import peer_allocator, peer_model, peer_rows, peer_skeleton
+from benchmarks import peer_allocator, peer_model, peer_rows, peer_skeleton, peer_unsloth
 from benchmarks.published_prediction import GIB, Prediction, Tracing, finish
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -77,8 +77,7 @@ def predict(rows: Sequence[Any], peer_pythons: Mapping[str, str]) -> list[Predic
     possible: dict[int, Mapping[str, Any]] = {}
     for place, row in enumerate(rows):
         try:
-            with peer_rows.as_reason("it is no row that we know"):
-                peer_rows.check(row)
+            peer_rows.check(row)
             possible[place] = row
         except peer_rows.CannotHandle as error:
             reasons[place] = str(error)
@@ -180,8 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report: dict[str, Any] = {"rows": [asdict(one) for one in predictions]}
     is_right = all(one.is_within_bounds() for one in predictions)
     if chosen.unsloth_line:
-        from benchmarks import peer_unsloth
-
         points = peer_unsloth.points()
         report["unsloth_line"] = [asdict(point) for point in points]
         is_right = is_right and all(point.is_within_bounds() for point in points)
