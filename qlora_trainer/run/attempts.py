@@ -12,17 +12,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
-from qlora_trainer.data.batches import BlockRead
 from qlora_trainer.data.micro_batches import cut, cut_padded
-from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import DivergedError
 from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_ours, read_memory
 from qlora_trainer.run.finish import plan_json
 from qlora_trainer.run.folder import append_eval, append_skipped, append_step, write_plan
-from qlora_trainer.run.inputs import skipped_told
-from qlora_trainer.run.planned import halved, halved_or_refused, lack_of_memory_told
-from qlora_trainer.run.records import Evaluated, PlanRevised, RowsSkipped, StepDone, StepSkipped, StreamRead
+from qlora_trainer.run.planned import halved, halved_or_refused
+from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone, StepSkipped
 from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import Document
@@ -35,7 +32,11 @@ MAX_SKIPPED_IN_A_ROW = 3  # one bad batch is passed over; a run that has diverge
 def evaluate_or_revise(
     session: Session, progress: Progress
 ) -> Generator[Evaluated | PlanRevised, None, tuple[Session, Progress, bool]]:
-    """Evaluate, in smaller micro-batches where memory runs out; returns whether it was the best so far."""
+    """Evaluate, in smaller micro-batches where memory runs out; returns whether it was the best so far.
+
+    Raises:
+        DoesNotFitError: memory runs out with one document, too.
+    """
     while True:
         with suppress(OutOfMemoryError), memory_errors_as_ours():
             progress, evaluated = _evaluate(session, progress)
@@ -48,46 +49,16 @@ def evaluate_or_revise(
     return session, progress, evaluated.is_best
 
 
-def next_documents(
-    session: Session, progress: Progress
-) -> Generator[Reading | StreamRead | RowsSkipped, None, list[Document]]:
-    """The documents of the next step; of a stream they may have to be read first.
-
-    Raises:
-        DataError, StorageError, ConfigError: they cannot be.
-        DoesNotFitError: memory runs out meanwhile.
-    """
-    reading = session.batches.batch(progress.step)
-    with lack_of_memory_told(f"reading the documents of step {progress.step + 1}", session.knobs):
-        while True:
-            try:
-                item = next(reading)
-            except StopIteration as end:
-                documents: list[Document] = end.value
-                return documents
-            if isinstance(item, Reading):
-                yield item
-            else:
-                yield _stream_read(item)
-                yield from skipped_told(item.block.store.files)
-
-
-def _stream_read(read: BlockRead) -> StreamRead:
-    return StreamRead(
-        first_row=read.block.start.place.row + 1,
-        num_rows=read.data.num_rows,
-        num_documents=len(read.data.documents),
-        num_dropped=read.data.num_dropped,
-        num_changed=read.data.num_truncated + read.data.num_split,
-    )
-
-
 def step_or_revise(
     session: Session, progress: Progress, documents: Sequence[Document]
 ) -> Generator[StepDone | StepSkipped | PlanRevised, None, tuple[Session, Progress]]:
     """Take a step, in smaller micro-batches where memory runs out.
 
     One whose loss or gradient norm is not finite leaves weights and optimizer as they were.
+
+    Raises:
+        DoesNotFitError: memory runs out with one document, too.
+        DivergedError: `MAX_SKIPPED_IN_A_ROW` such steps in a row.
     """
     step = progress.step
     while True:
@@ -135,7 +106,8 @@ def _update_or_revise(session: Session, rate: float, step: int) -> Generator[Pla
     """The optimizer's update: where memory runs out in it, the rest of it, with the gradients that it had.
 
     It takes the same memory again. What gives it a chance is what was freed since: the update's own workspace, and the
-    allocator's cache. So it is tried again once at one document, too.
+    allocator's cache. So it is tried again once at one document, too. Smaller micro-batches, which are taken before,
+    change nothing of this update: each is one more try, and keeps the heap smaller when later steps are updated.
     """
     is_last_try = False
     while True:

@@ -16,7 +16,7 @@ from qlora_trainer.data.tokenized import length_percentiles
 from qlora_trainer.errors import InterruptedAndSaved, QloraTrainerError
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run.answer import answer_all
-from qlora_trainer.run.attempts import evaluate_or_revise, next_documents, step_or_revise
+from qlora_trainer.run.attempts import evaluate_or_revise, step_or_revise
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.finish import finish, plan_json, resolved_config
 from qlora_trainer.run.folder import (
@@ -25,6 +25,7 @@ from qlora_trainer.run.folder import (
     write_config,
     write_plan,
 )
+from qlora_trainer.run.next_documents import next_documents
 from qlora_trainer.run.planned import lack_of_memory_told
 from qlora_trainer.run.prepare import prepare
 from qlora_trainer.run.records import (

@@ -17,6 +17,7 @@ from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.run import attempts, inputs, loop, prepare
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.knobs import Knobs
+from qlora_trainer.run.next_documents import next_documents
 from qlora_trainer.run.records import Evaluated, PlanRevised, StepDone
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.session import Progress, Session
@@ -50,7 +51,7 @@ def state_of(session: Session) -> dict[str, Tensor]:
 
 
 def first_step(session: Session) -> Iterator[Any]:
-    documents = returned(attempts.next_documents(session, Progress()))
+    documents = returned(next_documents(session, Progress()))
     return attempts.step_or_revise(session, Progress(), documents)
 
 

@@ -46,6 +46,8 @@ def test_a_killed_run_ends_with_the_same_bytes(step: int, tmp_path: Path, base: 
     assert course(cut / "run") == course(whole / "run")
     steps = [record for record in records if isinstance(record, StepDone)]
     assert [record.epoch for record in steps] == [0.0] * 7 + [1.0] * 5
+    read = [record for record in records if isinstance(record, StreamRead)]
+    assert [record.first_row for record in read] == [21, 41, 1, 21]  # nothing of the empty block at the end
     assert [record.samples_seen for record in steps] == [8 * number for number in range(1, 13)]
 
 
