@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,8 @@ FUSED = {"loss": "chunked_linear", "peer_kernels": "fused LoRA + RMSNorm + RoPE 
 OPTIONAL = {"id", "path", "gpu", "static_allocated_gib", "peak_allocated_gib", "tokens_per_second"}
 
 UNHANDLED: list[tuple[Any, str]] = [
-    (None, "JSON object"),
-    ([], "JSON object"),
+    (None, "JSON object, not null"),
+    ([], r"JSON object, not \[\]"),
     ({}, "config: null is no object"),
     (ROW | {"config": None}, "config: null is no object"),
     (ROW | {"config": {"num_hidden_layers": 2}}, "no model_type"),
@@ -35,13 +36,13 @@ UNHANDLED: list[tuple[Any, str]] = [
     (ROW | {"config": CONFIG | {"num_hidden_layers": 2.5}}, "num_hidden_layers: 2.5"),
     (ROW | {"config": CONFIG | {"num_hidden_layers": 10**9}}, "more than 1000"),
     (ROW | {"config": CONFIG | {"hidden_size": "large"}}, "does not build it: .*hidden_size"),
-    (ROW | {"config": CONFIG | {"hidden_size": 255}}, "does not"),
+    (ROW | {"config": CONFIG | {"hidden_size": 255}}, "does not build it: .*head_dim"),
     (ROW | {"config": QWEN3 | {"layer_types": [FULL] * 3}}, "does not build it: .*layer_types"),
-    (ROW | {"config": CONFIG | {"model_type": "gpt2"}}, "gpt2|linear|Llama"),
+    (ROW | {"config": CONFIG | {"model_type": "gpt2"}}, r"c_attn\.weight is no weight of a linear layer"),
     (ROW | {"config": CONFIG | {"model_type": "mixtral"}}, "mixture of experts"),
     (
         ROW | {"config": CONFIG | {"model_type": "mixtral", "num_local_experts": None}},
-        "mixture of experts|does not build",
+        "does not build it: .*num_local_experts",
     ),
     (ROW | {"config": CONFIG | {"model_type": "olmo2"}}, "give --peer-python"),
     (ROW | {"target_modules": None}, "target_modules: null"),
@@ -49,18 +50,18 @@ UNHANDLED: list[tuple[Any, str]] = [
     (ROW | {"target_modules": [1]}, r"target_modules: \[1\]"),
     (ROW | {"target_modules": []}, r"target_modules: \[\]"),
     (ROW | {"quant": None}, "quant: null is none of nf4, fp4"),
-    (ROW | {"quant": ["nf4"]}, "quant"),
+    (ROW | {"quant": ["nf4"]}, r'quant: \["nf4"\]'),
     (ROW | {"loss": None}, "loss: null"),
-    (ROW | {"optimizer": "paged_adamw_32bit"}, "optimizer"),
-    (ROW | {"attention": "sdpa"}, "attention"),
-    (ROW | {"lora_dtype": "bfloat16"}, "lora_dtype"),
+    (ROW | {"optimizer": "paged_adamw_32bit"}, 'optimizer: "paged_adamw_32bit"'),
+    (ROW | {"attention": "sdpa"}, 'attention: "sdpa"'),
+    (ROW | {"lora_dtype": "bfloat16"}, 'lora_dtype: "bfloat16"'),
     (ROW | {"lora_rank": 0}, "lora_rank: 0"),
     (ROW | {"lora_rank": True}, "lora_rank: true"),
-    (ROW | {"lora_alpha": "16"}, "lora_alpha"),
-    (ROW | {"lora_dropout": 1.5}, "lora_dropout"),
-    (ROW | {"lora_dropout": float("nan")}, "lora_dropout"),
-    (ROW | {"double_quant": None}, "double_quant"),
-    (ROW | {"seq_len": -1}, "seq_len"),
+    (ROW | {"lora_alpha": "16"}, 'lora_alpha: "16"'),
+    (ROW | {"lora_dropout": 1.5}, r"lora_dropout: 1\.5"),
+    (ROW | {"lora_dropout": float("nan")}, "lora_dropout: NaN"),
+    (ROW | {"double_quant": None}, "double_quant: null"),
+    (ROW | {"seq_len": -1}, "seq_len: -1"),
     (ROW | {"path": 7}, "path: 7"),
     (ROW | {"peer_kernels": None}, "peer_kernels: null"),
     (ROW | {"peer_kernels": "fused RoPE"}, "peer_kernels: fused RoPE"),
@@ -77,8 +78,7 @@ def test_a_row_that_cannot_be_handled_is_null_with_a_reason(row: Any, reason: st
     assert found.predicted_tokens_per_second is None
     assert found.reason is not None
     assert "\n" not in found.reason
-    with pytest.raises(CannotHandle, match=reason):
-        raise CannotHandle(found.reason)
+    assert re.search(reason, found.reason)
 
 
 @pytest.mark.parametrize("key", sorted(ROW.keys() - OPTIONAL))
@@ -203,21 +203,31 @@ def test_the_workspace_is_that_of_the_gpu() -> None:
     assert workspace_bytes("A100-80GB") == workspace_bytes("L40") == workspace_bytes(None) == CUBLAS_WORKSPACE_BYTES
 
 
-def test_the_rows_in_the_repository_can_all_be_handled() -> None:
+def test_the_rows_in_the_repository_are_of_a_kind_that_is_known() -> None:
     rows = peer_rows.read_rows(ROWS.read_text(encoding="utf-8"))
     assert len(rows) == 14
     for row in rows:
         peer_rows.check(row)
 
 
-@pytest.mark.parametrize("allocated_gib, exit_code", [(11.9, 0), (9.0, 1)])
+@pytest.mark.slow
+def test_the_rows_in_the_repository_are_all_predicted_within_bounds() -> None:
+    """The report itself passes over what our tracer cannot do: it ends well where all rows have reasons."""
+    found = predict(peer_rows.read_rows(ROWS.read_text(encoding="utf-8")), {})
+    assert [(one.how, one.reason) for one in found] == [("modelled", None)] * 14
+    for one in found:
+        assert None not in one.errors().values()
+        assert one.is_within_bounds(), one
+
+
+@pytest.mark.parametrize("predicted_gib, exit_code", [(11.9, 0), (9.0, 1)])
 def test_unsloths_line_has_a_bound(
-    allocated_gib: float, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    predicted_gib: float, exit_code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.touch()
     monkeypatch.setattr(peer_unsloth, "CONTEXTS", {12: 932})
-    monkeypatch.setattr(peer_unsloth, "_peak_bytes", lambda context: allocated_gib * GIB - 0.44 * GIB)
+    monkeypatch.setattr(peer_unsloth, "_peak_bytes", lambda context: (predicted_gib - peer_unsloth.CONTEXT_GIB) * GIB)
 
     assert main(["--rows", str(rows), "--unsloth-line", "--json"]) == exit_code
 
