@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,20 +10,21 @@ _UNLIMITED_BYTES = 2**60  # what version 1 shows for "no limit" depends on the p
 
 
 @dataclass(frozen=True, slots=True)
-class GroupMemory:
+class _LimitedGroup:
     """A control group that has a memory limit.
 
     Attributes:
         limit_bytes: of all its processes.
-        anonymous_bytes: that they have now, without the file pages that the kernel can drop.
+        held_bytes: that they have now and the kernel cannot drop: anonymous memory, and shared memory with tmpfs. File
+            pages can be dropped; the kernel's own memory, of which little cannot be, is not counted.
     """
 
     limit_bytes: int
-    anonymous_bytes: int
+    held_bytes: int
 
     @property
     def free_bytes(self) -> int:
-        return max(0, self.limit_bytes - self.anonymous_bytes)
+        return max(0, self.limit_bytes - self.held_bytes)
 
 
 def memory_limit_bytes(proc: Path = Path("/proc/self")) -> int | None:
@@ -36,11 +37,15 @@ def memory_limit_bytes(proc: Path = Path("/proc/self")) -> int | None:
 
 
 def memory_free_bytes(proc: Path = Path("/proc/self")) -> int | None:
-    """What those limits still leave; None where there is none."""
+    """What the limits of this process's control group and of those around it still leave; None where there is none.
+
+    Args:
+        proc: as of `memory_limit_bytes`.
+    """
     return min((group.free_bytes for group in _limited_groups(proc)), default=None)
 
 
-def _limited_groups(proc: Path) -> list[GroupMemory]:
+def _limited_groups(proc: Path) -> list[_LimitedGroup]:
     try:
         memberships, mounts = (proc / "cgroup").read_text(), (proc / "mountinfo").read_text()
     except OSError:  # no Linux, or a /proc that hides them
@@ -49,18 +54,18 @@ def _limited_groups(proc: Path) -> list[GroupMemory]:
     for line in memberships.splitlines():
         _, controllers, path = line.split(":", 2)
         own |= dict.fromkeys(controllers.split(","), path)
-    groups: list[GroupMemory] = []
+    groups: list[_LimitedGroup] = []
     for line in mounts.splitlines():
         before, _, after = line.partition(" - ")  # proc(5): fields of fixed number, optional ones, " - ", type
         mount, (kind, _source, options) = Path(before.split()[4]), after.split(maxsplit=2)
         if kind == "cgroup" and "memory" in options.split(",") and "memory" in own:
-            groups += _limits(mount, own["memory"], "memory.limit_in_bytes", "total_rss")
+            groups += _limits(mount, own["memory"], "memory.limit_in_bytes", ("total_rss", "total_shmem"))
         elif kind == "cgroup2" and "" in own:
-            groups += _limits(mount, own[""], "memory.max", "anon")
+            groups += _limits(mount, own[""], "memory.max", ("anon", "shmem"))
     return groups
 
 
-def _limits(mount: Path, own: str, file_name: str, counter: str) -> Iterator[GroupMemory]:
+def _limits(mount: Path, own: str, file_name: str, counters: Collection[str]) -> Iterator[_LimitedGroup]:
     # In a container the path may be the host's, of which only the end is mounted: then the mount itself is the group.
     folder = mount / own.lstrip("/")
     folder = folder if folder.is_dir() else mount
@@ -72,12 +77,13 @@ def _limits(mount: Path, own: str, file_name: str, counter: str) -> Iterator[Gro
         except OSError:  # the topmost group has no such file
             continue
         if text.isdecimal() and int(text) < _UNLIMITED_BYTES:
-            yield GroupMemory(int(text), _count(group / "memory.stat", counter))
+            yield _LimitedGroup(int(text), _counted(group / "memory.stat", counters))
 
 
-def _count(path: Path, name: str) -> int:
+def _counted(path: Path, names: Collection[str]) -> int:
+    """The sum of those counters: no two of the kernel's (Documentation/admin-guide/cgroup-v*) count the same page."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
         return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name} ")), 0)
+    return sum(int(number) for name, number in map(str.split, lines) if name in names)

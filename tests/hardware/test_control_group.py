@@ -66,17 +66,23 @@ def test_in_a_container_the_mount_itself_is_the_group(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_what_is_free_is_that_of_the_tightest_group(tmp_path: Path, version: int) -> None:
-    """File pages do not count, which the kernel can drop. Mutation tried: `memory.current`, which has them too."""
+    """File pages do not count, which the kernel can drop; those of tmpfs do, which it cannot.
+
+    Mutations tried: `memory.current`, which has all of them; anonymous memory alone.
+    """
     mount = tmp_path / "cgroup"
-    file_name, counter = ("memory.limit_in_bytes", "total_rss") if version == 1 else ("memory.max", "anon")
+    file_name, anonymous, shared = (
+        ("memory.limit_in_bytes", "total_rss", "total_shmem") if version == 1 else ("memory.max", "anon", "shmem")
+    )
     write_limits(mount, file_name, {"a": "4096", "a/b": "2048"})
     for group, num_bytes in (("a", 3000), ("a/b", 500)):
-        (mount / group / "memory.stat").write_text(f"file 9999\n{counter} {num_bytes}\nrss_huge 7\n")
+        stat = f"file 9999\n{anonymous} {num_bytes}\n{shared} 96\nrss_huge 7\n"
+        (mount / group / "memory.stat").write_text(stat)
     kind = "cgroup cgroup rw,memory" if version == 1 else "cgroup2 cgroup2 rw"
     proc = write_proc(tmp_path, cgroup="4:memory:/a/b\n0::/a/b\n", mounts=[f"{mount} rw - {kind}"])
 
     assert memory_limit_bytes(proc) == 2048
-    assert memory_free_bytes(proc) == 4096 - 3000
+    assert memory_free_bytes(proc) == 4096 - 3000 - 96
 
 
 @pytest.mark.parametrize("limit", ["max", str(2**63 - 4096)])
