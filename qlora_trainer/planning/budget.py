@@ -108,7 +108,9 @@ def cpu_budget(
     _require_machine_has(ram_bytes, cpu, where=where)
     _require_machine_has(host_bytes, cpu, where=HOST_KEY)
     asked = [limit for limit in (ram_bytes, host_bytes) if limit is not None]
-    budget_bytes = min(asked) if asked else available_memory_bytes(cpu) + resident_bytes()
+    # Of what this process has, the limit of a control group leaves out file pages: that much may be above it.
+    free_bytes = min(total_memory_bytes(cpu), available_memory_bytes(cpu) + resident_bytes())
+    budget_bytes = min(asked) if asked else free_bytes
     dtype = compute_dtype or choose_compute_dtype(cpu)
     measured = measure_cpu_speed(dtype)
     return Budget(

@@ -94,6 +94,17 @@ def test_a_container_may_be_used_to_its_limit(monkeypatch: pytest.MonkeyPatch) -
         cpu_budget(limit + mmap.PAGESIZE, compute_dtype="float32")
 
 
+@pytest.mark.parametrize("available_mib, expected_mib", [(900, 1024), (500, 800)])
+def test_what_is_free_in_a_container_is_no_more_than_its_limit(
+    available_mib: int, expected_mib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File pages of this process are resident, but do not count against the limit. Mutation tried: the bare sum."""
+    monkeypatch.setattr(budget, "total_memory_bytes", lambda _: GIB)
+    monkeypatch.setattr(budget, "available_memory_bytes", lambda _: available_mib * MIB)
+    monkeypatch.setattr(budget, "resident_bytes", lambda: 300 * MIB)
+    assert cpu_budget(None, compute_dtype="float32").budget_bytes == expected_mib * MIB
+
+
 @pytest.mark.usefixtures("_gpu")
 def test_a_gpu_of_this_machine_gives_what_is_free() -> None:
     found = machine_budget(None, None)
