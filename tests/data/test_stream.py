@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -17,8 +16,8 @@ from qlora_trainer.data.stream import BegunStream, BlockStart, Stream, open_rows
 from qlora_trainer.data.token_cache import KnownTokenizer
 from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.step.document import Document
+from tests.returned import returned
 
-T = TypeVar("T")
 BATCH = 4
 NUM_STEPS = 40
 
@@ -45,15 +44,6 @@ def write_texts(path: Path, numbers: range, **changes: str) -> Path:
 def section_of(*paths: Path, rows: int, **options: Any) -> DataSection:
     names = tuple(map(str, paths))
     return DataSection(train=names, streaming=True, stream_rows=rows, eval_fraction=0, **options)
-
-
-def returned(reading: Generator[Any, None, T]) -> T:
-    try:
-        while True:
-            next(reading)
-    except StopIteration as stop:
-        value: T = stop.value
-        return value
 
 
 def begun(stream: Stream) -> BegunStream:

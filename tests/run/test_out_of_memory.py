@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +24,12 @@ from qlora_trainer.run.session import Progress, Session
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.train_step import evaluate
 from tests.out_of_memory_at import OutOfMemoryAt, spread
+from tests.returned import returned
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
 
-T = TypeVar("T")
 OPTIONS = ("memory.micro_batch_tokens=512", "lora.dropout=0.1")
 
 
@@ -38,12 +38,7 @@ def session(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(folder, base, *OPTIONS)
     with open_run_folder(folder / "run", resume=False) as run_folder:
-        steps = prepare.prepare(config, run_folder, resume=None)
-        try:
-            while True:
-                next(steps)
-        except StopIteration as stop:
-            yield stop.value
+        yield returned(prepare.prepare(config, run_folder, resume=None))
 
 
 def state_of(session: Session) -> dict[str, Tensor]:
@@ -53,14 +48,6 @@ def state_of(session: Session) -> dict[str, Tensor]:
 def first_step(session: Session) -> Iterator[Any]:
     documents = returned(next_documents(session, Progress()))
     return attempts.step_or_revise(session, Progress(), documents)
-
-
-def returned(reading: Generator[Any, None, T]) -> T:
-    """What a generator returns that yields nothing."""
-    with pytest.raises(StopIteration) as end:
-        next(reading)
-    value: T = end.value.value
-    return value
 
 
 def follow(records: Iterator[Any]) -> list[Any]:
