@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_ours
 from qlora_trainer.step import optimizer as optimizer_module
 from qlora_trainer.step.optimizer import BLOCK_ELEMENTS, CPU_PIECE_ELEMENTS, AdapterOptimizer
 from tests.out_of_memory_at import OutOfMemoryAt
@@ -127,27 +128,27 @@ def test_an_update_that_fails_at_any_operation_is_done_by_a_second_call(
     count of steps that a failed try raises, the bias correction is that of a later step.
     """
     monkeypatch.setattr(optimizer_module, "CPU_PIECE_ELEMENTS", 4 * BLOCK_ELEMENTS)
-    whole, whole_parameters = make_optimizer(tmp_path, dtype, bits=bits, weight_decay=0.1)
-    run_steps(whole, whole_parameters, range(1), RATE)
-    with OutOfMemoryAt(-1) as counting:
-        run_steps(whole, whole_parameters, range(1, 2), RATE)
-    run_steps(whole, whole_parameters, range(2, 3), RATE)
-    num_failed = 0
-    for k in range(counting.num_operations):
+
+    def before_the_second_update() -> tuple[AdapterOptimizer, dict[str, nn.Parameter]]:
         optimizer, parameters = make_optimizer(tmp_path, dtype, bits=bits, weight_decay=0.1)
         run_steps(optimizer, parameters, range(1), RATE)
         for name, gradient in recorded_gradients(1).items():
             gradients_of(parameters)[name].copy_(gradient)
-        try:
-            with OutOfMemoryAt(k):
-                optimizer.update(RATE)
-        except (RuntimeError, torch.OutOfMemoryError):
-            num_failed += 1
+        return optimizer, parameters
+
+    whole, whole_parameters = before_the_second_update()
+    with OutOfMemoryAt(-1) as counting:
+        whole.update(RATE)
+    run_steps(whole, whole_parameters, range(2, 3), RATE)
+    assert counting.num_operations > 20  # in 19 pieces
+    for k in range(counting.num_operations):
+        optimizer, parameters = before_the_second_update()
+        with pytest.raises(OutOfMemoryError), memory_errors_as_ours(), OutOfMemoryAt(k):
             optimizer.update(RATE)
+        optimizer.update(RATE)
         run_steps(optimizer, parameters, range(2, 3), RATE)
         assert differing(optimizer.state_dict(), whole.state_dict()) == [], k
         assert differing(weights_of(parameters), weights_of(whole_parameters)) == [], k
-    assert num_failed > 20
 
 
 def test_a_piece_that_is_half_updated_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
