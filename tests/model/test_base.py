@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub import constants
 from transformers import LlamaConfig, MixtralConfig
 
 from qlora_trainer.errors import ConfigError
@@ -199,14 +199,11 @@ def test_a_hub_id_without_a_network_is_refused_at_once(
     ],
 )
 def test_a_misspelt_hub_id_is_answered_with_the_one_that_was_meant(
-    name: str, hint: str, monkeypatch: pytest.MonkeyPatch
+    name: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fails without the hint, and where a name that is known as it is is taken for a misspelt one."""
-
-    def refuse(*_: object, **__: object) -> str:
-        raise LocalEntryNotFoundError("no network")
-
-    monkeypatch.setattr(base_module, "hf_hub_download", refuse)
+    monkeypatch.chdir(tmp_path)  # nothing of that name is here, nor in the cache
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     assert hint in _refusal(name)
 
 
