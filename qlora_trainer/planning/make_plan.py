@@ -25,7 +25,15 @@ from qlora_trainer.planning.explain import Bound, gave_up, would_fit
 from qlora_trainer.planning.frontier import frontier_cells
 from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training, without_collector
 from qlora_trainer.planning.model_config import read_model_config
-from qlora_trainer.planning.plan import Alternative, FrontierCell, Optimizer, Plan, PlanKnobs, Prediction
+from qlora_trainer.planning.plan import (
+    Alternative,
+    FrontierCell,
+    Optimizer,
+    Plan,
+    PlanKnobs,
+    Prediction,
+    micro_batches_per_step,
+)
 from qlora_trainer.planning.price import Layout, Prices, Usage, evaluation_level, training_levels, usage
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, find, smallest, token_steps
 from qlora_trainer.planning.shallow_trace import trace_step
@@ -299,14 +307,14 @@ class _Planner:
 
     def knobs(self, candidate: Candidate) -> PlanKnobs:
         layout, pinned = candidate.layout, self.config.memory.micro_batch_tokens
-        batch_tokens = self.config.training.global_batch_size * layout.seq_len
+        tokens = layout.tokens if pinned == "auto" else pinned
         return PlanKnobs(
             rank=layout.rank,
             alpha=self.config.lora.alpha_for(layout.rank),
             seq_len=layout.seq_len,
-            micro_batch_tokens=layout.tokens if pinned == "auto" else pinned,
-            micro_batches_per_step=-(
-                -batch_tokens // max(layout.seq_len, layout.tokens // layout.seq_len * layout.seq_len)
+            micro_batch_tokens=tokens,
+            micro_batches_per_step=micro_batches_per_step(
+                self.config.training.global_batch_size, layout.seq_len, tokens
             ),
             activation_keep_layers=self.dry.num_layers - layout.num_recomputed,
             activation_recompute_layers=layout.num_recomputed,

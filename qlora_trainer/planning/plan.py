@@ -20,7 +20,7 @@ class PlanKnobs:
         rank, alpha: of the adapters.
         seq_len: tokens of the longest document.
         micro_batch_tokens: tokens that go through the model at once, at most.
-        micro_batches_per_step: in a global batch whose documents are all `seq_len` long.
+        micro_batches_per_step: see the function of that name.
         activation_keep_layers: layers whose activations are kept for backward: the last ones.
         activation_recompute_layers: layers that keep only their input: the first ones.
         activation_offload_layers: layers whose input waits in host memory; 0, until that lever exists.
@@ -56,6 +56,12 @@ class PlanKnobs:
             "micro_batch_size": int(size) if size == int(size) else size,
             "optimizer_residency": self.optimizer_residency,
         }
+
+
+def micro_batches_per_step(global_batch_size: int, seq_len: int, micro_batch_tokens: int) -> int:
+    """Of a global batch whose documents are all `seq_len` long, none of which is cut between two."""
+    documents = max(1, micro_batch_tokens // seq_len)
+    return -(-global_batch_size // documents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,13 +109,13 @@ def _update_or_revise(session: Session, rate: float, step: int) -> Generator[Pla
     allocator's cache. So it is tried again once at one document, too. Smaller micro-batches, which are taken before,
     change nothing of this update: each is one more try, and keeps the heap smaller when later steps are updated.
     """
-    is_last_try = False
+    is_last_try, global_batch_size = False, session.config.training.global_batch_size
     while True:
         with suppress(OutOfMemoryError), memory_errors_as_ours():
             session.optimizer.update(rate)
             return session
         release_free_memory()
-        if not is_last_try and halved(session.knobs.plan) is None:
+        if not is_last_try and halved(session.knobs.plan, global_batch_size) is None:
             is_last_try = True
             continue
         session, revised = _revise(session, step + 1, f"the optimizer's update of step {step + 1}", phase="step")
@@ -235,7 +235,7 @@ def _revise(
         DoesNotFitError: they are of one document already.
     """
     before = session.knobs.plan.micro_batch_tokens
-    knobs = halved_or_refused(session.knobs, where=where)
+    knobs = halved_or_refused(session.knobs, session.config.training.global_batch_size, where=where)
     session = replace(session, knobs=knobs)
     write_plan(session.folder, plan_json(session))
     revised = PlanRevised(

@@ -14,7 +14,7 @@ from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_our
 from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import Budget, machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
-from qlora_trainer.planning.plan import Plan, PlanKnobs
+from qlora_trainer.planning.plan import Plan, PlanKnobs, micro_batches_per_step
 from qlora_trainer.run.inputs import Inputs
 from qlora_trainer.run.knobs import Knobs, MachineKnobs, with_values
 from qlora_trainer.run.session import packs
@@ -103,7 +103,7 @@ def _with_pins(config: RunConfig) -> str:
     return f" with the pinned {' and '.join(pins)}" if pins else ""
 
 
-def halved(knobs: PlanKnobs) -> PlanKnobs | None:
+def halved(knobs: PlanKnobs, global_batch_size: int) -> PlanKnobs | None:
     """The same with half of the micro-batch, for a device that ran out of memory; None at one document of full length.
 
     What is learned stays the same: the documents of a step and their random draws do not depend on the cut.
@@ -115,17 +115,17 @@ def halved(knobs: PlanKnobs) -> PlanKnobs | None:
         knobs,
         micro_batch_tokens=tokens,
         loss_chunk=min(knobs.loss_chunk, tokens),
-        micro_batches_per_step=2 * knobs.micro_batches_per_step,
+        micro_batches_per_step=micro_batches_per_step(global_batch_size, knobs.seq_len, tokens),
     )
 
 
-def halved_or_refused(knobs: Knobs, *, where: str) -> Knobs:
+def halved_or_refused(knobs: Knobs, global_batch_size: int, *, where: str) -> Knobs:
     """Knobs with half of the micro-batch.
 
     Raises:
         DoesNotFitError: a micro-batch is one document already; names what the plan had said, by category.
     """
-    revised = halved(knobs.plan)
+    revised = halved(knobs.plan, global_batch_size)
     if revised is None:
         raise DoesNotFitError(
             where=where,

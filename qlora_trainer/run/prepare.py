@@ -282,7 +282,7 @@ def _rehearse(
                 seed=config.training.seed,
             )
             return knobs
-        revised = halved_or_refused(knobs, where="the rehearsal")
+        revised = halved_or_refused(knobs, config.training.global_batch_size, where="the rehearsal")
         yield PlanRevised(
             step=0,
             phase="rehearsal",

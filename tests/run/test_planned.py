@@ -223,9 +223,16 @@ def test_out_of_memory_in_the_update_is_tried_again_also_at_one_document(
 def test_a_micro_batch_is_halved_to_a_document_of_full_length_at_least() -> None:
     """The step at hand may have short documents only. Mutation tried: halved to the longest of those."""
     knobs = replace(PLAN_KNOBS, seq_len=448, micro_batch_tokens=512)
-    assert (smaller := halved(knobs)) is not None
+    assert (smaller := halved(knobs, 16)) is not None
     assert smaller.micro_batch_tokens == 448
-    assert halved(smaller) is None
+    assert halved(smaller, 16) is None
+
+
+@pytest.mark.parametrize("before, after, num_after", [(2048, 1024, 16), (1536, 1024, 16), (7168, 3584, 6)])
+def test_halved_micro_batches_are_counted_by_whole_documents(before: int, after: int, num_after: int) -> None:
+    """Of 16 documents of 1,024 tokens. Mutation tried: twice as many as before."""
+    assert (smaller := halved(replace(PLAN_KNOBS, micro_batch_tokens=before), 16)) is not None
+    assert (smaller.micro_batch_tokens, smaller.micro_batches_per_step) == (after, num_after)
 
 
 def test_an_error_that_is_no_lack_of_memory_is_not_retried(
