@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,19 @@ import torch
 
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run import loop
-from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped, StepDone, StreamRead
+from qlora_trainer.run.records import Prepared, Preparing, Record, RowsSkipped, StepDone, StreamRead
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_rows
 from tests.run.told import complaint, train_command
 
 pytestmark = pytest.mark.usefixtures("plans_made_once", "small_batches")
 
 
-@pytest.fixture
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def small_batches() -> Iterator[None]:
     """Rows are tokenised five at a time, so that a block is not the whole file."""
-    monkeypatch.setattr("qlora_trainer.data.rows.BATCH_ROWS", 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_trainer.data.rows.BATCH_ROWS", 5)
+        yield
 
 
 def options(folder: Path, *more: str) -> tuple[str, ...]:
@@ -30,20 +33,29 @@ def options(folder: Path, *more: str) -> tuple[str, ...]:
     return (*streaming, "training.max_steps=12", *more)
 
 
-@pytest.mark.parametrize("step", [1, 3, 6, 9])
-def test_a_killed_run_ends_with_the_same_bytes(step: int, tmp_path: Path, base: Path) -> None:
-    """12 steps of 8 are 96 documents of 60: blocks of 20, the second pass included.
+@pytest.fixture(scope="module")
+def undisturbed(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, plans_made_once: None, small_batches: None
+) -> tuple[Path, list[Record]]:
+    """A run to its end: 12 steps of 8 are 96 documents of 60, in blocks of 20, the second pass included."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder / "run", run_to_end(tiny_config(folder, base, *options(folder)))
 
-    Mutations tried: a resume that begins at the first block; dropout keys that are rows of the block.
-    """
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    for folder in (whole, cut):
-        folder.mkdir()
-    records = run_to_end(tiny_config(whole, base, *options(whole)))
-    config = tiny_config(cut, base, *options(cut))
+
+@pytest.mark.parametrize("step", [1, 3, 6, 9])
+def test_a_killed_run_ends_with_the_same_bytes(
+    step: int, tmp_path: Path, base: Path, undisturbed: tuple[Path, list[Record]]
+) -> None:
+    """Mutations tried: a resume that begins at the first block; dropout keys that are rows of the block."""
+    config = tiny_config(tmp_path, base, *options(tmp_path))
     run_until_step(config, step)
     run_to_end(config, resume="auto")
-    assert course(cut / "run") == course(whole / "run")
+    whole, _ = undisturbed
+    assert course(tmp_path / "run") == course(whole)
+
+
+def test_passes_blocks_and_documents_are_counted(undisturbed: tuple[Path, list[Record]]) -> None:
+    _, records = undisturbed
     steps = [record for record in records if isinstance(record, StepDone)]
     assert [record.epoch for record in steps] == [0.0] * 7 + [1.0] * 5
     read = [record for record in records if isinstance(record, StreamRead)]
