@@ -81,8 +81,7 @@ def plan(
         from qlora_trainer.report.frontier_plot import write_frontier_plot
 
         write_frontier_plot(made, plot)
-    asked_by = "--vram" if vram is not None else "--ram" if ram is not None else "memory.budget"
-    require_fit(made, config, asked_by)
+    require_fit(made, config)
 
 
 def _size(text: str | None, *, option: str) -> int | None:

@@ -15,10 +15,10 @@ from qlora_trainer.hardware.device import BF16_COMPUTE_CAPABILITY, ComputeDtype,
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
 from qlora_trainer.hardware.gpu_catalogue import LARGEST_NOMINAL_GIB, choose_gpu, nearest_by_name
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
+from qlora_trainer.planning.plan import DEVICE_KEY, HOST_KEY
 from qlora_trainer.planning.throughput import Speed, gpu_speed
 
 NO_LIMIT_BYTES = 2**62
-DEVICE_KEY, HOST_KEY = "memory.budget", "memory.host_budget"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Budget:
         compute_dtype: what the device multiplies in.
         memory: from allocated bytes to used ones.
         speed: for the estimate of time.
-        device_key: who asks for `budget_bytes`: "memory.budget", or the option that takes its place.
+        device_key: who asks for memory of the device: "memory.budget", or the option that takes its place.
         asked_bytes, asked_host_bytes: what was asked for by `device_key` and by memory.host_budget; None for neither.
     """
 
@@ -50,6 +50,14 @@ class Budget:
     device_key: str = DEVICE_KEY
     asked_bytes: int | None = None
     asked_host_bytes: int | None = None
+
+    @property
+    def limiting_key(self) -> str:
+        """Who limits `budget_bytes`: on a CPU, where two ask for the same memory, who asks for less."""
+        if self.kind == "cuda" or self.asked_host_bytes is None:
+            return self.device_key
+        is_host_less = self.asked_bytes is None or self.asked_host_bytes < self.asked_bytes
+        return HOST_KEY if is_host_less else self.device_key
 
 
 def gpu_budget(

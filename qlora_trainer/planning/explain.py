@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.planning.budget import HOST_KEY, Budget
-from qlora_trainer.planning.plan import WouldFit
+from qlora_trainer.planning.budget import Budget
+from qlora_trainer.planning.plan import HOST_KEY, WouldFit
 from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
 

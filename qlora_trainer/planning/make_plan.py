@@ -344,6 +344,7 @@ class _Planner:
             device=self.budget.device_name,
             budget_bytes=self.budget.budget_bytes,
             host_budget_bytes=self.budget.host_budget_bytes,
+            device_key=self.budget.limiting_key,
             knobs=self.knobs(chosen),
             predicted=self.prediction(chosen),
             trainable_parameters=sum(rows * columns for rows, columns in self.shapes(chosen.layout.rank)),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+DEVICE_KEY, HOST_KEY = "memory.budget", "memory.host_budget"
 Optimizer = Literal["adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 
@@ -143,6 +144,7 @@ class Plan:
         model: what the user called the base.
         device: "cpu", or the GPU's name.
         budget_bytes, host_budget_bytes: of the device and of the host; on a CPU the same memory.
+        device_key: who limits `budget_bytes`: a key of the config, or an option in its place; no part of the JSON.
         knobs: what was decided.
         predicted: what that takes.
         trainable_parameters: elements of all adapters.
@@ -161,6 +163,7 @@ class Plan:
     knobs: PlanKnobs
     predicted: Prediction
     trainable_parameters: int
+    device_key: str = DEVICE_KEY
     gave_up: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     frontier: tuple[FrontierCell, ...] = ()

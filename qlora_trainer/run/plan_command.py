@@ -9,10 +9,10 @@ from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.planning.budget import Budget, cpu_budget, gpu_budget, machine_budget
 from qlora_trainer.planning.make_plan import make_plan
-from qlora_trainer.planning.plan import Plan
+from qlora_trainer.planning.plan import DEVICE_KEY, Plan
 from qlora_trainer.run.dry_run import counted_documents
 from qlora_trainer.run.inputs import find_base, read_documents
-from qlora_trainer.run.planned import as_rows_allow, documents_of
+from qlora_trainer.run.planned import as_rows_allow, asked_bytes, documents_of
 
 
 def plan_on(
@@ -52,11 +52,10 @@ def plan_on(
 
 def _budget(config: RunConfig, gpu: str | None, vram_bytes: int | None, ram_bytes: int | None) -> Budget:
     """An option takes the place of `memory.budget`; `memory.host_budget` counts beside it."""
-    asked = None if config.memory.budget == "auto" else config.memory.budget
-    host = None if config.memory.host_budget == "auto" else config.memory.host_budget
+    asked, host = asked_bytes(config.memory.budget), asked_bytes(config.memory.host_budget)
     dtype = None if config.quantization.compute_dtype == "auto" else config.quantization.compute_dtype
     if gpu is not None or vram_bytes is not None:
-        limit, where = (asked, "memory.budget") if vram_bytes is None else (vram_bytes, "--vram")
+        limit, where = (asked, DEVICE_KEY) if vram_bytes is None else (vram_bytes, "--vram")
         return gpu_budget(gpu, limit, host, where=where)
     if ram_bytes is not None:
         return cpu_budget(ram_bytes, host, compute_dtype=dtype)

@@ -14,7 +14,7 @@ from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_our
 from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import Budget, machine_budget
 from qlora_trainer.planning.make_plan import Documents, make_plan
-from qlora_trainer.planning.plan import Plan, PlanKnobs, micro_batches_per_step
+from qlora_trainer.planning.plan import HOST_KEY, Plan, PlanKnobs, micro_batches_per_step
 from qlora_trainer.run.inputs import Inputs
 from qlora_trainer.run.knobs import Knobs, MachineKnobs, with_values
 from qlora_trainer.run.session import packs
@@ -27,6 +27,11 @@ def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
     )
 
 
+def asked_bytes(size: int | str) -> int | None:
+    """What a key of the config asks for; None for `auto`."""
+    return size if isinstance(size, int) else None
+
+
 def budget_of(config: RunConfig, machine: MachineKnobs) -> Budget:
     """What is asked for, or free, on this machine.
 
@@ -34,7 +39,9 @@ def budget_of(config: RunConfig, machine: MachineKnobs) -> Budget:
         ConfigError: more is asked for than there is.
         DoesNotFitError: nothing is free.
     """
-    return machine_budget(_asked(config.memory.budget), _asked(config.memory.host_budget), machine.compute_dtype)
+    return machine_budget(
+        asked_bytes(config.memory.budget), asked_bytes(config.memory.host_budget), machine.compute_dtype
+    )
 
 
 def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
@@ -59,13 +66,12 @@ def as_rows_allow(config: RunConfig, base: Base) -> RunConfig:
     return with_values(config, {"data.packing": packs(config, base)})
 
 
-def require_fit(plan: Plan, config: RunConfig, device_key: str = "memory.budget") -> Plan:
+def require_fit(plan: Plan, config: RunConfig) -> Plan:
     """The plan itself, if it fits.
 
     Args:
         plan: as it was made.
         config: what it was made for.
-        device_key: who asked for the budget: the key, or an option in its place.
 
     Raises:
         DoesNotFitError: names what is missing, what `config` has pinned, and the single changes that would make it fit.
@@ -73,10 +79,10 @@ def require_fit(plan: Plan, config: RunConfig, device_key: str = "memory.budget"
     if plan.fits:
         return plan
     changes = [f"{change.knob} {change.before} -> {change.after}" for change in plan.would_fit]
-    where, place, budget_bytes = device_key, plan.device, plan.budget_bytes
+    where, place, budget_bytes = plan.device_key, plan.device, plan.budget_bytes
     needed_bytes = plan.predicted.process_peak_bytes
     if needed_bytes <= budget_bytes:  # then it is the host's memory that is short
-        where, place, budget_bytes = "memory.host_budget", "the host", plan.host_budget_bytes
+        where, place, budget_bytes = HOST_KEY, "the host", plan.host_budget_bytes
         needed_bytes = plan.predicted.host_peak_bytes
     raise DoesNotFitError(
         where=where,
@@ -174,10 +180,6 @@ def lack_of_memory_told(where: str, knobs: Knobs | None = None) -> Iterator[None
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
-
-
-def _asked(size: int | str) -> int | None:
-    return size if isinstance(size, int) else None
 
 
 def _process_bytes() -> int:

@@ -71,6 +71,7 @@ def test_a_pinned_host_budget_counts_beside_an_option(host: str, expected: int) 
     config = load_config(None, ["model.base=tiny", "data.train=x.jsonl", *pins])
     found = plan_command._budget(config, None, None, 2 * GIB)
     assert (found.budget_bytes, found.host_budget_bytes, found.device_key) == (expected, expected, "--ram")
+    assert found.limiting_key == ("memory.host_budget" if host == "1GiB" else "--ram")
 
 
 @pytest.fixture
@@ -103,6 +104,7 @@ def test_what_is_free_in_a_container_is_no_more_than_its_limit(
     monkeypatch.setattr(budget, "available_memory_bytes", lambda _: available_mib * MIB)
     monkeypatch.setattr(budget, "resident_bytes", lambda: 300 * MIB)
     assert cpu_budget(None, compute_dtype="float32").budget_bytes == expected_mib * MIB
+    assert cpu_budget(None, 100 * MIB, compute_dtype="float32").limiting_key == "memory.host_budget"
 
 
 @pytest.mark.usefixtures("_gpu")

@@ -304,6 +304,20 @@ def test_on_a_cpu_the_budget_that_is_short_is_offered(
     assert expected is None or found[expected][0] == "0.05GiB"
 
 
+@pytest.mark.parametrize(
+    "asked_bytes, asked_host_bytes, expected",
+    [(GIB, 50 * MIB, "memory.host_budget"), (50 * MIB, GIB, "--ram"), (50 * MIB, 50 * MIB, "--ram")],
+)
+def test_on_a_cpu_the_smaller_budget_is_told(
+    asked_bytes: int, asked_host_bytes: int, expected: str, traced_on: Callable[[str], Traced]
+) -> None:
+    """Mutation tried: the option, whatever memory.host_budget asks for."""
+    asked = {"asked_bytes": asked_bytes, "asked_host_bytes": asked_host_bytes}
+    plan = traced_on("cpu").plan(50 * MIB, device_key="--ram", **asked)
+    with pytest.raises(DoesNotFitError, match=rf"^{expected}: found 0\.05 GiB on cpu"):
+        require_fit(plan, run_config())
+
+
 def test_under_an_option_for_a_gpu_the_option_is_offered(traced_on: Callable[[str], Traced]) -> None:
     traced = traced_on("gpu")
     (offer,) = [
