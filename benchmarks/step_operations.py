@@ -166,7 +166,7 @@ def _copy_between(
 
 def _moved_bytes(func: Any, arguments: Mapping[str, Any], results: Sequence[Any], device_type: str) -> Iterator[int]:
     name: str = func._schema.name
-    picked = _PICKED.get(name)
+    picked, read = _PICKED.get(name), set[int]()
     for argument in func._schema.arguments:
         value = arguments.get(argument.name)
         for tensor in tensors_in([value]):
@@ -178,7 +178,9 @@ def _moved_bytes(func: Any, arguments: Mapping[str, Any], results: Sequence[Any]
             is_changed = argument.alias_info is not None and argument.alias_info.is_write
             if is_changed and argument.name != _READ_ONLY.get(name):
                 yield num_bytes
-            if not (is_changed and (argument.kwarg_only or name in _WRITTEN_ONLY)):  # `out=` is not read
+            is_read = not (is_changed and (argument.kwarg_only or name in _WRITTEN_ONLY))  # `out=` is not
+            if is_read and id(tensor) not in read:  # `x * x` reads x once
+                read.add(id(tensor))
                 yield num_bytes
     made = [result for result, declared in zip(results, func._schema.returns, strict=False) if not declared.alias_info]
     for tensor in tensors_in(made):

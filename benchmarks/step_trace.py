@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.step_totals import Case
@@ -30,6 +31,7 @@ def traced(side: Side, cases: Sequence[Case]) -> Any:
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.step_trace", side],
         input=json.dumps([asdict(case) for case in cases]),
+        cwd=Path(__file__).parents[1],
         env=os.environ | _OFFLINE,
         capture_output=True,
         text=True,
