@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from benchmarks.step_operations import CannotCountError, Operation, bind, operation_of, touched_bytes
+from benchmarks.step_operations import KERNELS, CannotCountError, Operation, bind, operation_of, touched_bytes
 from qlora_trainer.hardware import causal_attention
 from qlora_trainer.hardware.quant_library import bitsandbytes
 from qlora_trainer.planning import inside
@@ -148,7 +148,7 @@ class Ledger(TorchDispatchMode):
         if func._schema.name in ("aten::isnan", "aten::isinf"):
             self._not_finite[out] = True
         results = [] if out is None else [out] if len(func._schema.returns) == 1 else list(out)
-        if func._schema.name in _BODIES:
+        if func._schema.name in _BODIES and func._schema.name not in KERNELS:
             self.write(_Call(func._schema.name, tuple((key, _looks(value)) for key, value in arguments.items())))
         else:
             self.write(operation_of(func, arguments, results, self._device_type))
