@@ -25,8 +25,8 @@ Kind = Literal["product", "attention", "dequantization", "other", "nothing"]
 ATTENTION = "aten::_scaled_dot_product_flash_attention"
 ATTENTION_BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 DEQUANTIZE = "bitsandbytes::dequantize_4bit"
-# Operations that are one kernel on a GPU, for which the schema is right: bitsandbytes' own. One of ours belongs here, and
-# is then not taken apart, only where a GPU runs it as one (a Triton kernel, or what Inductor makes of its body).
+# Operations that are one kernel on a GPU, for which the schema is right: bitsandbytes' own. One of ours belongs here,
+# and is then not taken apart, only where a GPU runs it as one (a Triton kernel, or what Inductor makes of its body).
 KERNELS = {
     DEQUANTIZE: "dequantization",
     "bitsandbytes::dequantize_blockwise": "dequantization",
