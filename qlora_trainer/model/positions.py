@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from qlora_trainer.errors import ConfigError
+
 
 def max_positions(config: PreTrainedConfig) -> int | None:
     """Tokens that a document may have; None where the config names no limit.
@@ -21,6 +23,29 @@ def max_positions(config: PreTrainedConfig) -> int | None:
             limits.append(rope.get("original_max_position_embeddings"))
             limits.append(getattr(config, "original_max_position_embeddings", None))
     return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
+def require_positions(seq_len: int, config: PreTrainedConfig, name: str) -> None:
+    """Refuse documents that are longer than a base allows.
+
+    Args:
+        seq_len: tokens of the longest document.
+        config: of the base.
+        name: of the base, for the message.
+
+    Raises:
+        ConfigError: they are longer than `max_positions`.
+    """
+    most = max_positions(config)
+    if most is None or seq_len <= most:
+        return
+    is_all = most == getattr(config, "max_position_embeddings", None)
+    raise ConfigError(
+        where="data.seq_len",
+        found=f"{seq_len} tokens",
+        expected=f"at most {most}, the positions of {name}{'' if is_all else ' (LongRoPE: of its first frequencies)'}",
+        fix="Lower data.seq_len, or choose a base with a longer context.",
+    )
 
 
 def _ropes(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

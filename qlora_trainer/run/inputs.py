@@ -37,9 +37,9 @@ from qlora_trainer.data.tokenized import (
     require_most_rows,
     select,
 )
-from qlora_trainer.errors import ConfigError, DataError
+from qlora_trainer.errors import DataError
 from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
-from qlora_trainer.model.positions import max_positions
+from qlora_trainer.model.positions import max_positions, require_positions
 from qlora_trainer.run.records import Preparing, RowsSkipped
 from qlora_trainer.run.session import Question
 
@@ -232,22 +232,15 @@ def decide_seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
     Raises:
         ConfigError: more is asked for than the base has positions.
     """
-    positions = max_positions(base.config) or data.documents.longest_tokens
     seq_len = config.data.seq_len
     if seq_len == "auto":
         return choose_seq_len(
             data.documents.lengths_N,
-            positions,
+            max_positions(base.config) or data.documents.longest_tokens,
             overlong=config.data.overlong,
             max_dropped_share=config.data.max_dropped_share,
         )
-    if seq_len > positions:
-        raise ConfigError(
-            where="data.seq_len",
-            found=f"{seq_len} tokens",
-            expected=f"at most {positions}, the positions of {base.name} (LongRoPE: of its first frequencies)",
-            fix="Lower data.seq_len, or choose a base with a longer context.",
-        )
+    require_positions(seq_len, base.config, base.name)
     return seq_len
 
 

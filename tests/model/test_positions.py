@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from transformers import GPT2Config, LlamaConfig, Phi3Config, PreTrainedConfig
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
-from qlora_trainer.model.positions import max_positions
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.positions import max_positions, require_positions
 
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
@@ -59,3 +61,13 @@ def test_each_type_of_layer_counts() -> None:
     config = LlamaConfig(max_position_embeddings=256)
     config.rope_parameters = {"full": {"rope_type": "default"}, "sliding": dict(LONGROPE)}
     assert max_positions(config) == 64
+
+
+def test_longer_documents_are_refused_and_told_why() -> None:
+    """LongRoPE is named only where it is the reason."""
+    require_positions(10**9, PreTrainedConfig(), "endless")
+    require_positions(512, LlamaConfig(max_position_embeddings=512), "short")
+    with pytest.raises(ConfigError, match=r"^data\.seq_len: found 513 .* at most 512, the positions of short\. Lower"):
+        require_positions(513, LlamaConfig(max_position_embeddings=512), "short")
+    with pytest.raises(ConfigError, match=r"at most 64, the positions of phi \(LongRoPE: of its first frequencies\)"):
+        require_positions(65, longrope_config(), "phi")

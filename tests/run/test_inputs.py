@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tokenizers.normalizers import Lowercase
+from transformers import PreTrainedConfig
 
 from qlora_trainer.data.split import hold_out
 from qlora_trainer.hardware.sealed_folder import sha256_of
+from qlora_trainer.report.reading import watched
+from qlora_trainer.report.screen import stderr_console
 from qlora_trainer.run import prepare
 from qlora_trainer.run.answer import answer
 from qlora_trainer.run.checkpoint.manifest import read_manifest
-from qlora_trainer.run.inputs import find_base, known_tokenizer
+from qlora_trainer.run.inputs import decide_seq_len, find_base, known_tokenizer, read_inputs
 from qlora_trainer.run.records import Prepared, Preparing, RowsSkipped, StepDone
 from tests.data.saved_sets import save_splits
 from tests.run.tiny_run import CHATML, rows, run_to_end, run_until_step, tiny_config, write_base, write_rows
@@ -53,6 +57,14 @@ def test_fewer_documents_than_a_batch_are_refused_with_counts(
         in (complaint(capsys))
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_base_without_a_limit_takes_any_seq_len(tmp_path: Path, base: Path) -> None:
+    """Mutation tried: no more than the longest document has, which is no limit of the base."""
+    config = tiny_config(tmp_path, base, "data.seq_len=200")
+    found = watched(read_inputs(config), stderr_console())
+    assert found.data.train.documents.longest_tokens < 200
+    assert decide_seq_len(config, replace(found.base, config=PreTrainedConfig()), found.data.train) == 200
 
 
 @pytest.mark.usefixtures("nothing_loaded")
