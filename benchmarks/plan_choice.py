@@ -36,7 +36,8 @@ from qlora_trainer.hardware.memory import forget_peak, process_peak_bytes, resid
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.planning.budget import cpu_budget
-from qlora_trainer.planning.make_plan import Documents, make_plan
+from qlora_trainer.planning.document_lengths import DocumentLengths
+from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.prepare import prepare
@@ -61,7 +62,7 @@ class Layout:
 def plan_for(overrides: Sequence[str], base: Base, lengths: Sequence[int], budget_bytes: int) -> Plan:
     """A plan for this machine's CPU, with the interpreter's usual bytes, so that plans can be compared."""
     config = load_config(None, list(overrides))
-    documents = Documents.of(lengths, seq_len=max(lengths), global_batch_size=BATCH)
+    documents = DocumentLengths.of(lengths, seq_len=max(lengths), global_batch_size=BATCH)
     return make_plan(config, cpu_budget(budget_bytes), model_config=base.config, documents=documents)
 
 

@@ -63,6 +63,10 @@ class DeviceMemory:
     worst_spread: float
     host_bytes: int
 
+    def aligned(self, num_bytes: int) -> int:
+        """What the allocator makes of a size."""
+        return -(-num_bytes // self.alignment_bytes) * self.alignment_bytes
+
     def process_bytes(self, allocated_bytes: int, paged_bytes: int = 0) -> int:
         """What the driver or the kernel is expected to show; `paged_bytes` are beyond `allocated_bytes`."""
         return self.fixed_bytes + paged_bytes + round(allocated_bytes * (1 + self.expected_spread))

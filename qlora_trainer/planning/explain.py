@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.planning.budget import Budget
-from qlora_trainer.planning.plan import HOST_KEY, WouldFit
-from qlora_trainer.planning.price import Layout, Usage
+from qlora_trainer.planning.plan import HOST_KEY, WouldFit, optimizer_bits
+from qlora_trainer.planning.planner import Planner
+from qlora_trainer.planning.price import Layout
 from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
 
 _MIN_SEQ_LEN = 64
 _GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True)
-class Bound:
-    """A planner's answers: the space for (rank, seq_len), the price of a layout, whether that is within the budget."""
-
-    space: Callable[[int, int], Space]
-    price: Callable[[Layout, str], Usage]
-    is_within: Callable[[Usage], bool]
-    config: RunConfig
-    num_layers: int
 
 
 def gave_up(chosen: Candidate, space: Space) -> tuple[str, ...]:
@@ -41,26 +29,23 @@ def gave_up(chosen: Candidate, space: Space) -> tuple[str, ...]:
     return tuple(words)
 
 
-def would_fit(
-    least: Candidate, bound: Bound, budget: Budget, *, process_bytes: int, host_bytes: int
-) -> tuple[WouldFit, ...]:
+def would_fit(least: Candidate, planner: Planner, *, process_bytes: int, host_bytes: int) -> tuple[WouldFit, ...]:
     """Single changes to the smallest plan that make it fit, in the order in which they should be given up.
 
     Args:
         least: the smallest plan, which does not fit.
-        bound: to price others.
-        budget: what there is.
+        planner: prices others. These are not confirmed, so what is promised has room for what that may add.
         process_bytes, host_bytes: what the smallest plan needs of the device and of the host.
     """
     layout, optimizer = least.layout, least.optimizer
     found: list[WouldFit | None] = [
-        _micro_batch(layout, optimizer, bound),
-        _recompute(layout, optimizer, bound),
-        _loss_chunk(layout, optimizer, bound),
-        _optimizer(layout, optimizer, bound),
-        _seq_len(layout, optimizer, bound),
-        _rank(layout, optimizer, bound),
-        _memory(least, budget, process_bytes=process_bytes, host_bytes=host_bytes),
+        _micro_batch(layout, optimizer, planner),
+        _recompute(layout, optimizer, planner),
+        _loss_chunk(layout, optimizer, planner),
+        _optimizer(layout, optimizer, planner),
+        _seq_len(layout, optimizer, planner),
+        _rank(layout, optimizer, planner),
+        _memory(least, planner.budget, process_bytes=process_bytes, host_bytes=host_bytes),
     ]
     return tuple(change for change in found if change is not None)
 
@@ -98,63 +83,63 @@ def _asked(pinned: bool | int | str, decided: int) -> int | str:
 
 
 def _tried(
-    layout: Layout, optimizer: str, bound: Bound, knob: str, before: int | str, after: int | str
+    layout: Layout, optimizer: str, planner: Planner, knob: str, before: int | str, after: int | str
 ) -> WouldFit | None:
-    used = bound.price(layout, optimizer)
-    if not bound.is_within(used):
+    used = planner.price(layout, optimizer)
+    if not planner.is_well_within(used):
         return None
     return WouldFit(knob=knob, before=before, after=after, allocated_peak_bytes=used.peak_bytes)
 
 
-def _micro_batch(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
-    before = _asked(bound.config.memory.micro_batch_tokens, layout.tokens)
+def _micro_batch(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
+    before = _asked(planner.config.memory.micro_batch_tokens, layout.tokens)
     for tokens in reversed(token_steps(layout.seq_len, layout.tokens)[:-1]):
         smaller = replace(layout, tokens=tokens, loss_chunk=min(layout.loss_chunk, tokens))
-        change = _tried(smaller, optimizer, bound, "memory.micro_batch_tokens", before, tokens)
+        change = _tried(smaller, optimizer, planner, "memory.micro_batch_tokens", before, tokens)
         if change is not None:
             return change
     return None
 
 
-def _recompute(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
-    if layout.num_recomputed == bound.num_layers:
+def _recompute(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
+    if layout.num_recomputed == planner.dry.num_layers:
         return None
-    every = replace(layout, num_recomputed=bound.num_layers)
-    before = _asked(bound.config.memory.activation_checkpointing, layout.num_recomputed)
-    return _tried(every, optimizer, bound, "memory.activation_checkpointing", before, "true")
+    every = replace(layout, num_recomputed=planner.dry.num_layers)
+    before = _asked(planner.config.memory.activation_checkpointing, layout.num_recomputed)
+    return _tried(every, optimizer, planner, "memory.activation_checkpointing", before, "true")
 
 
-def _loss_chunk(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+def _loss_chunk(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
     if layout.loss_chunk <= MIN_LOSS_CHUNK:
         return None
     smaller = replace(layout, loss_chunk=MIN_LOSS_CHUNK)
-    before = _asked(bound.config.memory.loss_chunk_tokens, layout.loss_chunk)
-    return _tried(smaller, optimizer, bound, "memory.loss_chunk_tokens", before, MIN_LOSS_CHUNK)
+    before = _asked(planner.config.memory.loss_chunk_tokens, layout.loss_chunk)
+    return _tried(smaller, optimizer, planner, "memory.loss_chunk_tokens", before, MIN_LOSS_CHUNK)
 
 
-def _optimizer(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
-    if optimizer.endswith("8bit"):
+def _optimizer(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
+    if optimizer_bits(optimizer) == 8:
         return None
     narrow = optimizer.replace("32bit", "8bit")
-    return _tried(layout, narrow, bound, "training.optimizer", optimizer, narrow)
+    return _tried(layout, narrow, planner, "training.optimizer", optimizer, narrow)
 
 
-def _seq_len(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+def _seq_len(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
     seq_len = 1 << ((layout.seq_len - 1).bit_length() - 1)
     while seq_len >= _MIN_SEQ_LEN:
-        space = bound.space(layout.rank, seq_len)
+        space = planner.space(layout.rank, seq_len)
         shorter = layout_of(space, space.tokens[0], layout.loss_chunk, layout.num_recomputed)
-        change = _tried(shorter, optimizer, bound, "data.seq_len", layout.seq_len, seq_len)
+        change = _tried(shorter, optimizer, planner, "data.seq_len", layout.seq_len, seq_len)
         if change is not None:
             return change
         seq_len //= 2
     return None
 
 
-def _rank(layout: Layout, optimizer: str, bound: Bound) -> WouldFit | None:
+def _rank(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
     rank = 1 << ((layout.rank - 1).bit_length() - 1) if layout.rank > 1 else 0
     while rank >= 1:
-        change = _tried(replace(layout, rank=rank), optimizer, bound, "lora.rank", layout.rank, rank)
+        change = _tried(replace(layout, rank=rank), optimizer, planner, "lora.rank", layout.rank, rank)
         if change is not None:
             return change
         rank //= 2

@@ -13,6 +13,16 @@ DEVICE_KEY, HOST_KEY = "memory.budget", "memory.host_budget"
 Optimizer = Literal["adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
 
+def optimizer_bits(optimizer: str) -> Literal[8, 32]:
+    """Width of the moments of an optimizer that the config names."""
+    return 8 if optimizer.endswith("8bit") else 32
+
+
+def is_paged(optimizer: str) -> bool:
+    """Whether its state may leave the device."""
+    return optimizer.startswith("paged")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanKnobs:
     """Everything that memory depends on and a plan decides.
@@ -43,8 +53,12 @@ class PlanKnobs:
     embedding_residency: str = "device"
 
     @property
+    def optimizer_bits(self) -> Literal[8, 32]:
+        return optimizer_bits(self.optimizer)
+
+    @property
     def optimizer_residency(self) -> Literal["device", "paged"]:
-        return "paged" if self.optimizer.startswith("paged") else "device"
+        return "paged" if is_paged(self.optimizer) else "device"
 
     @property
     def micro_batch_size(self) -> float:

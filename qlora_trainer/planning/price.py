@@ -1,4 +1,4 @@
-"""Prices a set of knobs from the parts of a step: bytes in every phase, and a roofline estimate of its time.
+"""Prices a set of knobs from the parts of a step: bytes in every phase.
 
 Parts are put one after the other: embedding, layers forward, loss, layers backward. Each raises the level by its net
 and reaches a peak above it; the maximum over all of them is taken last. Nothing here traces or allocates anything.
@@ -127,8 +127,7 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
 
 def _hidden_bytes(prices: Prices, layout: Layout) -> int:
     hidden, head = prices.parts.head_spec
-    num_bytes = layout.tokens * head.shape[1] * hidden.dtype.itemsize
-    return -(-num_bytes // prices.memory.alignment_bytes) * prices.memory.alignment_bytes
+    return prices.memory.aligned(layout.tokens * head.shape[1] * hidden.dtype.itemsize)
 
 
 def evaluation_level(prices: Prices, layout: Layout) -> Level:

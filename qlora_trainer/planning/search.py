@@ -24,7 +24,7 @@ class Space:
 
     Attributes:
         rank, seq_len: settled.
-        rows_per_micro_batch: documents that attention sees at once: of `tokens`, 1 when packed.
+        rows_of: tokens of a micro-batch -> documents that attention sees at once, 1 when packed.
         tokens: micro-batches to try, ascending.
         loss_chunks: ascending.
         recompute: fewest and most layers that may be recomputed.
@@ -92,12 +92,12 @@ def token_steps(smallest_tokens: int, largest_tokens: int, *, multiples_of: int 
         smallest_tokens, largest_tokens: both are tried.
         multiples_of: a document's tokens, of which the first `MAX_MULTIPLES` multiples are tried too.
     """
-    steps = [_whole_rows(smallest_tokens)]
+    steps = [whole_rows(smallest_tokens)]
     while steps[-1] * TOKEN_STEP < largest_tokens:
-        steps.append(_whole_rows(max(steps[-1] + 1, int(steps[-1] * TOKEN_STEP))))
+        steps.append(whole_rows(max(steps[-1] + 1, int(steps[-1] * TOKEN_STEP))))
     if steps[-1] < largest_tokens:
-        steps.append(_whole_rows(largest_tokens))
-    multiples = (_whole_rows(number * multiples_of) for number in range(1, MAX_MULTIPLES + 1))
+        steps.append(whole_rows(largest_tokens))
+    multiples = (whole_rows(number * multiples_of) for number in range(1, MAX_MULTIPLES + 1))
     return tuple(sorted({*steps, *(tokens for tokens in multiples if steps[0] <= tokens <= steps[-1])}))
 
 
@@ -138,5 +138,6 @@ def _fitting(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[U
             yield Candidate(layout, space.optimizer, price(layout, space.optimizer), estimate(layout))
 
 
-def _whole_rows(tokens: int) -> int:
+def whole_rows(tokens: int) -> int:
+    """What a micro-batch of that many tokens is filled up to."""
     return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE

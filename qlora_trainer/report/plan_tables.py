@@ -116,9 +116,8 @@ def _activations(knobs: PlanKnobs) -> str:
 
 
 def _optimizer(knobs: PlanKnobs) -> str:
-    bits = 8 if knobs.optimizer.endswith("8bit") else 32
     where = "paged out where memory is short" if knobs.optimizer_residency == "paged" else "on the device"
-    return f"AdamW, state of {bits} bits, {where}"
+    return f"AdamW, state of {knobs.optimizer_bits} bits, {where}"
 
 
 def _memory(plan: Plan) -> RenderableType:

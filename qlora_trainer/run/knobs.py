@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -54,10 +54,6 @@ class Knobs:
     num_steps: int
     save_every: int
     eval_every: int
-
-    @property
-    def optimizer_bits(self) -> Literal[8, 32]:
-        return 8 if self.plan.optimizer.endswith("8bit") else 32
 
     def as_json(self) -> dict[str, Any]:
         """Plain values, for `plan.json` and `state.json`."""

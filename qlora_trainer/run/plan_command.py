@@ -12,7 +12,7 @@ from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import DEVICE_KEY, Plan
 from qlora_trainer.run.dry_run import counted_documents
 from qlora_trainer.run.inputs import find_base, read_documents
-from qlora_trainer.run.planned import as_rows_allow, asked_bytes, documents_of
+from qlora_trainer.run.planned import asked_bytes, documents_of
 
 
 def plan_on(
@@ -41,10 +41,14 @@ def plan_on(
             reason = f"no tokenizer to count the tokens of {config.data.train}: {error.found}"
         else:
             inputs = yield from read_documents(config, *found)
-            documents = documents_of(inputs, config.training.global_batch_size)
-            model_config = inputs.base.config
-            config = as_rows_allow(config, inputs.base)
-            plan = make_plan(config, budget, model_config=model_config, documents=documents, with_frontier=True)
+            plan = make_plan(
+                config,
+                budget,
+                model_config=inputs.base.config,
+                can_pack=inputs.base.can_pack,
+                documents=documents_of(inputs, config.training.global_batch_size),
+                with_frontier=True,
+            )
             return plan, counted_documents(inputs)
     plan = make_plan(config, budget, with_frontier=True)
     return plan, f"documents of {plan.knobs.seq_len:,} tokens each ({reason})"

@@ -11,18 +11,17 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import DoesNotFitError
 from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_ours, resident_bytes
-from qlora_trainer.model.base import Base
 from qlora_trainer.planning.budget import Budget, machine_budget
-from qlora_trainer.planning.make_plan import Documents, make_plan
+from qlora_trainer.planning.document_lengths import DocumentLengths
+from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import HOST_KEY, Plan, PlanKnobs, micro_batches_per_step
 from qlora_trainer.run.inputs import Inputs
-from qlora_trainer.run.knobs import Knobs, MachineKnobs, with_values
-from qlora_trainer.run.session import packs
+from qlora_trainer.run.knobs import Knobs, MachineKnobs
 
 
-def documents_of(inputs: Inputs, global_batch_size: int) -> Documents:
+def documents_of(inputs: Inputs, global_batch_size: int) -> DocumentLengths:
     """What a plan needs to know of the data."""
-    return Documents.of(
+    return DocumentLengths.of(
         inputs.data.train.documents.lengths_N, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size
     )
 
@@ -53,17 +52,13 @@ def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
         machine: its compute dtype is kept.
     """
     return make_plan(
-        as_rows_allow(config, inputs.base),
+        config,
         budget_of(config, machine),
         model_config=inputs.base.config,
+        can_pack=inputs.base.can_pack,
         documents=documents_of(inputs, config.training.global_batch_size),
         interpreter_bytes=_process_bytes,
     )
-
-
-def as_rows_allow(config: RunConfig, base: Base) -> RunConfig:
-    """Without packing where documents of this base must not share a row."""
-    return with_values(config, {"data.packing": packs(config, base)})
 
 
 def require_fit(plan: Plan, config: RunConfig) -> Plan:

@@ -28,7 +28,7 @@ from qlora_trainer.model.base import fetch_weights
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.planning.plan import Plan
+from qlora_trainer.planning.plan import Plan, is_paged
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.checkpoint.storage import check_free_space
 from qlora_trainer.run.checkpoint.tensors import lay_out
@@ -79,7 +79,7 @@ def prepare(
     if device.type == "cuda":  # a CPU has no cap of this kind; there the plan alone keeps a run within its budget
         cap_device_memory(device, budget_of(config, machine).budget_bytes)
     paging_folder = Path(config.memory.paging_dir) if config.memory.paging_dir else folder.path
-    if config.training.optimizer.startswith("paged") and device.type == "cpu":
+    if is_paged(config.training.optimizer) and device.type == "cpu":
         require_on_disk(paging_folder)
 
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
@@ -294,7 +294,7 @@ def _rehearse(
 
 def _optimizer_settings(config: RunConfig, knobs: Knobs, paging_folder: Path) -> OptimizerSettings:
     return OptimizerSettings(
-        bits=knobs.optimizer_bits,
+        bits=knobs.plan.optimizer_bits,
         residency=knobs.plan.optimizer_residency,
         weight_decay=config.training.weight_decay,
         paging_folder=paging_folder,

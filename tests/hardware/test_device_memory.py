@@ -23,6 +23,13 @@ def test_more_allocated_is_more_used(memory: DeviceMemory, allocated: int, paged
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
+@given(size=ALLOCATED)
+def test_the_allocator_rounds_up(memory: DeviceMemory, size: int) -> None:
+    assert memory.aligned(size) % memory.alignment_bytes == 0
+    assert 0 <= memory.aligned(size) - size < memory.alignment_bytes
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 @given(allocated=ALLOCATED, paged=PAGED)
 def test_the_worst_is_no_less_than_the_expected(memory: DeviceMemory, allocated: int, paged: int) -> None:
     expected = memory.process_bytes(allocated, paged)

@@ -23,9 +23,11 @@ from qlora_trainer.config.sizes import parse_size_bytes
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning.budget import Budget, gpu_budget
+from qlora_trainer.planning.document_lengths import DEFAULT_SEQ_LEN, DocumentLengths, full_length
 from qlora_trainer.planning.full_trace import without_collector
-from qlora_trainer.planning.make_plan import DEFAULT_SEQ_LEN, Documents, _full_length, _Planner, make_plan
+from qlora_trainer.planning.make_plan import choose, choose_rank, make_plan
 from qlora_trainer.planning.plan import Plan
+from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import PHASES
 from qlora_trainer.planning.search import Candidate
 from qlora_trainer.planning.tracker import CATEGORIES
@@ -65,15 +67,17 @@ class Traced:
     """A planner that is traced once, and asked for many budgets."""
 
     def __init__(self, budget: Budget, *overrides: str, num_layers: int = 4) -> None:
-        documents = Documents.of_full_length(SEQ_LEN, global_batch_size=16)
+        documents = DocumentLengths.of_full_length(SEQ_LEN, global_batch_size=16)
         with without_collector():
-            self._planner = _Planner.of(run_config(*overrides), budget, architecture(num_layers), documents)
+            self._planner = Planner.of(
+                run_config(*overrides), budget, architecture(num_layers), documents, packing=True
+            )
         self._budget = budget
 
     def plan(self, budget_bytes: int, rank: int | None = None, **changes: Any) -> Plan:
-        self._planner.budget = replace(within(self._budget, budget_bytes), **changes)
+        planner = replace(self._planner, budget=replace(within(self._budget, budget_bytes), **changes))
         with without_collector():
-            return self._planner.plan(rank or self._planner.rank())
+            return choose(planner, rank or choose_rank(planner))
 
     def least_bytes(self) -> int:
         return needed_bytes(self.plan(1))
@@ -343,15 +347,15 @@ def test_a_change_goes_out_from_what_was_asked_for(policy: str, before: int | st
 def test_the_smallest_plan_is_tried_when_prices_were_too_low(
     traced_on: Callable[[str], Traced], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dearer(planner: _Planner, candidate: Candidate) -> Candidate:
+    def dearer(planner: Planner, candidate: Candidate) -> Candidate:
         found = confirmed(planner, candidate)
         if candidate.layout.tokens == SEQ_LEN:
             return found
         phases = {**found.usage.phases, found.usage.peak_phase: 64 * GIB}
         return replace(found, usage=replace(found.usage, phases=phases))
 
-    confirmed = _Planner.confirmed
-    monkeypatch.setattr(_Planner, "confirmed", dearer)
+    confirmed = Planner.confirmed
+    monkeypatch.setattr(Planner, "confirmed", dearer)
     plan = traced_on("cpu").plan(GIB)
     require_consistent(plan)
     assert plan.fits
@@ -374,7 +378,7 @@ def test_documents_that_are_not_there_are_as_long_as_the_limits_allow(
     """Fails where `auto` ignores either limit: the user is told of a data.seq_len that they never set."""
     config = run_config("data.seq_len=auto", f"memory.micro_batch_tokens={micro_batch}")
     built = PreTrainedConfig() if positions is None else LlamaConfig(max_position_embeddings=positions)
-    assert _full_length(config, built) == expected
+    assert full_length(config, built) == expected
 
 
 def test_a_pinned_micro_batch_without_a_length_is_planned() -> None:
@@ -386,7 +390,7 @@ def test_a_pinned_micro_batch_without_a_length_is_planned() -> None:
 
 def test_a_pinned_micro_batch_below_the_documents_is_refused() -> None:
     """Fails without the check: the plan fits, and training stops at the first document that is longer."""
-    documents = Documents.of([40, 60, 100], seq_len=128, global_batch_size=4)
+    documents = DocumentLengths.of([40, 60, 100], seq_len=128, global_batch_size=4)
     with pytest.raises(ConfigError, match=r"^memory\.micro_batch_tokens: found 127 tokens; expected at least 128"):
         planned(CPU, "data.seq_len=auto", "memory.micro_batch_tokens=127", documents=documents)
 
@@ -403,7 +407,7 @@ def test_a_pinned_micro_batch_beyond_all_memory_is_told_at_once() -> None:
 
 
 def test_documents_decide_what_is_auto() -> None:
-    documents = Documents.of([40, 60, 100], seq_len=100, global_batch_size=4)
+    documents = DocumentLengths.of([40, 60, 100], seq_len=100, global_batch_size=4)
     plan = planned(within(GPU, GIB), "data.seq_len=auto", documents=documents)
     assert plan.knobs.seq_len == 100
     assert plan.knobs.micro_batch_tokens == 320  # 300 tokens can meet in a batch: the longest stands for a fourth one
@@ -412,7 +416,7 @@ def test_documents_decide_what_is_auto() -> None:
 
 @given(st.lists(st.integers(8, 500), min_size=1, max_size=30), st.integers(1, 40))
 def test_the_largest_batch_of_documents(lengths: list[int], size: int) -> None:
-    found = Documents.of(lengths, seq_len=500, global_batch_size=size)
+    found = DocumentLengths.of(lengths, seq_len=500, global_batch_size=size)
     assert found.mean_tokens == pytest.approx(sum(lengths) / len(lengths))
     assert found.largest_batch_tokens >= sum(sorted(lengths)[-size:])
     assert found.largest_batch_tokens <= size * max(lengths)
@@ -440,12 +444,12 @@ def test_a_base_whose_documents_must_not_share_a_row_is_planned_so(
     class _Seen(Exception):
         pass
 
-    def see(config: RunConfig, *_: object) -> _Planner:
-        packs.append(config.data.packing)
+    def see(*_: object, packing: bool) -> Planner:
+        packs.append(packing)
         raise _Seen
 
     packs: list[bool] = []
-    monkeypatch.setattr(_Planner, "of", see)
+    monkeypatch.setattr(Planner, "of", see)
     sizes: dict[str, Any] = {
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -548,6 +552,15 @@ def test_a_frontier_falls_with_rank_and_agrees_with_the_plan(fitting: Plan) -> N
         assert all(number >= tokens[larger, seq_len] for larger, _ in tokens if larger > rank)
     knobs = fitting.knobs
     assert tokens[knobs.rank, knobs.seq_len] >= knobs.micro_batch_tokens // SEQ_LEN * SEQ_LEN
+
+
+def test_a_frontier_is_of_whole_documents_in_whole_rows() -> None:
+    """As the plan is. Mutations tried: two documents in the 128 tokens of one; the chunks of 100 tokens timed."""
+    options = ("data.seq_len=100", "training.global_batch_size=1", "memory.loss_chunk_tokens=100")
+    plan = planned(within(CPU, 64 * GIB), *options, with_frontier=True)
+    (own,) = [cell for cell in plan.frontier if (cell.rank, cell.seq_len) == (plan.knobs.rank, 100)]
+    assert own.micro_batch_tokens == 100
+    assert own.tokens_per_second == plan.predicted.tokens_per_second
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig
 from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning.budget import Budget, gpu_budget
+from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.full_trace import StateTrace, without_collector
-from qlora_trainer.planning.make_plan import Documents, _Planner
+from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import PHASES, Layout, Usage, usage
 from qlora_trainer.planning.search import Candidate, layout_of
 from qlora_trainer.planning.timeline import Level
@@ -53,20 +54,21 @@ def config_of(name: str) -> PreTrainedConfig:
     return config
 
 
-def make_planner(name: str, budget: Budget, *overrides: str) -> _Planner:
+def make_planner(name: str, budget: Budget, *overrides: str) -> Planner:
     config = load_config(None, ["model.base=x", "data.train=x.jsonl", f"data.seq_len={SEQ_LEN}", *overrides])
     with without_collector():
-        return _Planner.of(config, budget, config_of(name), Documents.of_full_length(SEQ_LEN, global_batch_size=16))
+        documents = DocumentLengths.of_full_length(SEQ_LEN, global_batch_size=16)
+        return Planner.of(config, budget, config_of(name), documents, packing=True)
 
 
 @pytest.fixture(scope="module")
-def planners() -> Callable[[str, str], _Planner]:
+def planners() -> Callable[[str, str], Planner]:
     """One of each, traced once."""
     return cache(lambda name, device: make_planner(name, BUDGETS[device]))
 
 
 def priced_and_traced(
-    planner: _Planner, tokens: int, num_recomputed: int, loss_chunk: int, optimizer: str = "adamw_32bit"
+    planner: Planner, tokens: int, num_recomputed: int, loss_chunk: int, optimizer: str = "adamw_32bit"
 ) -> tuple[Usage, Usage]:
     layout = layout_of(planner.space(RANK, SEQ_LEN), tokens, loss_chunk, num_recomputed)
     priced = planner.price(layout, optimizer)
@@ -80,7 +82,7 @@ def require_equal_bytes(priced: Usage, traced: Usage) -> None:
 
 
 @cases(("llama", "cpu"), ("gemma2", "accelerator"))
-def test_every_layer_recomputed(name: str, device: str, planners: Callable[[str, str], _Planner]) -> None:
+def test_every_layer_recomputed(name: str, device: str, planners: Callable[[str, str], Planner]) -> None:
     priced, traced = priced_and_traced(planners(name, device), 256, NUM_LAYERS, 64)
     if name in MAX_RECOMPUTED:
         assert priced.peak_bytes == pytest.approx(traced.peak_bytes, rel=MAX_RECOMPUTED[name])
@@ -89,7 +91,7 @@ def test_every_layer_recomputed(name: str, device: str, planners: Callable[[str,
 
 
 @cases(("llama", "cpu"), ("phi", "cpu"), ("gemma2", "accelerator"))
-def test_every_layer_kept(name: str, device: str, planners: Callable[[str, str], _Planner]) -> None:
+def test_every_layer_kept(name: str, device: str, planners: Callable[[str, str], Planner]) -> None:
     priced, traced = priced_and_traced(planners(name, device), 1024, 0, 64)
     require_equal_bytes(priced, traced)
 
@@ -102,7 +104,7 @@ def test_some_layers_recomputed(
     tokens: int,
     num_recomputed: int,
     loss_chunk: int,
-    planners: Callable[[str, str], _Planner],
+    planners: Callable[[str, str], Planner],
 ) -> None:
     priced, traced = priced_and_traced(planners(name, device), tokens, num_recomputed, loss_chunk)
     assert priced.peak_bytes == pytest.approx(traced.peak_bytes, rel=MAX_MIXED.get(name, 0.0))
@@ -147,7 +149,7 @@ def test_attention_is_timed_as_often_as_it_is_computed(targets: str | None, pass
     assert found == passes
 
 
-def test_a_length_that_is_no_multiple_of_the_documents(planners: Callable[[str, str], _Planner]) -> None:
+def test_a_length_that_is_no_multiple_of_the_documents(planners: Callable[[str, str], Planner]) -> None:
     """The longest document decides; a shorter one at the end needs less."""
     priced, traced = priced_and_traced(planners("llama", "cpu"), 640, NUM_LAYERS, 64)
     assert priced.peak_bytes == traced.peak_bytes
@@ -166,7 +168,7 @@ def require_consistent(used: Usage) -> None:
 @pytest.mark.parametrize("device", BUDGETS)
 @pytest.mark.parametrize("optimizer", ["adamw_32bit", "adamw_8bit", "paged_adamw_32bit"])
 def test_sums_are_sums_and_the_peak_is_the_largest_phase(
-    device: str, optimizer: str, planners: Callable[[str, str], _Planner]
+    device: str, optimizer: str, planners: Callable[[str, str], Planner]
 ) -> None:
     planner = planners("gemma2" if device == "accelerator" else "llama", device)
     space = planner.space(RANK, SEQ_LEN)
@@ -179,7 +181,7 @@ def test_sums_are_sums_and_the_peak_is_the_largest_phase(
                     assert used.breakdown["saved_activation"] > 0
 
 
-def test_what_grows_with_a_knob(planners: Callable[[str, str], _Planner]) -> None:
+def test_what_grows_with_a_knob(planners: Callable[[str, str], Planner]) -> None:
     planner = planners("llama", "cpu")
     layout = layout_of(planner.space(RANK, SEQ_LEN), 512, 64, 3)
 
@@ -196,7 +198,7 @@ def test_what_grows_with_a_knob(planners: Callable[[str, str], _Planner]) -> Non
     assert saved == pytest.approx(6 * num_elements - 8 * num_elements / 256, abs=4096)
 
 
-def test_an_fp32_adapter_is_its_own_master(planners: Callable[[str, str], _Planner]) -> None:
+def test_an_fp32_adapter_is_its_own_master(planners: Callable[[str, str], Planner]) -> None:
     planner = planners("llama", "cpu")
     layout = layout_of(planner.space(RANK, SEQ_LEN), 256, 64, NUM_LAYERS)
     num_elements = sum(rows * columns for rows, columns in planner.shapes(RANK))
@@ -207,7 +209,7 @@ def test_an_fp32_adapter_is_its_own_master(planners: Callable[[str, str], _Plann
     assert in_16_bits["gradient"] == in_32_bits["gradient"] == 4 * num_flat_elements(planner.shapes(RANK))
 
 
-def lora_in_fp32(planner: _Planner) -> object:
+def lora_in_fp32(planner: Planner) -> object:
     return planner.config.lora.model_copy(update={"dtype": "float32"})
 
 
@@ -233,7 +235,7 @@ def test_phases_are_put_on_top_of_what_stays(resident: dict[str, int], load: int
     assert used.phases["eval"] == sum(resident.values()) + levels["eval"].peak_bytes
 
 
-def test_a_planner_is_traced_on_the_device_of_its_budget(planners: Callable[[str, str], _Planner]) -> None:
+def test_a_planner_is_traced_on_the_device_of_its_budget(planners: Callable[[str, str], Planner]) -> None:
     assert planners("gemma2", "accelerator").dry.model.device.type != "cpu"
     on_cpu = planners("llama", "cpu").dry.model
     assert (on_cpu.device.type, on_cpu.compute_dtype) == ("cpu", torch.float32)

@@ -1,0 +1,77 @@
+"""How long documents are: what a plan needs to know of the data, and what it takes where there is none yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from transformers import PreTrainedConfig
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.positions import max_positions
+
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentLengths:
+    """What is known of the data: a length as a value, since `planning` knows no data.
+
+    Attributes:
+        seq_len: tokens of the longest document that is kept.
+        mean_tokens, shortest_tokens: of a document.
+        largest_batch_tokens: of the longest documents that can meet in one global batch.
+    """
+
+    seq_len: int
+    mean_tokens: float
+    shortest_tokens: int
+    largest_batch_tokens: int
+
+    @classmethod
+    def of_full_length(cls, seq_len: int, *, global_batch_size: int) -> DocumentLengths:
+        """Of documents that are not there yet."""
+        return cls(seq_len, float(seq_len), seq_len, seq_len * global_batch_size)
+
+    @classmethod
+    def of(cls, lengths: ArrayLike, *, seq_len: int, global_batch_size: int) -> DocumentLengths:
+        """Of the documents that are trained on."""
+        lengths_N = np.asarray(lengths, dtype=np.int64)
+        largest_batch_tokens = int(np.sort(lengths_N)[-global_batch_size:].sum())
+        num_repeated = max(global_batch_size - lengths_N.size, 0)  # an epoch may end within a batch
+        return cls(
+            seq_len,
+            float(lengths_N.mean()),
+            int(lengths_N.min()),
+            largest_batch_tokens + num_repeated * int(lengths_N.max()),
+        )
+
+
+def full_length(config: RunConfig, model_config: PreTrainedConfig) -> int:
+    """Tokens of a document that is not there yet: what was asked for, or as many as usual where all limits allow it.
+
+    A limit that the user did not break must not be held against them: `auto` stays below it.
+    """
+    if config.data.seq_len != "auto":
+        return config.data.seq_len
+    pinned = config.memory.micro_batch_tokens
+    limits = [max_positions(model_config), pinned if pinned != "auto" else None]
+    return min([DEFAULT_SEQ_LEN, *(limit for limit in limits if limit is not None)])
+
+
+def require_micro_batch(seq_len: int, config: RunConfig) -> None:
+    """The config itself compares two pinned values; here `data.seq_len` is what the documents made of `auto`.
+
+    Raises:
+        ConfigError: a pinned micro-batch that cannot hold the longest document.
+    """
+    pinned = config.memory.micro_batch_tokens
+    if pinned != "auto" and pinned < seq_len:
+        raise ConfigError(
+            where="memory.micro_batch_tokens",
+            found=f"{pinned} tokens",
+            expected=f"at least {seq_len}, the data.seq_len of these documents: none is cut between micro-batches",
+            fix=f"Raise memory.micro_batch_tokens to {seq_len}, or lower data.seq_len to {pinned}.",
+        )

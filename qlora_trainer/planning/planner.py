@@ -1,0 +1,210 @@
+"""One model on one device, traced once and asked for many layouts: what may vary, what it takes, how fast it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.hardware.device import DTYPES
+from qlora_trainer.hardware.python_accelerator import python_accelerator
+from qlora_trainer.model.adapters import LoraSettings, select_targets
+from qlora_trainer.planning.budget import Budget
+from qlora_trainer.planning.document_lengths import DocumentLengths
+from qlora_trainer.planning.dry_model import DryModel, build_dry_model
+from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training
+from qlora_trainer.planning.plan import is_paged, optimizer_bits
+from qlora_trainer.planning.price import Layout, Prices, Usage, evaluation_level, training_levels, usage
+from qlora_trainer.planning.search import Candidate, Space, chunk_steps, token_steps
+from qlora_trainer.planning.shallow_trace import trace_step
+from qlora_trainer.planning.throughput import Demand, tokens_per_second
+from qlora_trainer.planning.timeline import Level
+from qlora_trainer.step.optimizer import num_flat_elements
+
+PRICE_MARGIN = 0.02  # by which a trace at full depth may exceed a price
+MAX_RANKS = (8, 16, 32, 64, 128, 256)  # that `lora.rank: max` may take
+
+
+@dataclass(frozen=True, slots=True)
+class Planner:
+    """One model on one device, traced; asked for many layouts.
+
+    Attributes:
+        config: what was asked for.
+        budget: the device and its memory; another one of the same device may take its place.
+        documents: lengths of the data.
+        packing: whether documents share a row.
+        dry: the model on fake tensors.
+        settings: of its adapters, at one rank of many.
+        prices: of the parts of a step.
+        base: category -> bytes of the model without adapters.
+        state_of: the optimizer's phases, for so many elements in so many bits.
+    """
+
+    config: RunConfig
+    budget: Budget
+    documents: DocumentLengths
+    packing: bool
+    dry: DryModel
+    settings: LoraSettings
+    prices: Prices
+    base: Mapping[str, int]
+    state_of: Callable[[int, Literal[8, 32]], StateTrace]
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        budget: Budget,
+        model_config: PreTrainedConfig,
+        documents: DocumentLengths,
+        *,
+        packing: bool,
+    ) -> Planner:
+        """Trace a model; see the attributes."""
+        device = (python_accelerator() if budget.kind == "cuda" else None) or torch.device("cpu")
+        alignment = budget.memory.alignment_bytes
+        pinned = config.quantization.compute_dtype
+        dry = build_dry_model(
+            model_config,
+            double_quant=config.quantization.double_quant,
+            compute_dtype=DTYPES[budget.compute_dtype if pinned == "auto" else pinned],
+            device=device,
+            alignment_bytes=alignment,
+        )
+        rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
+        settings = LoraSettings(
+            rank=rank,
+            alpha=config.lora.alpha_for(rank),
+            dropout=config.lora.dropout,
+            targets=select_targets(list(dry.model.linears), config.lora.target_modules),
+        )
+        parts = trace_step(dry, settings, adapter_dtype=DTYPES[config.lora.dtype])
+
+        def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
+            return trace_state(
+                num_elements,
+                bits=bits,
+                adapter_dtype=DTYPES[config.lora.dtype],
+                device=device,
+                alignment_bytes=alignment,
+            )
+
+        base = {name: sum(map(budget.memory.aligned, sizes)) for name, sizes in dry.resident.items()}
+        prices = Prices(parts, budget.memory)
+        return cls(config, budget, documents, packing, dry, settings, prices, base, lru_cache(maxsize=64)(state_of))
+
+    def space(self, rank: int, seq_len: int) -> Space:
+        """What may vary: everything that the config leaves open."""
+        memory, documents = self.config.memory, self.documents
+        num_layers = self.dry.num_layers
+        tokens: tuple[int, ...]
+        if memory.micro_batch_tokens == "auto":
+            most = max(seq_len, documents.largest_batch_tokens * seq_len // documents.seq_len)
+            tokens = token_steps(seq_len, most, multiples_of=seq_len)
+        else:
+            tokens = token_steps(memory.micro_batch_tokens, memory.micro_batch_tokens)
+        chunk = memory.loss_chunk_tokens
+        policy = memory.activation_checkpointing
+        asked = self.config.training.optimizer
+        # Only where the state lives is decided here: 8 bits would learn something else, and are never chosen unasked.
+        decided = "paged_adamw_32bit" if self.budget.kind == "cuda" else "adamw_32bit"
+        return Space(
+            rank=rank,
+            seq_len=seq_len,
+            rows_of=(lambda _: 1) if self.packing else (lambda number: max(1, number // seq_len)),
+            tokens=tokens,
+            loss_chunks=chunk_steps(tokens[-1]) if chunk == "auto" else (chunk,),
+            recompute=(0, num_layers) if policy == "auto" else (_pinned(policy, num_layers),) * 2,
+            optimizer=decided if asked == "auto" else asked,
+        )
+
+    def price(self, layout: Layout, optimizer: str) -> Usage:
+        """What a layout takes, put together from the parts of a step."""
+        levels = {str(level.label): level for level in training_levels(self.prices, layout)}
+        return self._usage(layout, optimizer, levels)
+
+    def confirmed(self, candidate: Candidate) -> Candidate:
+        """The same knobs, traced at full depth."""
+        layout = candidate.layout
+        rest = layout.tokens % layout.seq_len
+        traced = trace_training(
+            self.dry,
+            replace(self.settings, rank=layout.rank),
+            adapter_dtype=DTYPES[self.config.lora.dtype],
+            num_tokens=layout.tokens,
+            document_lengths=(layout.seq_len, rest) if rest else (layout.seq_len,),
+            rows=layout.rows,
+            num_recomputed=layout.num_recomputed,
+            loss_chunk_tokens=layout.loss_chunk,
+            alignment_bytes=self.budget.memory.alignment_bytes,
+        )
+        levels: dict[str, Level] = {}
+        for level in traced:
+            phase = str(level.label[0]) if isinstance(level.label, tuple) else str(level.label)
+            phase = "forward" if phase == "embed" else phase
+            if phase not in levels or level.peak_bytes > levels[phase].peak_bytes:
+                levels[phase] = level
+        return replace(candidate, usage=self._usage(layout, candidate.optimizer, levels))
+
+    def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
+        shapes = self.shapes(layout.rank)
+        state = self.state_of(num_flat_elements(shapes), optimizer_bits(optimizer))
+        aligned = self.budget.memory.aligned
+        item_bytes = 4 if self.config.lora.dtype == "float32" else 2
+        resident = dict(self.base)
+        adapters = sum(aligned(rows * columns * item_bytes) for rows, columns in shapes)
+        # An fp32 adapter is its own master: its weights lie in the optimizer's buffer.
+        resident["adapter"] = 0 if self.config.lora.dtype == "float32" else adapters
+        resident["gradient"] = sum(map(aligned, state.gradient))
+        resident["optimizer"] = sum(map(aligned, state.optimizer))
+        if is_paged(optimizer):
+            resident["optimizer"] -= state.pageable_bytes
+        resident["other"] = resident.get("other", 0) + self.budget.memory.workspace_bytes
+        evaluation = {"eval": evaluation_level(self.prices, layout)}
+        used = usage(resident, self.dry.load_peak_bytes, {**levels, **evaluation}, state)
+        return replace(used, paged_bytes=state.pageable_bytes if is_paged(optimizer) else 0)
+
+    def estimate(self, layout: Layout) -> float:
+        """Tokens a second, for documents of the data stretched to the layout's length."""
+        stretch = layout.seq_len / self.documents.seq_len
+        demand = Demand(
+            self.config.training.global_batch_size,
+            self.documents.mean_tokens * stretch,
+            self.documents.shortest_tokens * stretch,
+        )
+        return tokens_per_second(self.prices, layout, demand, self.budget.speed)
+
+    def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:
+        """Whether both budgets hold that, and `slack_bytes` more."""
+        process = self.budget.memory.process_bytes(used.peak_bytes + slack_bytes, used.paged_bytes)
+        host = self.budget.memory.host_peak_bytes(process)
+        return process <= self.budget.budget_bytes and host <= self.budget.host_budget_bytes
+
+    def is_well_within(self, used: Usage) -> bool:
+        """Whether both budgets hold it with room for what a trace at full depth may add to a price."""
+        return self.is_within(used, slack_bytes=round(used.peak_bytes * PRICE_MARGIN))
+
+    def needed_bytes(self, used: Usage) -> int:
+        """What the device is expected to show."""
+        return self.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
+
+    def shapes(self, rank: int) -> list[tuple[int, int]]:
+        """Rows and columns of all adapters, A and B in turns."""
+        found = []
+        for name in self.settings.targets:
+            linear = self.dry.model.linears[name]
+            found += [(rank, linear.in_features), (linear.out_features, rank)]
+        return found
+
+
+def _pinned(policy: bool | int, num_layers: int) -> int:
+    """How many layers `memory.activation_checkpointing` wants recomputed."""
+    if isinstance(policy, bool):
+        return num_layers if policy else 0
+    return min(policy, num_layers)
