@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from qlora_trainer.config.schema import DataSection
@@ -20,6 +18,7 @@ from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
 from qlora_trainer.data.token_cache import KnownTokenizer, writing_told
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.hardware.sealed_folder import scratch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,8 +74,8 @@ def check_named(
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     bad, refused, warned = _Tally(), _Tally(), _Tally()
     files: list[FileRead] = []
-    with writing_told(cache_folder()), TemporaryDirectory(prefix=".check-", dir=cache_folder()) as name:
-        with DocumentWriter(Path(name)) as writer:
+    with writing_told(cache_folder()), scratch(cache_folder() / "check") as folder:
+        with DocumentWriter(folder) as writer:
             section = section.model_copy(update={"on_bad_row": "skip"})
             for item in in_batches(iter_named(section, key)):
                 if isinstance(item, list):
@@ -95,7 +94,7 @@ def check_named(
                 else:
                     yield item
             writer.write_files(tuple(files))
-        store = DocumentStore(Path(name))  # its files stay open; the folder goes
+        store = DocumentStore(folder)  # its files stay open; the folder goes
     return Checked(
         store=store,
         bad=bad.problems,

@@ -1,6 +1,7 @@
 """Folders that are whole or not there: written under another name, sealed with a manifest, renamed.
 
-The manifest holds the size and SHA-256 of every file, so a folder that was damaged later is told from a whole one.
+The manifest holds the size and SHA-256 of every file, so a folder that was damaged later is told from a whole one. A
+scratch folder is neither sealed nor renamed: it goes when it has been used.
 """
 
 from __future__ import annotations
@@ -33,13 +34,12 @@ def sha256_of(path: Path) -> str:
 def writing(folder: Path) -> Iterator[Path]:
     """Gives a temporary folder beside `folder`; on leaving without an error it is sealed and becomes `folder`.
 
-    If another process finished the same folder meanwhile, that one stays. After an error nothing is left behind; what a
-    killed process left is removed a day later, by the next one that writes the same folder.
+    If another process finished the same folder meanwhile, that one stays. After an error nothing is left behind.
+
+    Raises:
+        OSError: it cannot be made or sealed, or something else is in the place of `folder`.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-    try:
+    with scratch(folder) as temporary:
         yield temporary
         _seal(temporary)
         try:
@@ -49,17 +49,24 @@ def writing(folder: Path) -> Iterator[Path]:
                 raise
             return
         _fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `folder`, and removes it; what a killed process left is removed a day later."""
+    """Gives a temporary folder beside `folder`, and removes it.
+
+    What a killed process left is removed a day later, by the next one that asks for a folder of the same name.
+
+    Raises:
+        OSError: it cannot be made.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(folder)
-    with tempfile.TemporaryDirectory(prefix=f".tmp-{folder.name}-", dir=folder.parent) as temporary:
-        yield Path(temporary)
+    temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def defects(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,13 @@ def found(capsys: pytest.CaptureFixture[str], *arguments: str, exit_code: int = 
 def test_good_data_is_counted_as_a_run_would_count_it(
     base: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    of_a_killed_check = data.parent / "cache" / "qlora_trainer" / ".tmp-check-0"
+    of_a_killed_check.mkdir(parents=True)
+    os.utime(of_a_killed_check, (0, 0))
     report = found(capsys, str(data), "--model", str(base), "--show", "2")
-    assert list((data.parent / "cache" / "qlora_trainer").iterdir()) == [], "a check leaves nothing behind"
+    assert list(of_a_killed_check.parent.iterdir()) == [], (
+        "a check leaves nothing behind, nor does one that was killed"
+    )
     config = load_config(None, [f"model.base={base}", f"data.train={data}", "training.global_batch_size=1"])
     inputs = watched(read_inputs(config), stderr_console())
     train = report["train"]

@@ -12,6 +12,8 @@ import pytest
 
 from qlora_trainer.hardware.sealed_folder import defects, scratch, sha256_of, writing
 
+OpenFolder = Callable[[Path], AbstractContextManager[Path]]
+
 
 def test_a_sealed_folder_has_no_defects(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "whole"
@@ -23,14 +25,21 @@ def test_a_sealed_folder_has_no_defects(tmp_path: Path) -> None:
     assert list(folder.parent.iterdir()) == [folder]
 
 
-def test_an_error_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("open_folder", [writing, scratch])
+def test_an_error_leaves_nothing_behind(open_folder: OpenFolder, tmp_path: Path) -> None:
     def write_and_fail() -> None:
-        with writing(tmp_path / "whole") as temporary:
+        with open_folder(tmp_path / "whole") as temporary:
             (temporary / "weights").write_bytes(b"1234")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_and_fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_folder_goes_when_it_has_been_used(tmp_path: Path) -> None:
+    with scratch(tmp_path / "used") as temporary:
+        (temporary / "weights").write_bytes(b"1234")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -57,14 +66,15 @@ def test_a_folder_that_is_in_the_way_and_not_whole_is_an_error(tmp_path: Path) -
         write()
 
 
-def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path: Path) -> None:
+@pytest.mark.parametrize("open_folder", [writing, scratch])
+def test_what_a_killed_writer_left_is_removed_a_day_later(open_folder: OpenFolder, tmp_path: Path) -> None:
     old, young, other = (tmp_path / name for name in (".tmp-whole-a", ".tmp-whole-b", ".tmp-another-c"))
     for left in (old, young, other):
         left.mkdir()
     two_days_ago = time.time() - 2 * 24 * 3600
     for left in (old, other):
         os.utime(left, (two_days_ago, two_days_ago))
-    with writing(tmp_path / "whole") as temporary:
+    with open_folder(tmp_path / "whole") as temporary:
         (temporary / "weights").write_bytes(b"1234")
     assert not old.exists()
     assert young.exists()
@@ -73,7 +83,7 @@ def test_what_a_killed_writer_left_is_removed_a_day_later(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("open_folder", [writing, scratch])
 def test_what_another_process_removes_meanwhile_is_passed_over(
-    open_folder: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    open_folder: OpenFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "glob", lambda folder, _: iter([folder / ".tmp-whole-gone"]))
     with open_folder(tmp_path / "whole") as temporary:
