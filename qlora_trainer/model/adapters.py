@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.linear import LoraAdapter
+from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.random_draws import key32
 

@@ -1,17 +1,21 @@
-"""A frozen NF4 linear layer with an optional LoRA adapter: out = x W^T + bias + scale * drop(x) A^T B^T.
+"""Frozen NF4 linear layers with an optional LoRA adapter: out = x W^T + bias + scale * drop(x) A^T B^T.
 
-Forward and backward each unpack the weight and drop it again: nothing dense is saved, and autograd's context holds the
+Forward and backward each unpack a weight and drop it again: nothing dense is saved, and autograd's context holds the
 layer, not its packed tensors, so a buffer that is refilled between forward and backward is read anew.
 
-The low-rank path stays separate from the dense product. Adding scale * B A to the unpacked weight would be one product
-fewer, but in 16 bits it rounds most of a young adapter away.
+The functions take several linears that read the same input (q, k and v; gate and up): the first matrices of their
+adapters are one product, and the gradients of the input are added up inside the products.
 
-Legend: T tokens (all leading dimensions flattened), I in_features, O out_features, R rank.
+The low-rank path stays separate from the dense product. Adding scale * B A to the unpacked weight would be one product
+fewer, but in 16 bits it rounds most of a young adapter away, and in fp32 it does not pay: two passes over each weight
+instead of one over the output (docs/log.md, 2026-11-28).
+
+Legend: T tokens (all leading dimensions flattened), I in_features, O out_features, R rank, S sum of the ranks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -19,58 +23,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model import nf4
-from qlora_trainer.model.random_draws import dropout_factors
-
-
-@dataclass(slots=True)
-class DropoutKeys:
-    """What dropout draws are keyed by, beside the layer: set by the step for each micro-batch, read by every adapter.
-
-    Attributes:
-        row_keys_T: int64 [T], one key a token, made from (seed, step, document, position); None switches dropout off.
-    """
-
-    row_keys_T: Tensor | None = None
-
-
-class LoraAdapter(nn.Module):
-    """The two trained matrices of one linear layer.
-
-    Args:
-        lora_A_RI: down projection.
-        lora_B_OR: up projection.
-        scale: factor on the update, alpha / rank for plain LoRA (Hu et al., 2021).
-        dropout: probability that an input element of the low-rank path is zeroed in training.
-        layer_key: which layer this is, for the dropout draws.
-        keys: shared by all adapters of the model.
-    """
-
-    def __init__(
-        self,
-        lora_A_RI: Tensor,
-        lora_B_OR: Tensor,
-        *,
-        scale: float,
-        dropout: float = 0.0,
-        layer_key: int = 0,
-        keys: DropoutKeys | None = None,
-    ) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(lora_A_RI)
-        self.lora_B = nn.Parameter(lora_B_OR)
-        self.scale = scale
-        self.dropout = dropout
-        self.layer_key = layer_key
-        self.keys = keys or DropoutKeys()
-
-    def draw_dropout(self, num_tokens: int, dtype: torch.dtype) -> Tensor | None:
-        """Factors [T, I] that are 0 or 1 / (1 - p), the same at every call for one micro-batch; None for no dropout."""
-        if not self.training or self.dropout == 0.0 or self.keys.row_keys_T is None:
-            return None
-        row_keys_T = self.keys.row_keys_T
-        if row_keys_T.numel() != num_tokens:
-            raise ValueError(f"{row_keys_T.numel()} dropout keys for {num_tokens} tokens")
-        return dropout_factors(row_keys_T, self.layer_key, self.lora_A.shape[1], self.dropout, dtype)
+from qlora_trainer.model.lora_adapter import LoraAdapter
 
 
 class NF4Linear(nn.Module):
@@ -116,55 +69,163 @@ class NF4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., I] in the compute dtype; returns [..., O] in the same dtype."""
-        x_TI = x.reshape(-1, self.in_features)
-        adapter = self.adapter
-        a_RI, b_OR = (None, None) if adapter is None else (adapter.lora_A, adapter.lora_B)
-        out_TO: Tensor = _NF4LoraFunction.apply(x_TI, a_RI, b_OR, self)  # type: ignore[no-untyped-call]
+        out_TO: Tensor = _LinearFunction.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, self.in_features), self, *adapter_parameters([self])
+        )
         return out_TO.view(*x.shape[:-1], self.out_features)
 
 
-class _NF4LoraFunction(torch.autograd.Function):
+class _LinearFunction(torch.autograd.Function):
     """Saves x and, with an adapter, the low-rank activation [T, R]; dropout factors are drawn again, not saved."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, a_RI: Tensor | None, b_OR: Tensor | None, layer: NF4Linear) -> Tensor:
-        layer.make_room(x_TI.shape[0], x_TI.itemsize)
-        weight_OI = nf4.dequantize(layer.weight, x_TI.dtype)
-        # On a CPU `linear` takes a transposed bf16 weight up to 1.8 times faster than `mm` (torch 2.13, AMX).
-        bias_O = None if layer.bias is None else layer.bias.to(x_TI.dtype)
-        out_TO = nn.functional.linear(x_TI, weight_OI, bias_O)
-        del weight_OI
-        ctx.layer, ctx.adapter = layer, layer.adapter
-        if a_RI is None or b_OR is None or layer.adapter is None:
-            return out_TO
-        dropped_TI = _dropped(x_TI, layer.adapter)
-        low_rank_TR = torch.mm(dropped_TI, a_RI.to(x_TI.dtype).t())
-        out_TO.addmm_(low_rank_TR, b_OR.to(x_TI.dtype).t(), alpha=layer.adapter.scale)
-        ctx.save_for_backward(x_TI, low_rank_TR, a_RI, b_OR)
+    def forward(ctx: Any, x_TI: Tensor, layer: NF4Linear, *parameters: Tensor | None) -> Tensor:
+        (out_TO,), low_ranks = multiply([layer], x_TI)
+        ctx.layer = layer
+        if layer.adapter is not None:
+            ctx.save_for_backward(x_TI, *low_ranks)
         return out_TO
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TO = grad_outputs[0]
-        ctx.layer.make_room(grad_TO.shape[0], grad_TO.itemsize)
-        grad_x_TI = None
-        if ctx.needs_input_grad[0]:
-            grad_x_TI = torch.mm(grad_TO, nf4.dequantize(ctx.layer.weight, grad_TO.dtype))
-        if ctx.adapter is None:
-            return grad_x_TI, None, None, None
-        x_TI, low_rank_TR, a_RI, b_OR = ctx.saved_tensors
-        grad_low_rank_TR = torch.mm(grad_TO, b_OR.to(grad_TO.dtype)).mul_(ctx.adapter.scale)
-        grad_b_OR = torch.mm(grad_TO.t(), low_rank_TR).mul_(ctx.adapter.scale)
-        factors_TI = ctx.adapter.draw_dropout(x_TI.shape[0], x_TI.dtype)
-        grad_a_RI = torch.mm(grad_low_rank_TR.t(), x_TI if factors_TI is None else x_TI * factors_TI)
-        if grad_x_TI is not None:
-            if factors_TI is None:
-                grad_x_TI.addmm_(grad_low_rank_TR, a_RI.to(grad_TO.dtype))
-            else:
-                grad_x_TI.addcmul_(torch.mm(grad_low_rank_TR, a_RI.to(grad_TO.dtype)), factors_TI)
-        return grad_x_TI, grad_a_RI, grad_b_OR, None
+        linears, grads = [ctx.layer], [grad_outputs[0]]
+        low_grads = low_rank_gradients(linears, grads)
+        parameter_grads: list[Tensor | None] = [None, None]
+        if low_grads is not None:
+            x_TI, *low_ranks = ctx.saved_tensors  # asked for once only: a recomputed layer gives them out once
+            parameter_grads = parameter_gradients(linears, x_TI, grads, low_ranks, low_grads)
+        grad_x_TI = input_gradient(linears, grads, low_grads) if ctx.needs_input_grad[0] else None
+        return grad_x_TI, None, *parameter_grads
 
 
-def _dropped(x_TI: Tensor, adapter: LoraAdapter) -> Tensor:
-    factors_TI = adapter.draw_dropout(x_TI.shape[0], x_TI.dtype)
-    return x_TI if factors_TI is None else x_TI * factors_TI
+def adapter_parameters(linears: Iterable[NF4Linear]) -> list[Tensor | None]:
+    """A and B of each, None where there is no adapter: in this order autograd functions take and answer them."""
+    found: list[Tensor | None] = []
+    for linear in linears:
+        adapter = linear.adapter
+        found += [None, None] if adapter is None else [adapter.lora_A, adapter.lora_B]
+    return found
+
+
+def multiply(
+    linears: Sequence[NF4Linear], x_TI: Tensor, *, added_TO: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The output [T, O] of each, and the low-rank activations [T, R] of those that have an adapter, for backward.
+
+    Args:
+        linears: reading the same input.
+        x_TI: in the compute dtype.
+        added_TO: what is added to the output, where there is one linear.
+    """
+    low_ranks = _low_ranks(linears, x_TI)
+    outs = [_multiply_one(linear, x_TI, added_TO) for linear in linears]
+    adapted = _adapted(linears, outs)
+    for (adapter, out_TO), low_TR in zip(adapted, low_ranks, strict=True):
+        out_TO.addmm_(low_TR, adapter.lora_B.to(x_TI.dtype).t(), alpha=adapter.scale)
+    return outs, low_ranks
+
+
+def _multiply_one(linear: NF4Linear, x_TI: Tensor, added_TO: Tensor | None) -> Tensor:
+    linear.make_room(x_TI.shape[0], x_TI.itemsize)
+    weight_OI = nf4.dequantize(linear.weight, x_TI.dtype)
+    bias_O = None if linear.bias is None else linear.bias.to(x_TI.dtype)
+    if added_TO is None:
+        # On a CPU `linear` takes a transposed bf16 weight up to 1.8 times faster than `mm` (torch 2.13, AMX).
+        return nn.functional.linear(x_TI, weight_OI, bias_O)
+    out_TO = torch.addmm(added_TO, x_TI, weight_OI.t())
+    return out_TO if bias_O is None else out_TO.add_(bias_O)
+
+
+def low_rank_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) -> Tensor | None:
+    """Gradients of the scaled low-rank activations, side by side [T, S]; None where no linear has an adapter."""
+    adapted = _adapted(linears, grads)
+    if not adapted:
+        return None
+    grad_TO = adapted[0][1]
+    ranks = [adapter.lora_A.shape[0] for adapter, _ in adapted]
+    out_TS = grad_TO.new_empty((grad_TO.shape[0], sum(ranks)))
+    for (adapter, grad_TO), low_TR in zip(adapted, out_TS.split(ranks, dim=1), strict=True):
+        # With beta = 0 a product that is scaled for nothing: what `low_TR` held is not read.
+        low_TR.addmm_(grad_TO, adapter.lora_B.to(grad_TO.dtype), beta=0.0, alpha=adapter.scale)
+    return out_TS
+
+
+def parameter_gradients(
+    linears: Sequence[NF4Linear],
+    x_TI: Tensor,
+    grads: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    low_grads_TS: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of A and B of each, in the order of `adapter_parameters`."""
+    adapted = _adapted(linears, grads)
+    if low_grads_TS is None:
+        return [None, None] * len(linears)
+    ranks = [adapter.lora_A.shape[0] for adapter, _ in adapted]
+    factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter, _ in adapted]
+    grads_A: Sequence[Tensor]
+    if all(own is None for own in factors):
+        grads_A = torch.mm(low_grads_TS.t(), x_TI).split(ranks)
+    else:
+        grads_A = [
+            torch.mm(low_TR.t(), x_TI if own is None else x_TI * own)
+            for low_TR, own in zip(low_grads_TS.split(ranks, dim=1), factors, strict=True)
+        ]
+    # [R, T] x [T, O], then transposed: on a CPU twice as fast as [O, T] x [T, R].
+    grads_B = [
+        grad_TO.new_empty((low_TR.shape[1], grad_TO.shape[1]))
+        .addmm_(low_TR.t(), grad_TO, beta=0.0, alpha=adapter.scale)
+        .t()
+        for (adapter, grad_TO), low_TR in zip(adapted, low_ranks, strict=True)
+    ]
+    rest = iter(zip(grads_A, grads_B, strict=True))
+    found: list[Tensor | None] = []
+    for linear in linears:
+        found += [None, None] if linear.adapter is None else next(rest)
+    return found
+
+
+def input_gradient(linears: Sequence[NF4Linear], grads: Sequence[Tensor], low_grads_TS: Tensor | None) -> Tensor:
+    """The gradient [T, I] of what all of them read."""
+    grad_x_TI = grads[0].new_empty((grads[0].shape[0], linears[0].in_features))
+    for index, (linear, grad_TO) in enumerate(zip(linears, grads, strict=True)):
+        linear.make_room(grad_TO.shape[0], grad_TO.itemsize)
+        weight_OI = nf4.dequantize(linear.weight, grad_TO.dtype)
+        grad_x_TI.addmm_(grad_TO, weight_OI, beta=float(index > 0))  # with beta = 0 what is there is not read
+        del weight_OI
+    if low_grads_TS is None:
+        return grad_x_TI
+    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+    factors = [adapter.draw_dropout(grad_x_TI.shape[0], grad_x_TI.dtype) for adapter in adapters]
+    if all(own is None for own in factors):
+        return grad_x_TI.addmm_(low_grads_TS, _joined_A(adapters, grad_x_TI.dtype))
+    ranks = [adapter.lora_A.shape[0] for adapter in adapters]
+    for adapter, low_TR, own in zip(adapters, low_grads_TS.split(ranks, dim=1), factors, strict=True):
+        added_TI = torch.mm(low_TR, adapter.lora_A.to(low_TR.dtype))
+        grad_x_TI += added_TI if own is None else added_TI.mul_(own)
+    return grad_x_TI
+
+
+def _low_ranks(linears: Sequence[NF4Linear], x_TI: Tensor) -> list[Tensor]:
+    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+    if not adapters:
+        return []
+    factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter in adapters]
+    if all(own is None for own in factors):
+        low_TS = torch.mm(x_TI, _joined_A(adapters, x_TI.dtype).t())
+        return list(low_TS.split([adapter.lora_A.shape[0] for adapter in adapters], dim=1))
+    return [
+        torch.mm(x_TI if own is None else x_TI * own, adapter.lora_A.to(x_TI.dtype).t())
+        for adapter, own in zip(adapters, factors, strict=True)
+    ]
+
+
+def _joined_A(adapters: Sequence[LoraAdapter], dtype: torch.dtype) -> Tensor:
+    matrices = [adapter.lora_A.to(dtype) for adapter in adapters]
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices)
+
+
+def _adapted(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) -> list[tuple[LoraAdapter, Tensor]]:
+    return [
+        (linear.adapter, grad_TO) for linear, grad_TO in zip(linears, grads, strict=True) if linear.adapter is not None
+    ]

@@ -15,7 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
-from qlora_trainer.model.linear import DropoutKeys, NF4Linear
+from qlora_trainer.model.fused_layer import fuse_layers
+from qlora_trainer.model.linear import NF4Linear
+from qlora_trainer.model.lora_adapter import DropoutKeys
 from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.skeleton import Parts, find_parts
 
@@ -115,6 +117,7 @@ def assemble(
             part.register_buffer(name, buffer.to(device), persistent=name not in part._non_persistent_buffers_set)
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # the base is frozen: only the adapter's own dropout draws
+    fuse_layers(module)
     return QuantizedModel(
         module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys(), resident_limit
     )

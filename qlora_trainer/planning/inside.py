@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_inside_bytes
-from qlora_trainer.model import attention
+from qlora_trainer.hardware.row_blocks import rows_in_block
+from qlora_trainer.model import attention, row_ops
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
 
@@ -20,8 +22,21 @@ LOSS = "qlora_trainer::chunked_cross_entropy"
 # Where the tokens of a row are in each tensor of an attention; the lengths of the documents come behind the tensors.
 _TOKEN_AXES = {ATTENTION[0]: (2, 2, 2), ATTENTION[1]: (1, 2, 2, 2, 1, 2)}
 _CHUNK_ARGUMENT = 6  # of LOSS: how many positions are in a chunk
+# Elementwise, row by row: their temporaries are those of a block of rows.
+ROW_OPS: dict[str, Callable[..., Any]] = {
+    op._qualname: op._init_fn
+    for op in (
+        row_ops.rms_norm,
+        row_ops.rms_norm_again,
+        row_ops.rms_norm_backward_,
+        row_ops.rotate_,
+        row_ops.gated,
+        row_ops.gated_backward_,
+    )
+}
 # The undecorated functions behind the operations.
 _BODIES: dict[str, Callable[..., Any]] = {
+    **ROW_OPS,
     ATTENTION[0]: attention.packed_attention._init_fn,
     ATTENTION[1]: attention.packed_attention_backward._init_fn,
     LOSS: loss.loss_and_gradient._init_fn,
@@ -43,6 +58,8 @@ def bytes_of(inside: Inside) -> int:
         return _traced_bytes(inside.op, _two_chunks(inside.arguments))
     if inside.op in ATTENTION:
         return _traced_bytes(inside.op, _one_of_each(inside.op, inside.arguments))
+    if inside.op in ROW_OPS:
+        return _traced_bytes(inside.op, _two_blocks(inside.arguments))
     return library_inside_bytes(inside.op, _as_meta(inside.arguments))
 
 
@@ -54,6 +71,17 @@ def _two_chunks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         TensorSpec((num_positions, *hidden.shape[1:]), hidden.dtype, hidden.device),
         TensorSpec((num_positions,), targets.dtype, targets.device),
         *others,
+    )
+
+
+def _two_blocks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A row operation over two blocks of rows at most: what is not 1-D has rows."""
+    by_row = [value for value in arguments if isinstance(value, TensorSpec) and len(value.shape) > 1]
+    widest = max(math.prod(spec.shape[1:]) for spec in by_row)
+    num_rows = min(by_row[0].shape[0], 2 * rows_in_block(widest, by_row[0].device.type))
+    return tuple(
+        TensorSpec((num_rows, *value.shape[1:]), value.dtype, value.device) if value in by_row else value
+        for value in arguments
     )
 
 
@@ -82,7 +110,19 @@ def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, row
         arguments = list(_with_tokens(inside.arguments, probe_tokens, tokens))
         arguments[_CHUNK_ARGUMENT] = loss_chunk
         return Inside(inside.index, inside.op, tuple(arguments))
+    if inside.op in ROW_OPS:
+        return Inside(inside.index, inside.op, _with_rows(inside.arguments, probe_tokens, tokens))
     return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe_tokens, seq_len, rows))
+
+
+def _with_rows(arguments: tuple[Any, ...], probe_tokens: int, tokens: int) -> tuple[Any, ...]:
+    """A row is a token, or a head of one."""
+    return tuple(
+        TensorSpec((value.shape[0] // probe_tokens * tokens, *value.shape[1:]), value.dtype, value.device)
+        if isinstance(value, TensorSpec) and len(value.shape) > 1
+        else value
+        for value in arguments
+    )
 
 
 def _with_tokens(arguments: tuple[Any, ...], probe_tokens: int, tokens: int, rows: int = 1) -> tuple[Any, ...]:
@@ -111,7 +151,7 @@ def _traced_bytes(op: str, arguments: tuple[Any, ...]) -> int:
             out = _BODIES[op](*made)
     if len(device_types) > 1:
         raise RuntimeError(f"{op} on several devices: {device_types}")
-    results = (out,) if isinstance(out, Tensor) else out
+    results = (out,) if isinstance(out, Tensor) else out or ()  # one that works in place has none
     kept = {result.untyped_storage()._cdata: result.untyped_storage().nbytes() for result in results}
     return max(0, tracker.peak_bytes - sum(kept.values()))
 

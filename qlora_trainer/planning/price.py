@@ -110,7 +110,7 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     order += [("forward", layer.forward) for layer in layers]
     order.append(("loss", parts.loss[policies[-1]]))
     order += [("backward", layer.backward) for layer in reversed(layers)]
-    is_input_kept = layout.num_recomputed > 0 and layers[0].backward is not EMPTY_SEGMENT
+    is_input_kept = layout.num_recomputed > 0 and layers[0].backward is not EMPTY_SEGMENT and parts.drops_input
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
     for number, (phase, segment) in enumerate(order):

@@ -59,6 +59,8 @@ class StepParts:
         kinds: the kind of each layer of the whole model.
         evaluation: the parts of an evaluation over the same few layers, without gradients.
         head_spec: what the loss is given: hidden states and the output projection.
+        drops_input: the first layer's input is dropped before the loss where that layer is kept, which needs it no more
+            then, but not where it is recomputed.
     """
 
     probe: Probe
@@ -70,6 +72,7 @@ class StepParts:
     kinds: tuple[int, ...]
     evaluation: tuple[Segment, ...]
     head_spec: tuple[TensorSpec, TensorSpec]
+    drops_input: bool
 
     def of_layer(self, index: int, policy: Policy) -> LayerParts:
         return self.layers[self.kinds[index], policy, index == 0]
@@ -92,10 +95,12 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
     embed: dict[Policy, Segment] = {}
     loss: dict[Policy, Segment] = {}
     policies: tuple[Policy, ...] = ("recompute", "keep")
+    dropped: dict[Policy, int] = {}
     for policy in policies:
         num_recomputed = len(indices) if policy == "recompute" else 0
         traced = _trace(dry, settings, indices, num_recomputed, probe, adapter_dtype)
         embed[policy], loss[policy] = traced.segments["embed"], traced.segments["loss"]
+        dropped[policy] = traced.dropped_bytes
         for place, index in enumerate(indices):
             layers[kinds[index], policy, index == 0] = traced.layer(place)
     return StepParts(
@@ -108,6 +113,7 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
         kinds=kinds,
         evaluation=(_trace_evaluation(dry, indices, probe),),
         head_spec=traced.head_spec,
+        drops_input=dropped["keep"] > dropped["recompute"],
     )
 
 
@@ -131,6 +137,7 @@ def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tupl
 class _Traced:
     segments: Mapping[object, Segment]
     work: Mapping[object, WorkSum]
+    dropped_bytes: int  # made before the first layer, dropped in the loss
 
     def layer(self, place: int) -> LayerParts:
         forward, backward = self.segments["forward", place], self.segments.get(("backward", place), EMPTY_SEGMENT)
@@ -174,7 +181,8 @@ def _trace(
                 dry.model, [micro_batch], num_supervised_tokens=probe.tokens, loss_chunk_tokens=probe.tokens
             )
             tracker.mark("end")
-    return _Traced(read_segments(tracker, probe), sum_work(tracker, probe))
+    dropped_bytes = tracker.events.bytes_between("embed", "loss")
+    return _Traced(read_segments(tracker, probe), sum_work(tracker, probe), dropped_bytes)
 
 
 def _trace_evaluation(dry: DryModel, indices: Sequence[int], probe: Probe) -> Segment:

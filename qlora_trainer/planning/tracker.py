@@ -89,6 +89,16 @@ class Events:
     is_device: list[bool] = field(default_factory=list)
     marks: list[tuple[int, Any]] = field(default_factory=list)
 
+    def bytes_between(self, made: Any, dropped: Any) -> int:
+        """Of the storages made in the part marked `made`, those that are dropped in the part marked `dropped`."""
+        starts = [start for start, _ in self.marks] + [len(self.num_bytes)]
+        part_of = {label: range(start, end) for (start, label), end in zip(self.marks, starts[1:], strict=True)}
+        return -sum(
+            self.num_bytes[index]
+            for index in part_of[dropped]
+            if self.num_bytes[index] < 0 and self.allocation[index] in part_of[made]
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Inside:

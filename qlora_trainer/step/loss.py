@@ -74,9 +74,12 @@ def loss_and_gradient(
     weight_VH = weight_VH.to(hidden_NH.dtype)
     loss = hidden_NH.new_zeros((), dtype=torch.float32)
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
-    for first in range(0, hidden_NH.shape[0], chunk_tokens):
+    num_positions = hidden_NH.shape[0]
+    # One buffer for all chunks: so large a block comes from the system each time, and its pages are zeroed.
+    buffer_CV = hidden_NH.new_empty((min(num_positions, chunk_tokens), weight_VH.shape[0]), dtype=torch.float32)
+    for first in range(0, num_positions, chunk_tokens):
         chunk = slice(first, first + chunk_tokens)
-        logits_CV = torch.mm(hidden_NH[chunk], weight_VH.t()).float()
+        logits_CV = _logits(hidden_NH[chunk], weight_VH, buffer_CV[: min(chunk_tokens, num_positions - first)])
         if bias_V is not None:
             logits_CV += bias_V.float()
         tanh_CV = _shape_logits_(logits_CV, scale, softcap)
@@ -95,8 +98,15 @@ def loss_and_gradient(
                 grad_CV.mul_(scale)
             grad_NH[chunk] = torch.mm(grad_CV.to(weight_VH.dtype), weight_VH)
             del grad_CV
-        del logits_CV, exp_CV, tanh_CV  # before the next chunk's are made
+        del tanh_CV  # before the next chunk's is made
     return loss, grad_NH
+
+
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
+    """The logits of a chunk, in fp32, in the place of `out_CV`."""
+    if hidden_CH.dtype == torch.float32:
+        return torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
+    return out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
 
 
 @loss_and_gradient.register_fake

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_trainer.model.linear import DropoutKeys, LoraAdapter
+from qlora_trainer.model.lora_adapter import DropoutKeys, LoraAdapter
 from qlora_trainer.model.random_draws import dropout_factors, key32, mix32, token_keys
 from qlora_trainer.step.batch import make_micro_batch
 from qlora_trainer.step.document import Document

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     Ministral3Config,
     MistralConfig,
@@ -66,6 +67,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **_SIZES, tie_word_embeddings=False, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**_SIZES, tie_word_embeddings=True, head_dim=32),
+    "gemma": GemmaConfig(**_SIZES, head_dim=32, hidden_act="gelu_pytorch_tanh"),
     "gemma2": Gemma2Config(
         **_SIZES,
         head_dim=32,

@@ -1,0 +1,163 @@
+"""RMSNorm, rotary embedding and gated activation, forward and backward, each one operation that says what it keeps.
+
+transformers computes them out of five to ten operations each, every one of which reads, writes and (for backward) keeps
+a tensor of the size of the activations. Here forward keeps one scale a row or nothing, and backward works in place.
+Sources: Zhang and Sennrich, RMSNorm (2019); Su et al., RoFormer (2021), in the split-half form of transformers;
+Shazeer, GLU variants (2020).
+
+Legend: T rows (tokens, or tokens x heads), H width of a row, n heads, D head size, I intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from qlora_trainer.hardware.row_blocks import by_rows
+
+SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
+
+
+@torch.library.custom_op("qlora_trainer::rms_norm", mutates_args=())
+def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    """`x / rms(x) * (offset + weight)` in x's dtype, and 1 / rms [T, 1] in fp32 for backward."""
+    out_TH, inverse_T1 = _empty_norm(x_TH)
+    by_rows(_rms_norm, (out_TH, inverse_T1, x_TH), weight_H, eps, offset)
+    return out_TH, inverse_T1
+
+
+@rms_norm.register_fake
+def _(x_TH: Tensor, weight_H: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    return _empty_norm(x_TH)
+
+
+def _empty_norm(x_TH: Tensor) -> tuple[Tensor, Tensor]:
+    return x_TH.new_empty(x_TH.shape), x_TH.new_empty((x_TH.shape[0], 1), dtype=torch.float32)
+
+
+def _rms_norm(out_TH: Tensor, inverse_T1: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float, offset: float) -> None:
+    x_TH = x_TH.float()
+    inverse_T1.copy_(torch.rsqrt((x_TH * x_TH).mean(-1, keepdim=True) + eps))
+    out_TH.copy_((x_TH * inverse_T1).mul_(_factor(weight_H, offset)))
+
+
+@torch.library.custom_op("qlora_trainer::rms_norm_again", mutates_args=())
+def rms_norm_again(x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tensor:
+    """What `rms_norm` returned first, from what it returned second."""
+    out_TH = x_TH.new_empty(x_TH.shape)
+    by_rows(_rms_norm_again, (out_TH, x_TH, inverse_T1), weight_H, offset)
+    return out_TH
+
+
+@rms_norm_again.register_fake
+def _(x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tensor:
+    return x_TH.new_empty(x_TH.shape)
+
+
+def _rms_norm_again(out_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> None:
+    out_TH.copy_((x_TH * inverse_T1).mul_(_factor(weight_H, offset)))
+
+
+@torch.library.custom_op("qlora_trainer::rms_norm_backward_", mutates_args=("grad_TH",))
+def rms_norm_backward_(
+    grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float, added_TH: Tensor | None
+) -> None:
+    """Turns the gradient of the normed rows into that of x, in place; `added_TH`, if any, is added to it."""
+    rows = (grad_TH, x_TH, inverse_T1) if added_TH is None else (grad_TH, x_TH, inverse_T1, added_TH)
+    by_rows(_rms_norm_backward if added_TH is None else _rms_norm_backward_added, rows, weight_H, offset)
+
+
+@rms_norm_backward_.register_fake
+def _(
+    grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float, added_TH: Tensor | None
+) -> None:
+    return None
+
+
+def _rms_norm_backward(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> None:
+    grad_TH.copy_(_grad_of_normed(grad_TH, x_TH, inverse_T1, weight_H, offset))
+
+
+def _rms_norm_backward_added(
+    grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, added_TH: Tensor, weight_H: Tensor, offset: float
+) -> None:
+    grad_TH.copy_(_grad_of_normed(grad_TH, x_TH, inverse_T1, weight_H, offset).add_(added_TH))
+
+
+def _grad_of_normed(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tensor:
+    scaled_TH = grad_TH * _factor(weight_H, offset)
+    x_TH = x_TH.float()
+    along_T1 = (scaled_TH * x_TH).mean(-1, keepdim=True) * inverse_T1.pow(3)
+    return scaled_TH.mul_(inverse_T1).sub_(x_TH * along_T1)
+
+
+def _factor(weight_H: Tensor, offset: float) -> Tensor:
+    return weight_H.float() + offset if offset else weight_H.float()
+
+
+@torch.library.custom_op("qlora_trainer::rotate_", mutates_args=("x_TnD",))
+def rotate_(x_TnD: Tensor, cos_TD: Tensor, sin_TD: Tensor, is_back: bool) -> None:
+    """Rotates each head by its position, in place; `is_back` by the negative angle, which is the gradient's way."""
+    by_rows(_rotate, (x_TnD, cos_TD, sin_TD), -1.0 if is_back else 1.0)
+
+
+@rotate_.register_fake
+def _(x_TnD: Tensor, cos_TD: Tensor, sin_TD: Tensor, is_back: bool) -> None:
+    return None
+
+
+def _rotate(x_TnD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: float) -> None:
+    half = x_TnD.shape[-1] // 2
+    first, second = x_TnD[..., :half], x_TnD[..., half:]
+    cos, sin = (table[:, None, :half] for table in (cos_TD, sin_TD))
+    rotated = torch.addcmul(first * cos, second, sin, value=-sign)
+    second.mul_(cos).addcmul_(first, sin, value=sign)
+    first.copy_(rotated)
+
+
+@torch.library.custom_op("qlora_trainer::gated", mutates_args=())
+def gated(gate_TI: Tensor, up_TI: Tensor, activation: str) -> Tensor:
+    """`activation(gate) * up`."""
+    out_TI = gate_TI.new_empty(gate_TI.shape)
+    by_rows(_gated, (out_TI, gate_TI, up_TI), activation)
+    return out_TI
+
+
+@gated.register_fake
+def _(gate_TI: Tensor, up_TI: Tensor, activation: str) -> Tensor:
+    return gate_TI.new_empty(gate_TI.shape)
+
+
+def _gated(out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation: str) -> None:
+    torch.mul(_activated(gate_TI, activation), up_TI, out=out_TI)
+
+
+@torch.library.custom_op("qlora_trainer::gated_backward_", mutates_args=("grad_TI", "gate_TI", "up_TI"))
+def gated_backward_(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation: str) -> None:
+    """Gradients of `gated`, in place of gate and up themselves; into `grad_TI` comes what `gated` returned."""
+    by_rows(_gated_backward, (grad_TI, gate_TI, up_TI), activation)
+
+
+@gated_backward_.register_fake
+def _(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation: str) -> None:
+    return None
+
+
+def _gated_backward(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation: str) -> None:
+    activated_TI = _activated(gate_TI, activation)
+    grad_activated_TI = grad_TI * up_TI
+    out_TI = activated_TI * up_TI
+    torch.mul(activated_TI, grad_TI, out=up_TI)
+    grad_TI.copy_(out_TI)
+    if activation == SILU:
+        gate_TI.copy_(torch.ops.aten.silu_backward(grad_activated_TI, gate_TI))
+    else:
+        approximate = "tanh" if activation == GELU_TANH else "none"
+        gate_TI.copy_(torch.ops.aten.gelu_backward(grad_activated_TI, gate_TI, approximate=approximate))
+
+
+def _activated(gate_TI: Tensor, activation: str) -> Tensor:
+    if activation == SILU:
+        return functional.silu(gate_TI)
+    return functional.gelu(gate_TI, approximate="tanh" if activation == GELU_TANH else "none")
