@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,15 @@ def encode(value: Mapping[str, Any]) -> bytes:
         TypeError: it holds something that JSON does not have.
     """
     return (json.dumps(value, allow_nan=False, sort_keys=True, indent=1) + "\n").encode()
+
+
+def json_sha256(value: Any) -> str:
+    """SHA-256 of a value as JSON on one line, as 64 hexadecimal digits; equal values give equal ones.
+
+    Raises:
+        TypeError: it holds something that JSON does not have.
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def decode(data: bytes) -> dict[str, Any]:

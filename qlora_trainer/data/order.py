@@ -14,6 +14,8 @@ from math import ceil
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_trainer.config.schema import TrainingSection
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
@@ -43,6 +45,17 @@ class Order:
             raise ValueError(f"{self}: an order needs at least one step")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"{self}: the seed is one 64-bit word of the permutation's key")
+
+    @classmethod
+    def of(cls, training: TrainingSection, num_documents: int) -> Order:
+        """The order that a config asks for."""
+        return cls(
+            num_documents=num_documents,
+            global_batch_size=training.global_batch_size,
+            seed=training.seed,
+            epochs=training.epochs,
+            max_steps=training.max_steps,
+        )
 
     @property
     def num_samples(self) -> int:

@@ -8,7 +8,6 @@ folder: the first that is done wins, and the other takes what it made.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import uuid
 from collections.abc import Generator, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.config.schema import DataSection
+from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_sources, sources_named
@@ -169,7 +169,7 @@ def _key(section: DataSection, hashes: dict[str, str], tokenizer: KnownTokenizer
         list(hashes.items()),
         section.model_dump(mode="json", include={"format", "columns", "train_on", "on_bad_row"}),
     ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+    return json_sha256(parts)[:32]
 
 
 def _joined(hashes: list[str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.data.document_store import DocumentStore
 from qlora_trainer.data.named import forms_told, num_bad_rows, rows_of
 from qlora_trainer.data.rows import FileRead, Reading, Row
@@ -279,4 +278,4 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_sha256(parts)

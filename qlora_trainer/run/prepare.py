@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
 from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.data.batches import StoredBatches, StreamedBatches
 from qlora_trainer.data.order import Order
 from qlora_trainer.data.rows import Reading
@@ -139,7 +138,7 @@ def prepare(
         eval_data=data.evaluation,
         batches=batches,
         questions=data.questions,
-        fingerprints=fingerprints | {"config": sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()},
+        fingerprints=fingerprints | {"config": json_sha256(asked)},  # written, not compared: the keys are
         resumed=loaded,
         preparing_peak_bytes=preparing_peak_bytes,
     )
@@ -207,14 +206,7 @@ def _batches(config: RunConfig, data: Data, loaded: Loaded | None) -> StoredBatc
             num_steps=training.max_steps,
             start=BlockStart.of(loaded.state["stream"]) if loaded else None,
         )
-    order = Order(
-        num_documents=len(data.train.documents),
-        global_batch_size=training.global_batch_size,
-        seed=training.seed,
-        epochs=training.epochs,
-        max_steps=training.max_steps,
-    )
-    return StoredBatches(data.train.documents, order)
+    return StoredBatches(data.train.documents, Order.of(training, len(data.train.documents)))
 
 
 def _decide(
