@@ -19,8 +19,9 @@ from qlora_trainer.hardware.device import num_cpu_threads
 ADAMW_32BIT_BYTES, ADAMW_8BIT_BYTES = 12, 20
 # bitsandbytes' CPU `quantize_4bit` of a float32 piece, in bytes an element.
 QUANTIZE_4BIT_BYTES = 9.5
-# oneDNN's scratch buffer of a product of 16-bit matrices, a thread: by the columns of the left one, and at most.
-SCRATCH_LEAST_BYTES, SCRATCH_BYTES_A_COLUMN, SCRATCH_BYTES = 32 * 2**10, 168, 193 * 2**10
+# oneDNN's scratch buffer of a product of 16-bit matrices, a thread: by the columns of the left one, and at most;
+# measured, docs/memory.md.
+SCRATCH_LEAST_BYTES, SCRATCH_BYTES_A_COLUMN, SCRATCH_MOST_BYTES = 32 * 2**10, 168, 193 * 2**10
 
 
 def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None) -> int:
@@ -56,9 +57,9 @@ def _product_bytes(left: Tensor, num_threads: int) -> int:
     Its size follows from blockings that differ from processor to processor. This is what most products take on an
     AVX-512 one with bf16 instructions; a few take up to 1.3 MiB a thread, which `device_memory.CPU_FIXED_BYTES` covers.
     """
-    if left.device.type != "cpu" or left.dtype == torch.float32 or not _onednn_multiplies_16_bits():
+    if left.device.type != "cpu" or left.dtype.itemsize != 2 or not _onednn_multiplies_16_bits():
         return 0
-    return num_threads * min(SCRATCH_BYTES, SCRATCH_LEAST_BYTES + SCRATCH_BYTES_A_COLUMN * left.shape[-1])
+    return num_threads * min(SCRATCH_MOST_BYTES, SCRATCH_LEAST_BYTES + SCRATCH_BYTES_A_COLUMN * left.shape[-1])
 
 
 @functools.cache

@@ -98,8 +98,9 @@ def test_unpacking_nested_scales_on_a_cpu_needs_only_its_result() -> None:
     assert inside_bytes("bitsandbytes::dequantize_blockwise", args) == found == 0
 
 
-def test_products_need_only_their_result() -> None:
-    left, right = torch.randn(70, 50), torch.randn(50, 90)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_need_only_their_result(dtype: torch.dtype) -> None:
+    left, right = torch.randn(70, 50, dtype=dtype), torch.randn(50, 90, dtype=dtype)
     assert inside_bytes("aten::mm", (left, right)) == bytes_beyond_results(lambda: torch.mm(left, right)) == 0
 
 
