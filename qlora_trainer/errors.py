@@ -23,6 +23,11 @@ class QloraTrainerError(Exception):
         text = f"{where}: found {found}; expected {expected}. {fix}"
         super().__init__(" ".join(text.split()))
 
+    @property
+    def short(self) -> str:
+        """Where, and what was found: for one of many."""
+        return f"{self.where}: {self.found}"
+
 
 class ConfigError(QloraTrainerError):
     """Wrong config or usage, a base or tokenizer that cannot be used included."""

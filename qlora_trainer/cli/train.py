@@ -51,7 +51,8 @@ def train(
     check_inputs(config, resume=resume is not None)
     if resume is not None:
         named_checkpoint(RunFolder(Path(config.output.dir)), resume)
-    for key in _DATA_KEYS[config.data.streaming :]:  # a stream is looked at when it is trained on
+    keys = ("eval",) if config.data.streaming else _DATA_KEYS  # a stream is looked at when it is trained on
+    for key in keys:
         deque(iter_named(config.data, key, files_only=True), maxlen=0)  # every row is looked at, none is kept
     check_trackers(config.output.trackers)
 

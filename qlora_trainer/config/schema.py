@@ -313,15 +313,8 @@ class RunConfig(Section):
         tokens, seq_len = self.memory.micro_batch_tokens, self.data.seq_len
         if tokens != "auto" and seq_len != "auto" and tokens < seq_len:
             raise _disagreement("memory.micro_batch_tokens", tokens, f"at least data.seq_len = {seq_len}")
-        if self.data.streaming and self.training.max_steps is None:
-            expected = "a number of steps, since data.streaming knows no end of the data"
-            raise _disagreement("training.max_steps", None, expected)
-        if self.data.streaming and self.data.stream_rows < self.training.global_batch_size:
-            expected = f"at least training.global_batch_size = {self.training.global_batch_size}"
-            raise _disagreement("data.stream_rows", self.data.stream_rows, expected)
-        if self.data.streaming and self.data.eval is None and self.data.eval_fraction > 0:
-            expected = "0, or a data.eval: nothing can be held out of a stream (data.streaming)"
-            raise _disagreement("data.eval_fraction", self.data.eval_fraction, expected)
+        if self.data.streaming:
+            _require_streamable(self.data, self.training)
         patience = self.training.early_stopping_patience
         if patience is not None and self.data.eval is None and self.data.eval_fraction == 0:
             raise _disagreement(
@@ -330,6 +323,18 @@ class RunConfig(Section):
                 "null, or a data.eval or data.eval_fraction to evaluate on",
             )
         return self
+
+
+def _require_streamable(data: DataSection, training: TrainingSection) -> None:
+    if training.max_steps is None:
+        expected = "a number of steps, since data.streaming knows no end of the data"
+        raise _disagreement("training.max_steps", None, expected)
+    if data.stream_rows < training.global_batch_size:
+        expected = f"at least training.global_batch_size = {training.global_batch_size}"
+        raise _disagreement("data.stream_rows", data.stream_rows, expected)
+    if data.eval is None and data.eval_fraction > 0:
+        expected = "0, or a data.eval: nothing can be held out of a stream (data.streaming)"
+        raise _disagreement("data.eval_fraction", data.eval_fraction, expected)
 
 
 def _disagreement(key: str, found: object, expected: str) -> PydanticCustomError:

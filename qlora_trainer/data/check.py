@@ -82,13 +82,13 @@ def check_named(
                     tokenized, errors = _tokenized(item, tokenize)
                     for error in errors:
                         kind = "row that cannot be tokenised" if error.kind == "bad row" else error.kind
-                        refused.add(kind, f"{error.where}: {error.found}")
+                        refused.add(kind, error.short)
                     for row in tokenized:
                         writer.append(row, file=len(files))
                     for row in _not_the_text(tokenized, tokenizer.tokenizer):
                         warned.add("text that the tokenizer cannot give back", row.row.where)
                 elif isinstance(item, BadRow):
-                    bad.add(item.error.kind, f"{item.error.where}: {item.error.found}")
+                    bad.add(item.error.kind, item.error.short)
                 elif isinstance(item, FileRead):
                     files.append(item)
                 else:

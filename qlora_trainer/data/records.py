@@ -47,8 +47,8 @@ def iter_records(path: Path, *, after: int = 0) -> Iterator[Record]:
 
     Args:
         path: the file.
-        after: rows up to this number are passed over: lines of JSON and row groups of Parquet unread, all others as
-            soon as they are read.
+        after: rows up to this number are passed over: lines of JSON and row groups of Parquet undecoded, all others
+            as soon as they are read.
 
     Raises:
         DataError: the file cannot be read, or not beyond some row.

@@ -222,7 +222,7 @@ def iter_files(
                     raise
                 num_bad += 1
                 if len(reasons) < MAX_REASONS:
-                    reasons.append(f"{error.where}: {error.found}")
+                    reasons.append(error.short)
                 yield BadRow(error)
             else:
                 index += 1

@@ -124,7 +124,11 @@ def open_stream(section: DataSection, tokenizer: KnownTokenizer) -> Stream:
 
 
 def open_rows(stream: Stream, place: Place = START) -> StreamedRows:
-    """The rows of a stream from a place on, to the end of the sources; `read_block` takes them block by block."""
+    """The rows of a stream from a place on, to the end of the sources; `read_block` takes them block by block.
+
+    Raises:
+        DataError: while they are taken: a source or a row cannot be read.
+    """
     return in_batches(iter_sources(stream.sources, stream.section, place))
 
 
@@ -181,7 +185,7 @@ def _write_block(
 
 
 def _with_bad(counted: FileRead, error: DataError) -> FileRead:
-    reasons = (*counted.reasons, f"{error.where}: {error.found}")[:MAX_REASONS]
+    reasons = (*counted.reasons, error.short)[:MAX_REASONS]
     return replace(counted, num_bad=counted.num_bad + 1, reasons=reasons)
 
 

@@ -159,7 +159,7 @@ def choose_seq_len(
 
     Args:
         lengths_N: tokens of each document, at least one.
-        max_positions: positions the base was built for (`max_position_embeddings`).
+        max_positions: positions the base was built for (see `model.positions`).
         overlong: what becomes of the others; "error" leaves no others.
         max_dropped_share: below 1 % it leaves no others.
 

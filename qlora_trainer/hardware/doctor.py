@@ -150,7 +150,7 @@ def _disks() -> Iterator[Finding]:
     try:
         yield _judge_disk("cache folder", cache_folder(), "Set XDG_CACHE_HOME to a larger disk.")
     except StorageError as error:
-        yield Finding("cache folder", f"{error.where}: {error.found}", "bad", error.fix)
+        yield Finding("cache folder", error.short, "bad", error.fix)
     yield _judge_disk("this folder", Path.cwd(), "Set output.dir to a larger disk.")
 
 

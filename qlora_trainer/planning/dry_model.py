@@ -172,7 +172,7 @@ def _final_norm(model: QuantizedModel, layers: Sequence[nn.Module]) -> nn.Module
 def _hold_frequencies(skeleton: PreTrainedModel) -> None:
     """Leave out what dynamic rotary scaling asks of every batch: is a position beyond the model's own?
 
-    None is (data.seq_len is at most `max_position_embeddings`), so its frequencies never change (transformers 5.23,
+    None is (data.seq_len is at most that, see `model.positions`), so its frequencies never change (transformers 5.23,
     `dynamic_rope_update`); and positions that are fake have no value to decide it by.
     """
     for part in skeleton.modules():

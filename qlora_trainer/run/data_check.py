@@ -207,7 +207,7 @@ def _errors(
     try:
         require_most_rows(judged, config.data.max_dropped_share, seq_len)
     except DataError as error:
-        errors.append(f"{error.where}: {error.found}; expected {error.expected}")
+        errors.append(f"{error.short}; expected {error.expected}")
     return errors
 
 

@@ -59,9 +59,7 @@ def test_good_data_is_counted_as_a_run_would_count_it(
     of_a_killed_check.mkdir(parents=True)
     os.utime(of_a_killed_check, (0, 0))
     report = found(capsys, str(data), "--model", str(base), "--show", "2")
-    assert list(of_a_killed_check.parent.iterdir()) == [], (
-        "a check leaves nothing behind, nor does one that was killed"
-    )
+    assert list(of_a_killed_check.parent.iterdir()) == [], "a check leaves nothing behind, nor does one that was killed"
     config = load_config(None, [f"model.base={base}", f"data.train={data}", "training.global_batch_size=1"])
     inputs = watched(read_inputs(config), stderr_console())
     train = report["train"]
