@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.versus_peer import compute_in
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.micro_batches import cut
@@ -102,7 +103,7 @@ def _train_with_trl(parts: Parts, folder: Path) -> None:
     }  # PEFT takes a fraction, its type says int
     dtype = DTYPES[parts.config.quantization.compute_dtype]
     model = AutoModelForCausalLM.from_pretrained(parts.cache.folder, dtype=dtype, device_map={"": "cpu"})
-    _compute_in(model, dtype)
+    compute_in(model, dtype)
     order = Order.of(training, len(parts.train_data.documents))
     rows = collect(iter_named(parts.config.data, "train")).rows
     documents = [
@@ -149,16 +150,6 @@ def _train_with_trl(parts: Parts, folder: Path) -> None:
     trainer.train()
     model_with_adapter: Any = trainer.model
     model_with_adapter.save_pretrained(folder / "adapter")
-
-
-def _compute_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Let bitsandbytes multiply in this dtype; the folder says bf16, far slower on a CPU without bf16 instructions."""
-    from bitsandbytes.nn.modules import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            weight: Any = module.weight
-            module.compute_dtype = weight.quant_state.dtype = dtype
 
 
 def _model(parts: Parts) -> QuantizedModel:
