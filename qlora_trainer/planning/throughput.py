@@ -118,7 +118,7 @@ def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
 
 
 def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> float:
-    """Two products with the head, which reads all of it for every chunk, and about eight passes over fp32 logits."""
+    """Two products with the head, which reads (and upcasts) all of it for every chunk, and eight passes over logits."""
     hidden, head = prices.parts.head_spec
     vocabulary, hidden_size = head.shape
     num_chunks = -(-layout.tokens // layout.loss_chunk)
@@ -129,6 +129,6 @@ def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> 
         4.0 * tokens * vocabulary * hidden_size / speed.flops
         + read_seconds
         + 32.0 * tokens * vocabulary / speed.bytes
-        + upcast / speed.bytes
+        + 2 * num_chunks * upcast / speed.bytes
         + 14 * num_chunks * speed.launch_seconds
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_trainer.planning.inside import ROW_OPS
 from qlora_trainer.planning.timeline import Probe
 from qlora_trainer.planning.tracker import StorageTracker, Work
 
@@ -62,7 +63,7 @@ def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
             unpacked_elements += 2 * work.moved[0]  # two weights a packed byte
         elif work.flops:
             _add(flops, work.flops, probe)
-        elif not work.op.startswith(_OURS):  # their work depends on documents and chunks: see `throughput`
+        elif work.op in ROW_OPS or not work.op.startswith(_OURS):  # attention and loss: see `throughput`
             for num_bytes in work.moved:
                 _add(moved_bytes, num_bytes, probe)
     return WorkSum(flops, moved_bytes, unpacked_elements, len(part))

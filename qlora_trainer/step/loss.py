@@ -3,6 +3,9 @@
 Forward computes the gradient too, chunk by chunk, while the logits are at hand, so each is made once and nothing but
 one [N, H] gradient is kept for backward (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al., 2024).
 
+A projection that is stored in 16 bits and multiplied in fp32 is upcast in blocks of tokens of the vocabulary: whole, it
+would be the largest tensor of a small model's step.
+
 `logsumexp` and `cross_entropy` make copies of the logits inside, which no trace can see and no budget has room for; the
 softmax is written out, in place, so that one fp32 [C, V] is all there is (and its 16-bit form for the products).
 
@@ -18,6 +21,8 @@ from torch import Tensor
 
 from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.quantized import LogitShape
+
+UPCAST_ELEMENTS = 2**22  # of the projection at once: 16 MiB in fp32
 
 
 def chunked_cross_entropy(
@@ -55,7 +60,7 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
     if hidden_NH.dtype != torch.float32:
         num_bytes += itemsize * chunk_elements
     if head.weight.dtype != hidden_NH.dtype:
-        num_bytes += itemsize * head.weight.numel()
+        num_bytes += itemsize * _rows_in_block(head.weight) * head.in_features
     return num_bytes + hidden_NH.nbytes
 
 
@@ -71,7 +76,6 @@ def loss_and_gradient(
     needs_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed)."""
-    weight_VH = weight_VH.to(hidden_NH.dtype)
     loss = hidden_NH.new_zeros((), dtype=torch.float32)
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     num_positions = hidden_NH.shape[0]
@@ -96,7 +100,7 @@ def loss_and_gradient(
                 grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if scale != 1.0:
                 grad_CV.mul_(scale)
-            grad_NH[chunk] = torch.mm(grad_CV.to(weight_VH.dtype), weight_VH)
+            _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), weight_VH)
             del grad_CV
         del tanh_CV  # before the next chunk's is made
     return loss, grad_NH
@@ -104,9 +108,33 @@ def loss_and_gradient(
 
 def _logits(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
     """The logits of a chunk, in fp32, in the place of `out_CV`."""
-    if hidden_CH.dtype == torch.float32:
-        return torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
-    return out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
+    for block in _blocks(weight_VH, hidden_CH.dtype):
+        part_HV = weight_VH[block].to(hidden_CH.dtype).t()
+        if hidden_CH.dtype == torch.float32:
+            torch.mm(hidden_CH, part_HV, out=out_CV[:, block])
+        else:
+            out_CV[:, block] = torch.mm(hidden_CH, part_HV)
+        del part_HV  # before the next is made
+    return out_CV
+
+
+def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, weight_VH: Tensor) -> None:
+    """`out` becomes the gradient of the chunk's hidden states."""
+    for block in _blocks(weight_VH, grad_CV.dtype):
+        part_VH = weight_VH[block].to(grad_CV.dtype)
+        out_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 `out` is not read
+        del part_VH
+
+
+def _blocks(weight_VH: Tensor, dtype: torch.dtype) -> list[slice]:
+    """Parts of the vocabulary that are upcast at once; one where nothing is upcast."""
+    num_tokens = weight_VH.shape[0]
+    block = num_tokens if weight_VH.dtype == dtype else _rows_in_block(weight_VH)
+    return [slice(first, min(first + block, num_tokens)) for first in range(0, num_tokens, block)]
+
+
+def _rows_in_block(weight_VH: Tensor) -> int:
+    return min(weight_VH.shape[0], max(1, UPCAST_ELEMENTS // weight_VH.shape[1]))
 
 
 @loss_and_gradient.register_fake
