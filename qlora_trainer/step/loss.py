@@ -14,6 +14,7 @@ Legend: N supervised positions, C positions in a chunk, H hidden size, V vocabul
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,9 +82,12 @@ def loss_and_gradient(
     num_positions = hidden_NH.shape[0]
     # One buffer for all chunks: so large a block comes from the system each time, and its pages are zeroed.
     buffer_CV = hidden_NH.new_empty((min(num_positions, chunk_tokens), weight_VH.shape[0]), dtype=torch.float32)
+    upcast = None
+    if weight_VH.dtype != hidden_NH.dtype:
+        upcast = hidden_NH.new_empty((_rows_in_block(weight_VH), weight_VH.shape[1]))
     for first in range(0, num_positions, chunk_tokens):
         chunk = slice(first, first + chunk_tokens)
-        logits_CV = _logits(hidden_NH[chunk], weight_VH, buffer_CV[: min(chunk_tokens, num_positions - first)])
+        logits_CV = _logits(hidden_NH[chunk], weight_VH, upcast, buffer_CV[: min(chunk_tokens, num_positions - first)])
         if bias_V is not None:
             logits_CV += bias_V.float()
         tanh_CV = _shape_logits_(logits_CV, scale, softcap)
@@ -100,37 +104,37 @@ def loss_and_gradient(
                 grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if scale != 1.0:
                 grad_CV.mul_(scale)
-            _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), weight_VH)
+            _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), weight_VH, upcast)
             del grad_CV
         del tanh_CV  # before the next chunk's is made
     return loss, grad_NH
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, out_CV: Tensor) -> Tensor:
+def _logits(hidden_CH: Tensor, weight_VH: Tensor, upcast: Tensor | None, out_CV: Tensor) -> Tensor:
     """The logits of a chunk, in fp32, in the place of `out_CV`."""
-    for block in _blocks(weight_VH, hidden_CH.dtype):
-        part_HV = weight_VH[block].to(hidden_CH.dtype).t()
+    for block, part_VH in _parts(weight_VH, upcast):
         if hidden_CH.dtype == torch.float32:
-            torch.mm(hidden_CH, part_HV, out=out_CV[:, block])
+            torch.mm(hidden_CH, part_VH.t(), out=out_CV[:, block])
         else:
-            out_CV[:, block] = torch.mm(hidden_CH, part_HV)
-        del part_HV  # before the next is made
+            out_CV[:, block] = torch.mm(hidden_CH, part_VH.t())
     return out_CV
 
 
-def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, weight_VH: Tensor) -> None:
+def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, weight_VH: Tensor, upcast: Tensor | None) -> None:
     """`out` becomes the gradient of the chunk's hidden states."""
-    for block in _blocks(weight_VH, grad_CV.dtype):
-        part_VH = weight_VH[block].to(grad_CV.dtype)
+    for block, part_VH in _parts(weight_VH, upcast):
         out_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 `out` is not read
-        del part_VH
 
 
-def _blocks(weight_VH: Tensor, dtype: torch.dtype) -> list[slice]:
-    """Parts of the vocabulary that are upcast at once; one where nothing is upcast."""
+def _parts(weight_VH: Tensor, upcast: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the vocabulary, one after the other in the buffer `upcast`; all of it where nothing is upcast."""
     num_tokens = weight_VH.shape[0]
-    block = num_tokens if weight_VH.dtype == dtype else _rows_in_block(weight_VH)
-    return [slice(first, min(first + block, num_tokens)) for first in range(0, num_tokens, block)]
+    if upcast is None:
+        yield slice(0, num_tokens), weight_VH
+        return
+    for first in range(0, num_tokens, upcast.shape[0]):
+        block = slice(first, min(first + upcast.shape[0], num_tokens))
+        yield block, upcast[: block.stop - first].copy_(weight_VH[block])
 
 
 def _rows_in_block(weight_VH: Tensor) -> int:
