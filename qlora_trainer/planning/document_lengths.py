@@ -21,7 +21,7 @@ class DocumentLengths:
 
     Attributes:
         seq_len: tokens of the longest document that is kept.
-        mean_tokens, shortest_tokens: of a document.
+        mean_tokens, shortest_tokens, std_tokens: of a document; the last is their standard deviation.
         largest_batch_tokens: of the longest documents that can meet in one global batch.
     """
 
@@ -29,6 +29,7 @@ class DocumentLengths:
     mean_tokens: float
     shortest_tokens: int
     largest_batch_tokens: int
+    std_tokens: float = 0.0
 
     @classmethod
     def of_full_length(cls, seq_len: int, *, global_batch_size: int) -> DocumentLengths:
@@ -46,6 +47,7 @@ class DocumentLengths:
             float(lengths_N.mean()),
             int(lengths_N.min()),
             largest_batch_tokens + num_repeated * int(lengths_N.max()),
+            float(lengths_N.std()),
         )
 
 

@@ -177,6 +177,7 @@ class Planner:
             self.config.training.global_batch_size,
             self.documents.mean_tokens * stretch,
             self.documents.shortest_tokens * stretch,
+            self.documents.std_tokens * stretch,
         )
         return tokens_per_second(self.prices, layout, demand, self.budget.speed)
 

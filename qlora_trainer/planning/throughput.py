@@ -6,6 +6,7 @@ that is shown depend on it; nothing that is learned does.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from qlora_trainer.hardware.gpu_catalogue import Gpu
@@ -45,12 +46,18 @@ class Demand:
 
     Attributes:
         global_batch_size: documents an optimizer step.
-        mean_tokens, shortest_tokens: of a document.
+        mean_tokens, shortest_tokens, std_tokens: of a document; the last is their standard deviation.
     """
 
     global_batch_size: int
     mean_tokens: float
     shortest_tokens: float
+    std_tokens: float = 0.0
+
+    @property
+    def usual_batch_tokens(self) -> float:
+        """What one global batch in forty exceeds: two standard deviations above the mean of so many documents."""
+        return self.global_batch_size * self.mean_tokens + 2.0 * math.sqrt(self.global_batch_size) * self.std_tokens
 
     def filled_tokens(self, micro_batch_tokens: int) -> float:
         """Of a micro-batch, what whole documents fill: equal ones leave a remainder, a short one fits any gap.
@@ -80,7 +87,7 @@ def tokens_per_second(prices: Prices, layout: Layout, demand: Demand, speed: Spe
     does, so a global batch costs the first once for each of its micro-batches.
     """
     tokens = demand.global_batch_size * demand.mean_tokens
-    num_micro_batches = max(1, -(-tokens // demand.filled_tokens(layout.tokens)))
+    num_micro_batches = max(1, -(-demand.usual_batch_tokens // demand.filled_tokens(layout.tokens)))
     fixed, full = (_seconds(prices, layout, number, demand, speed) for number in (0, layout.tokens))
     return float(tokens / (num_micro_batches * fixed + tokens * (full - fixed) / layout.tokens))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -53,3 +54,12 @@ def test_both_ends_the_steps_between_and_whole_documents_are_tried(seq_len: int,
     assert all(after <= before * TOKEN_STEP + ROW_MULTIPLE for before, after in itertools.pairwise(steps))
     for count in range(1, min(number, MAX_MULTIPLES) + 1):
         assert any(0 <= step - count * seq_len < ROW_MULTIPLE for step in steps)
+
+
+def test_hardly_a_batch_exceeds_what_is_usual() -> None:
+    lengths = np.random.default_rng(0).gamma(8.0, 28.0, size=8000)
+    demand = Demand(8, float(lengths.mean()), int(lengths.min()), float(lengths.std()))
+
+    batches = lengths.reshape(-1, 8).sum(1)
+
+    assert 0.01 < (batches > demand.usual_batch_tokens).mean() < 0.05
