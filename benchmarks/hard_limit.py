@@ -233,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         layouts = estimate_all(overrides)
         least, most = (plan["predicted"]["process_peak_bytes"] + SPARE_BYTES for plan in (smallest, fastest))
         print(
-            "| budget, MiB | plan | measured | micro-batch tokens | kept layers | chunk | tokens/s | fastest | losses | |"
+            "| budget, MiB | plan | measured | micro-batch tokens | layers kept | chunk | tokens/s | best | losses | |"
         )
         print("|---:|---:|---:|---:|---:|---:|---:|---:|---|---|")
         for number, budget in enumerate(between(least, round(1.05 * most), chosen.budgets)):
