@@ -3,6 +3,9 @@
 On CPUs with AVX512-BF16, bitsandbytes 0.50 asks the hub for a prebuilt kernel (`kernels.get_kernel`) while it is being
 imported, and writes a line to stderr when it gets none. An import must not touch the network, and that kernel repacks
 weights in place, so `kernels` is hidden for the length of the import and that one line is filtered.
+
+`triton` comes with torch's CUDA wheels. Without a GPU nothing here uses it, but bitsandbytes and what it imports of
+torch look for it, and would make every run 82 MiB larger (triton 3.7.1): then it is hidden too.
 """
 
 from __future__ import annotations
@@ -17,13 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-_ABSENT = object()
+_HIDDEN = ("kernels",) if torch.cuda.is_available() else ("kernels", "triton")
 
 
-def _import_without_hub() -> ModuleType:
+def _import_alone() -> ModuleType:
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    hidden: Any = sys.modules.get("kernels", _ABSENT)
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` raise ImportError
+    hidden = {name: sys.modules[name] for name in _HIDDEN if name in sys.modules}
+    for name in _HIDDEN:
+        sys.modules[name] = None  # type: ignore[assignment]  # makes `import` of it raise ImportError
 
     def is_not_about_kernels(record: logging.LogRecord) -> bool:
         return "kernels-community" not in record.getMessage()
@@ -33,14 +37,13 @@ def _import_without_hub() -> ModuleType:
         import bitsandbytes
     finally:
         logger.removeFilter(is_not_about_kernels)
-        if hidden is _ABSENT:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = hidden
+        for name in _HIDDEN:
+            del sys.modules[name]
+        sys.modules.update(hidden)
     return bitsandbytes
 
 
-bitsandbytes: Any = _import_without_hub()
+bitsandbytes: Any = _import_alone()
 functional: Any = bitsandbytes.functional
 
 

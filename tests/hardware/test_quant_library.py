@@ -1,4 +1,4 @@
-"""Importing bitsandbytes asks no hub for kernels and writes nothing."""
+"""Importing bitsandbytes asks no hub for kernels, writes nothing, and brings no triton where there is no GPU."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import qlora_trainer.hardware.quant_library as ours
 assert "kernels" not in sys.modules
+import torch
+assert "triton" not in sys.modules or torch.cuda.is_available()
+import triton  # no longer hidden
 import bitsandbytes
 assert ours.bitsandbytes is bitsandbytes
 assert ours.functional is bitsandbytes.functional
-import torch
 packed, state = ours.functional.quantize_4bit(torch.ones(64, 64), quant_type="nf4")
 assert torch.equal(ours.functional.dequantize_4bit(packed, state), torch.ones(64, 64))
 assert not __import__("pathlib").Path(sys.argv[1], "was-imported").exists()
