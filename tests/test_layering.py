@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / PACKAGE
 ROOMS = ("errors", "config", "hardware", "model", "step", "planning", "data", "run", "export", "report", "cli")
 STRANGERS = {("data", "model"), ("model", "data")}  # both come before `run`, neither knows the other
 LIGHT_ROOMS = {"errors", "config", "cli"}  # a mistake in the config is told before seconds are spent on imports
-HEAVY = {"torch", "transformers", "bitsandbytes", "datasets", "accelerate", "peft", "trl"}
+HEAVY = {"torch", "transformers", "bitsandbytes", "datasets", "accelerate", "peft", "trl", "triton"}
 ONLY_IN = {"bitsandbytes": f"{PACKAGE}.hardware.quant_library"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # What unpickles, or runs what a file says; `numpy.load` is not needed either.
@@ -231,6 +231,16 @@ def test_an_unsafe_use_is_found(text: str) -> None:
 def test_a_safe_use_is_passed() -> None:
     safe = "import torch as t\njson.load(file)\nmodel.eval()\nt.save(x)\nf(name, trust_remote_code=False)\neval = 1\n"
     assert unsafe_uses(safe, "a.py") == []
+
+
+def test_triton_is_asked_for_on_demand_only(modules: dict[str, list[Import]]) -> None:
+    """It is not installed with torch's CPU wheels."""
+    kernels = f"{PACKAGE}.hardware.triton_rows"
+    assert kernels in modules
+    for module, imports in modules.items():
+        early = {entry.target for entry in imports if entry.at_module_level}
+        assert kernels not in early, module
+        assert module == kernels or not {target for target in early if target.split(".")[0] == "triton"}, module
 
 
 def test_light_rooms_import_nothing_heavy(modules: dict[str, list[Import]]) -> None:

@@ -10,7 +10,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +31,15 @@ from qlora_trainer.hardware.device import (
     num_cpu_threads,
 )
 from qlora_trainer.hardware.memory import available_memory_bytes, total_memory_bytes
-from qlora_trainer.hardware.trials import NF4_ERROR, attention_error, is_paged_update_equal, nf4_error, update_error
+from qlora_trainer.hardware.row_kernels import NOT_INSTALLED, why_no_row_kernels
+from qlora_trainer.hardware.trials import (
+    NF4_ERROR,
+    attention_error,
+    is_paged_update_equal,
+    nf4_error,
+    row_kernel_error,
+    update_error,
+)
 
 Verdict = Literal["ok", "warn", "bad"]
 
@@ -185,6 +193,8 @@ def _trials(device: torch.device) -> Iterator[Finding]:
         "paged AdamW 32 bits": lambda: _try_paging(device, bits=32),
         "paged AdamW 8 bits": lambda: _try_paging(device, bits=8),
     }
+    if device.type == "cuda":
+        trials["fused kernels"] = lambda: _try_row_kernels(device)
     for name, attempt in trials.items():
         try:
             value, verdict, note = attempt()
@@ -216,6 +226,16 @@ def _try_paging(device: torch.device, *, bits: int) -> tuple[str, Verdict, str]:
     if is_equal:
         return "works (bit-equal)", "ok", ""
     return "differs from resident", "bad", f"Set training.optimizer to adamw_{bits}bit."
+
+
+def _try_row_kernels(device: torch.device) -> tuple[str, Verdict, str]:
+    reason = why_no_row_kernels(device)
+    if reason is None:
+        return _judge_error(row_kernel_error(device))
+    needed = "a C compiler and Python's headers (such as gcc and python3-dev)"
+    if reason == NOT_INSTALLED:
+        needed = next((name for name in requires("torch") or () if name.startswith("triton")), "triton").split(";")[0]
+    return f"not here: {reason}", "warn", f"Steps are slower and take more memory; install {needed.strip()}."
 
 
 def _hub() -> Finding:

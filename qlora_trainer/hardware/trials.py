@@ -1,6 +1,6 @@
 """Small computations that show whether what training stands on works on this machine, each against a reference.
 
-Legend: B rows, H query heads, K key/value heads, T tokens, D head size.
+Legend: B rows, H query heads, K key/value heads, T tokens, D head size; in rows of `triton_rows` H elements, n heads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qlora_trainer.hardware.causal_attention import AttentionShape, attend, attend_backward
 from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import bitsandbytes, functional
+from qlora_trainer.hardware.row_kernels import row_kernels
 
 # NF4 with blocks of 64 leaves normal weights with this relative error (root mean square; measured over 2^24 of them).
 NF4_ERROR = 0.092
@@ -41,6 +42,26 @@ def attention_error(device: torch.device, *, window: int, softcap: float) -> flo
     reference_BHTD = _plain_attention(q_BHTD, k_BKTD, v_BKTD, shape)
     expected = [reference_BHTD.detach(), *torch.autograd.grad(reference_BHTD, leaves, grad_BHTD)]
     return max(_relative_error(*pair) for pair in zip(found, expected, strict=True))
+
+
+def row_kernel_error(device: torch.device) -> float:
+    """Largest relative error of kernels of `triton_rows` against torch: a norm, a rotation and a gated activation."""
+    kernels = row_kernels()
+    x_TH, up_TH = _normal(2, 40, 96, device=device)
+    weight_H = _normal(96, device=device)
+    normed_TH, gated_TH, heads_TnD = torch.empty_like(x_TH), torch.empty_like(x_TH), x_TH.clone().unflatten(1, (3, 32))
+    kernels.rms_norm(normed_TH, x_TH.new_empty((40, 1)), x_TH, weight_H, 1e-5, 0.0)
+    kernels.gated(gated_TH, x_TH, up_TH, "silu")
+    cos_TD, sin_TD = up_TH[:, :32].cos(), up_TH[:, :32].sin()
+    kernels.rotate(heads_TnD, cos_TD, sin_TD, 1.0)
+    first, second = x_TH.unflatten(1, (3, 2, 16)).unbind(2)
+    cos, sin = cos_TD[:, None, :16], sin_TD[:, None, :16]
+    pairs = [
+        (normed_TH, nn.functional.rms_norm(x_TH, (96,), weight_H, 1e-5)),
+        (gated_TH, nn.functional.silu(x_TH) * up_TH),
+        (heads_TnD, torch.cat((first * cos - second * sin, second * cos + first * sin), -1)),
+    ]
+    return max(_relative_error(*pair) for pair in pairs)
 
 
 def update_error(device: torch.device, *, bits: int) -> float:

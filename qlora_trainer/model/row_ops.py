@@ -2,6 +2,7 @@
 
 transformers computes them out of five to ten operations each, every one of which reads, writes and (for backward) keeps
 a tensor of the size of the activations. Here forward keeps one scale a row or nothing, and backward works in place.
+On a GPU each is one kernel (`hardware/triton_rows.py`), elsewhere a few operations over blocks of rows.
 Sources: Zhang and Sennrich, RMSNorm (2019); Su et al., RoFormer (2021), in the split-half form of transformers;
 Shazeer, GLU variants (2020).
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from qlora_trainer.hardware.row_blocks import by_rows
+from qlora_trainer.hardware.row_kernels import has_row_kernels, row_kernels
 
 SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
 
@@ -23,7 +25,10 @@ SILU, GELU, GELU_TANH = "silu", "gelu", "gelu_tanh"
 def rms_norm(x_TH: Tensor, weight_H: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
     """`x / rms(x) * (offset + weight)` in x's dtype, and 1 / rms [T, 1] in fp32 for backward."""
     out_TH, inverse_T1 = _empty_norm(x_TH)
-    by_rows(_rms_norm, (out_TH, inverse_T1, x_TH), weight_H, eps, offset)
+    if has_row_kernels(x_TH.device):
+        row_kernels().rms_norm(out_TH, inverse_T1, x_TH, weight_H, eps, offset)
+    else:
+        by_rows(_rms_norm, (out_TH, inverse_T1, x_TH), weight_H, eps, offset)
     return out_TH, inverse_T1
 
 
@@ -46,7 +51,10 @@ def _rms_norm(out_TH: Tensor, inverse_T1: Tensor, x_TH: Tensor, weight_H: Tensor
 def rms_norm_again(x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tensor:
     """What `rms_norm` returned first, from what it returned second."""
     out_TH = x_TH.new_empty(x_TH.shape)
-    by_rows(_rms_norm_again, (out_TH, x_TH, inverse_T1), weight_H, offset)
+    if has_row_kernels(x_TH.device):
+        row_kernels().rms_norm_again(out_TH, x_TH, inverse_T1, weight_H, offset)
+    else:
+        by_rows(_rms_norm_again, (out_TH, x_TH, inverse_T1), weight_H, offset)
     return out_TH
 
 
@@ -64,8 +72,12 @@ def rms_norm_backward_(
     grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float, added_TH: Tensor | None
 ) -> None:
     """Turns the gradient of the normed rows into that of x, in place; `added_TH`, if any, is added to it."""
-    rows = (grad_TH, x_TH, inverse_T1) if added_TH is None else (grad_TH, x_TH, inverse_T1, added_TH)
-    by_rows(_rms_norm_backward if added_TH is None else _rms_norm_backward_added, rows, weight_H, offset)
+    if has_row_kernels(grad_TH.device):
+        row_kernels().rms_norm_backward(grad_TH, x_TH, inverse_T1, added_TH, weight_H, offset)
+    elif added_TH is None:
+        by_rows(_rms_norm_backward, (grad_TH, x_TH, inverse_T1), weight_H, offset)
+    else:
+        by_rows(_rms_norm_backward_added, (grad_TH, x_TH, inverse_T1, added_TH), weight_H, offset)
 
 
 @rms_norm_backward_.register_fake
@@ -99,7 +111,11 @@ def _factor(weight_H: Tensor, offset: float) -> Tensor:
 @torch.library.custom_op("qlora_trainer::rotate_", mutates_args=("x_TnD",))
 def rotate_(x_TnD: Tensor, cos_TD: Tensor, sin_TD: Tensor, is_back: bool) -> None:
     """Rotates each head by its position, in place; `is_back` by the negative angle, which is the gradient's way."""
-    by_rows(_rotate, (x_TnD, cos_TD, sin_TD), -1.0 if is_back else 1.0)
+    sign = -1.0 if is_back else 1.0
+    if has_row_kernels(x_TnD.device):
+        row_kernels().rotate(x_TnD, cos_TD, sin_TD, sign)
+    else:
+        by_rows(_rotate, (x_TnD, cos_TD, sin_TD), sign)
 
 
 @rotate_.register_fake
@@ -120,7 +136,10 @@ def _rotate(x_TnD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: float) -> None:
 def gated(gate_TI: Tensor, up_TI: Tensor, activation: str) -> Tensor:
     """`activation(gate) * up`."""
     out_TI = gate_TI.new_empty(gate_TI.shape)
-    by_rows(_gated, (out_TI, gate_TI, up_TI), activation)
+    if has_row_kernels(gate_TI.device):
+        row_kernels().gated(out_TI, gate_TI, up_TI, activation)
+    else:
+        by_rows(_gated, (out_TI, gate_TI, up_TI), activation)
     return out_TI
 
 
@@ -136,7 +155,10 @@ def _gated(out_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation: str) -> N
 @torch.library.custom_op("qlora_trainer::gated_backward_", mutates_args=("grad_TI", "gate_TI", "up_TI"))
 def gated_backward_(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation: str) -> None:
     """Gradients of `gated`, in place of gate and up themselves; into `grad_TI` comes what `gated` returned."""
-    by_rows(_gated_backward, (grad_TI, gate_TI, up_TI), activation)
+    if has_row_kernels(grad_TI.device):
+        row_kernels().gated_backward(grad_TI, gate_TI, up_TI, activation)
+    else:
+        by_rows(_gated_backward, (grad_TI, gate_TI, up_TI), activation)
 
 
 @gated_backward_.register_fake

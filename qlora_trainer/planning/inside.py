@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_inside_bytes
 from qlora_trainer.hardware.row_blocks import rows_in_block
+from qlora_trainer.hardware.row_kernels import expects_row_kernels
 from qlora_trainer.model import attention, row_ops
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
@@ -59,6 +60,8 @@ def bytes_of(inside: Inside) -> int:
     if inside.op in ATTENTION:
         return _traced_bytes(inside.op, _one_of_each(inside.op, inside.arguments))
     if inside.op in ROW_OPS:
+        if expects_row_kernels(_device_of(inside.arguments)):
+            return 0  # one kernel, which allocates nothing
         return _traced_bytes(inside.op, _two_blocks(inside.arguments))
     return library_inside_bytes(inside.op, _as_meta(inside.arguments))
 
@@ -72,6 +75,10 @@ def _two_chunks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         TensorSpec((num_positions,), targets.dtype, targets.device),
         *others,
     )
+
+
+def _device_of(arguments: tuple[Any, ...]) -> torch.device:
+    return next(value.device for value in arguments if isinstance(value, TensorSpec))
 
 
 def _two_blocks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -210,3 +210,35 @@ def test_the_trials_see_an_error(monkeypatch: pytest.MonkeyPatch, disk_folder: P
     monkeypatch.setattr(trials, "_LEARNING_RATE", 2e-3)
     monkeypatch.setattr(bitsandbytes.optim, "AdamW", lambda weights, lr, **_: torch.optim.SGD(weights, lr=lr))
     assert trials.update_error(cpu, bits=32) > doctor.FP32_ERROR
+
+
+def fused_kernels(monkeypatch: pytest.MonkeyPatch) -> Finding:
+    """What is said of them on a GPU that is not there."""
+    for name in ("nf4_error", "attention_error", "update_error", "is_paged_update_equal"):
+        monkeypatch.setattr(doctor, name, lambda *_arguments, **_options: 0.0)
+    return {finding.name: finding for finding in doctor._trials(torch.device("cuda", 0))}["fused kernels"]
+
+
+@pytest.mark.parametrize(
+    "reason, needed",
+    [("triton is not installed", "triton"), ("RuntimeError: Failed to find C compiler.", "a C compiler")],
+)
+def test_a_gpu_without_fused_kernels_is_told_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, reason: str, needed: str
+) -> None:
+    monkeypatch.setattr(doctor, "why_no_row_kernels", lambda _device: reason)
+    monkeypatch.setattr(doctor, "requires", lambda _name: ["filelock", 'triton==3.7.1; platform_system == "Linux"'])
+
+    finding = fused_kernels(monkeypatch)
+
+    assert (finding.value, finding.verdict) == (f"not here: {reason}", "warn")
+    assert f"install {needed}" in finding.note
+    assert ("triton==3.7.1." in finding.note) == (needed == "triton")
+
+
+def test_a_gpu_with_fused_kernels_tries_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "why_no_row_kernels", lambda _device: None)
+    for error, verdict in ((1e-7, "ok"), (float("nan"), "bad")):
+        monkeypatch.setattr(doctor, "row_kernel_error", lambda _device, error=error: error)
+
+        assert fused_kernels(monkeypatch).verdict == verdict

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, attend
+from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model import attention
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
 from qlora_trainer.planning import inside
-from qlora_trainer.planning.inside import ATTENTION, bytes_of
+from qlora_trainer.planning.inside import ATTENTION, ROW_OPS, bytes_of
 from qlora_trainer.planning.tracker import Inside, TensorSpec
 from tests.hardware.profiled_memory import bytes_beyond_results
 
@@ -83,3 +84,22 @@ def test_documents_of_one_length_are_worked_out_once(lengths: tuple[int, ...], m
     inside._traced_bytes.cache_clear()
     assert planned(sum(lengths), lengths, 300) == tuple(map(max, zip(*alone, strict=True)))
     assert asked == list(dict.fromkeys(lengths))
+
+
+def test_a_row_operation_takes_nothing_as_a_kernel_and_a_block_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more rows make it more; a norm without its kernel takes at least its rows in fp32."""
+    norm = next(op for op in ROW_OPS if op.endswith("::rms_norm"))
+
+    gpu, cpu = python_accelerator(), torch.device("cpu")
+    assert gpu is not None
+
+    def taken(device: torch.device, num_rows: int) -> int:
+        rows, weight = (TensorSpec(shape, torch.bfloat16, device) for shape in ((num_rows, 64), (64,)))
+        return bytes_of(Inside(0, norm, (rows, weight, 1e-5, 0.0)))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert taken(gpu, 100) == 0
+    assert taken(cpu, 100) >= 4 * 64 * 100
+    assert taken(cpu, 10**9) == taken(cpu, 10**6)
+    monkeypatch.setattr(inside, "expects_row_kernels", lambda _device: False)
+    assert taken(gpu, 100) >= 4 * 64 * 100
