@@ -50,15 +50,23 @@ class FusedLayer(GradientCheckpointingLayer):
         position_embeddings: tuple[Tensor, Tensor],
         past_key_values: Any = None,
         document_lengths: Sequence[int] | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """`hidden_states` [B, T, H] -> [B, T, H]; the rest is what transformers' model gives each of its layers."""
-        if past_key_values is not None:
-            raise ValueError("a layer that keeps no cache of keys and values was given one")
+        if past_key_values is not None:  # generation, with transformers' own attention
+            kwargs |= {"position_embeddings": position_embeddings, "past_key_values": past_key_values}
+            return self._by_its_modules(hidden_states, **kwargs)
         cos_TD, sin_TD = (_row_for_each(table, hidden_states) for table in position_embeddings)
         lengths = [hidden_states.shape[1]] if document_lengths is None else document_lengths
         hidden_states = attention_half(hidden_states, self._attention(), cos_TD, sin_TD, lengths)
         return mlp_half(hidden_states, self._mlp())
+
+    def _by_its_modules(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        own: Any = self
+        attended, _ = own.self_attn(own.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        out: Tensor = hidden_states + own.mlp(own.post_attention_layernorm(hidden_states))
+        return out
 
     def _attention(self) -> AttentionHalf:
         own: Any = self.self_attn

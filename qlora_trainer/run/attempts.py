@@ -12,6 +12,8 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Literal
 
+import torch
+
 from qlora_trainer.data.micro_batches import cut, cut_padded
 from qlora_trainer.errors import DivergedError
 from qlora_trainer.hardware.heap import release_free_memory
@@ -99,7 +101,9 @@ def _accumulate(session: Session, documents: Sequence[Document], step: int) -> t
         loss_chunk_tokens=session.knobs.plan.loss_chunk,
     )
     grad_norm = session.optimizer.clip_gradients(session.config.training.max_grad_norm)
-    return float(loss), float(grad_norm)
+    # Read together: the step's one wait for the device, without which a bad step could not leave the weights alone.
+    both: list[float] = torch.stack((loss, grad_norm.to(loss))).tolist()
+    return both[0], both[1]
 
 
 def _update_or_revise(session: Session, rate: float, step: int) -> Generator[PlanRevised, None, Session]:

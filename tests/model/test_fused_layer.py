@@ -114,7 +114,19 @@ def test_less_is_kept_for_backward(prepared: Prepare, monkeypatch: pytest.Monkey
     assert kept["fused"] < 0.7 * kept["plain"]  # of all, ends of the model included
 
 
-def test_a_cache_of_keys_is_refused(prepared: Prepare) -> None:
-    model = load_for_training(*prepared("llama"))
-    with pytest.raises(ValueError, match="keeps no cache"), torch.no_grad():
-        model.module.base_model(input_ids=torch.ones(1, 3, dtype=torch.int64), use_cache=True)
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_with_a_cache_of_keys_it_is_the_layer_that_it_replaced(
+    name: str, prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, cache = prepared(name)
+    ids = torch.arange(3, 12).unsqueeze(0)
+    found = []
+    for model in (load_for_training(base, cache), unfused(base, cache, monkeypatch)):
+        model.module.set_attn_implementation("sdpa")  # as generation does
+        with torch.no_grad():
+            first = model.module.base_model(input_ids=ids[:, :5], use_cache=True)
+            second = model.module.base_model(
+                input_ids=ids[:, 5:], use_cache=True, past_key_values=first.past_key_values
+            )
+        found.append(torch.cat((first.last_hidden_state, second.last_hidden_state), 1))
+    assert torch.equal(found[0], found[1])
