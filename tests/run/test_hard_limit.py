@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hard_limit import IN_FP32, SPARE_BYTES, between, run_limited, small_run, smallest_and_fastest
+from benchmarks.hard_limit import (
+    IN_FP32,
+    SPARE_BYTES,
+    between,
+    estimate_all,
+    run_limited,
+    small_run,
+    smallest_and_fastest,
+)
 from tests.hardware.memory_group import can_limit_memory
 
 pytestmark = [
@@ -29,12 +37,13 @@ def test_a_run_lives_within_its_budget_and_uses_it(
         for budget in between(least, round(1.05 * most), 4)
     ]
 
+    layouts = estimate_all(overrides)
     assert smallest["fits"] is False
     for outcome in outcomes:
-        assert outcome.is_right(fastest["predicted"]["tokens_per_second"]), outcome
+        assert outcome.is_right(layouts), outcome
         assert 0 < outcome.measured_bytes <= outcome.budget_bytes
         assert len(outcome.losses) == 4
         before, after = outcome.eval_losses
         assert after < before  # it has learned: else the losses say nothing of the steps
         assert outcome.losses == pytest.approx(outcomes[0].losses, rel=1e-5)
-    assert outcomes[-1].tokens_per_second > outcomes[0].tokens_per_second
+    assert outcomes[-1].tokens_per_second(layouts) > outcomes[0].tokens_per_second(layouts)
