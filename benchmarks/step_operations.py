@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from qlora_trainer.planning.inside import ROW_OPS
 from qlora_trainer.planning.tracker import product_flops
 
 Kind = Literal["product", "attention", "dequantization", "other", "nothing"]
@@ -25,13 +26,14 @@ Kind = Literal["product", "attention", "dequantization", "other", "nothing"]
 ATTENTION = "aten::_scaled_dot_product_flash_attention"
 ATTENTION_BACKWARD = "aten::_scaled_dot_product_flash_attention_backward"
 DEQUANTIZE = "bitsandbytes::dequantize_4bit"
-# Operations that are one kernel on a GPU, for which the schema is right: bitsandbytes' own. One of ours belongs here,
-# and is then not taken apart, only where a GPU runs it as one (a Triton kernel, or what Inductor makes of its body).
+# Operations that are one kernel on a GPU, for which the schema is right: bitsandbytes' own, and those of ours that
+# `hardware/triton_rows.py` has a kernel for. They are not taken apart.
 KERNELS = {
     DEQUANTIZE: "dequantization",
     "bitsandbytes::dequantize_blockwise": "dequantization",
     "bitsandbytes::optimizer_update_32bit": "other",
     "bitsandbytes::optimizer_update_8bit_blockwise": "other",
+    **dict.fromkeys(ROW_OPS, "other"),
 }
 _NO_KERNEL = {"aten::_unsafe_view", "aten::lift_fresh", "aten::detach_", "aten::set_", "aten::resize_"}
 _WRITTEN_ONLY = {"aten::copy_", "aten::fill_", "aten::zero_", "aten::_foreach_copy_", "aten::_foreach_zero_"}

@@ -228,8 +228,9 @@ def _report(
 ) -> dict[str, Any]:
     asked, inputs = asdict(bench.spec), asdict(bench.inputs)
     conditions = {
-        **{key: asked[key] for key in ("model", "documents_per_step", "num_steps", "max_length", "is_equal_length")},
+        **{key: asked[key] for key in ("documents_per_step", "num_steps", "max_length", "is_equal_length")},
         **{key: inputs[key] for key in ("num_rows", "num_held_out", "mean_tokens", "longest_tokens", "num_tokens")},
+        "model": Path(bench.spec.model).name,  # of a folder, no more than that
         "data": Path(bench.spec.data).name,
         "rank": bench.rank,
         "base_eval_loss": base_loss,

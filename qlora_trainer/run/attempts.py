@@ -102,7 +102,7 @@ def _accumulate(session: Session, documents: Sequence[Document], step: int) -> t
     )
     grad_norm = session.optimizer.clip_gradients(session.config.training.max_grad_norm)
     # Read together: the step's one wait for the device, without which a bad step could not leave the weights alone.
-    both: list[float] = torch.stack((loss, grad_norm.to(loss))).tolist()
+    both: list[float] = torch.stack((loss, grad_norm.to(loss))).cpu().tolist()
     return both[0], both[1]
 
 
