@@ -33,7 +33,7 @@ FIRST_STEPS, MORE_STEPS = 2, 4
 START_SECONDS = 300.0  # until training begins; then a form has so many times the best one's seconds
 PATIENCE = 2.5
 LEAST_PATIENCE_SECONDS = 15.0
-COMPILE_SECONDS = 300.0
+COMPILE_SECONDS = 240.0
 CLOSE_IN_SPEED, CLOSE_IN_MEMORY = 0.10, 0.05
 DOES_NOT_FIT = 3  # exit code of `errors.DoesNotFitError`
 
