@@ -23,9 +23,10 @@ from benchmarks.versus_forms import (
     slowness,
     variants,
 )
-from benchmarks.versus_inputs import choose_rows
+from benchmarks.versus_inputs import InputSpec, choose_rows
 from benchmarks.versus_peer import CountingCollator
 from benchmarks.versus_report import fastest_and_smallest, figures, later_speed, median_ratio, speed, table, taken_bytes
+from benchmarks.versus_runs import FirstPass
 
 ALL_FORMS = [Form(**dict(zip(VALUES, values, strict=True))) for values in product(*VALUES.values())]
 
@@ -146,6 +147,50 @@ def test_compiling_is_left_out_of_a_forms_speed() -> None:
 
     assert 1 / slowness(trial) == pytest.approx(100.0)
     assert trial.tokens_per_second == pytest.approx(200 / 101)
+
+
+class _BenchWithoutRuns:
+    """Speeds and sizes by formula: documents one by one are fast, recomputing is small, compiling ends in an error."""
+
+    spec = InputSpec(
+        data="", model="", num_rows=16, documents_per_step=8, num_steps=2, seeds=(7,), num_held_out=0, max_length=512
+    )
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    def is_possible(self, form: Form) -> bool:
+        return form.is_possible(8, 4)
+
+    def peer(self, form: Form, *, seed: int, num_steps: int, **_: Any) -> tuple[Trial, dict[str, Any]]:
+        assert seed == 7
+        self.asked.append((form.name, num_steps))
+        slow = form.micro_batch + 0.3 * form.is_recomputed + (form.dtype == "bf16") - 0.2 * form.is_without_mmap
+        peak = 1000 * form.micro_batch - 400 * form.is_recomputed + 100 * form.is_without_mmap
+        return _trial(form, seconds=slow, peak=peak, error="no compiler" if form.is_compiled else ""), {}
+
+
+def test_the_first_pass_finds_the_fastest_and_the_smallest_form() -> None:
+    bench = _BenchWithoutRuns()
+    first_pass = FirstPass(bench, seconds=60.0)  # type: ignore[arg-type]
+
+    fastest, smallest = first_pass.choose()
+
+    assert fastest.name == "1-plain-keep-fp32-nommap"
+    # In the first steps the two dtypes are equally small: both run longer, and the first one stays.
+    assert smallest.name == "1-plain-recompute-fp32"
+    assert len(bench.asked) == len(set(bench.asked)) < 25
+    assert {form.name for form in first_pass.longer} >= {"1-plain-recompute-fp32", "1-plain-recompute-bf16"}
+    assert not first_pass.not_tried
+
+
+def test_a_first_pass_without_time_takes_what_it_has() -> None:
+    first_pass = FirstPass(_BenchWithoutRuns(), seconds=0.0)  # type: ignore[arg-type]
+
+    fastest, smallest = first_pass.choose()
+
+    assert fastest == smallest == Form(micro_batch=1)
+    assert first_pass.not_tried
 
 
 def test_forms_close_to_the_best_run_longer() -> None:
