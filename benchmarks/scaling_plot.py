@@ -54,7 +54,7 @@ def write_plot(sweep: str, found: Sequence[Point], path: Path) -> None:
 
 
 def _draw(axes: Axes, sweep: str, found: Sequence[Point], figure_of: Callable[[Point], float], label: str) -> None:
-    from matplotlib.ticker import NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for is_recomputed, own in curves(sweep, found).items():
         name, colour, mark = _STYLES[is_recomputed]
@@ -63,6 +63,9 @@ def _draw(axes: Axes, sweep: str, found: Sequence[Point], figure_of: Callable[[P
     axes.set_xscale("log")
     if sweep == "model":
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ticks = {place_of(sweep, point): _tick(sweep, point) for point in found}
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.xaxis.set_minor_locator(NullLocator())

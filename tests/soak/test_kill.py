@@ -25,13 +25,13 @@ def kill(work: Path, *arguments: str, kills: int) -> list[str]:
 
 
 def test_three_kills_change_nothing(tmp_path: Path) -> None:
-    """Four micro-batches a step; the third kill comes after a SIGTERM that the run has seen.
+    """Several micro-batches a step (eight, were all documents of full length); the third kill comes after a SIGTERM that the run has seen.
 
     Mutations tried: without `rewind` in prepare, metrics.jsonl has lines of lost steps twice; a script that sends no
     SIGTERM is found by its last line.
     """
     lines = kill(tmp_path, "--steps=12", "--seed=1", "--dropout=0.1", "--micro-batch-tokens=96", kills=3)
-    assert lines[0].endswith(" 4 micro-batches of 96 tokens a step")
+    assert lines[0].endswith(" 8 micro-batches of 96 tokens a step")
     assert sum(line.startswith("kill ") for line in lines) == 3
     assert any("exit -9" in line for line in lines)
     assert lines[-1].startswith("3 kills in ")
