@@ -25,7 +25,7 @@ def kill(work: Path, *arguments: str, kills: int) -> list[str]:
 
 
 def test_three_kills_change_nothing(tmp_path: Path) -> None:
-    """Several micro-batches a step (eight, were all documents of full length); the third kill comes after a SIGTERM that the run has seen.
+    """Several micro-batches a step (eight of documents of full length); the third kill comes after a SIGTERM.
 
     Mutations tried: without `rewind` in prepare, metrics.jsonl has lines of lost steps twice; a script that sends no
     SIGTERM is found by its last line.
