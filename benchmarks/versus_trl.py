@@ -152,7 +152,7 @@ def _round(
     *,
     is_first: bool,
 ) -> dict[str, dict[str, Any]]:
-    """Every side once; `budgets` are found in the first round and kept."""
+    """Every side once; the smallest budget is found in the first round and kept in `budgets`."""
     made: dict[str, dict[str, Any]] = {}
 
     def peer(form: Form) -> None:
@@ -181,12 +181,12 @@ def _round(
         if told.get("exit_code") != DOES_NOT_FIT:
             break
         budgets["smallest"] += MORE_BUDGET_BYTES
-    if "half" not in budgets:
-        # The imports take some 80 MB less where malloc maps nothing: as they were in the same environment.
-        allowed = taken_bytes(made[PEER + smallest.name]) / 2
-        import_bytes = made["ours_smallest"].get("import_bytes", 0)
-        budgets["half"] = int(import_bytes + allowed) if math.isfinite(allowed) else SPARE_BYTES
-    ours("ours_half", smallest, f"memory.budget={budgets['half']}B")
+    # Of this round, as TRL's peak goes with the longest row and its neighbours. The imports take some 80 MB less where
+    # malloc maps nothing: as they were in the same environment.
+    allowed = taken_bytes(made[PEER + smallest.name]) / 2
+    import_bytes = made["ours_smallest"].get("import_bytes", 0)
+    half = int(import_bytes + allowed) if math.isfinite(allowed) else SPARE_BYTES
+    ours("ours_half", smallest, f"memory.budget={half}B")
     return made
 
 
