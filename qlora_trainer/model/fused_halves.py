@@ -191,18 +191,10 @@ class _AttentionFunction(torch.autograd.Function):
         grads = [grad.flatten(1) for grad in (grad_q, grad_k, grad_v)]
         del grad_q, grad_k, grad_v
 
-        low_grads = low_rank_gradients(half.inputs, grads)
-        if low_grads is None:
-            in_grads: list[Tensor | None] = [None] * 6
-        else:
-            normed_TH = rms_norm_again(x_TH, inverse_T1, half.norm.weight_H, half.norm.offset)
-            in_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)
-            del normed_TH
-        grad_x_BTH = None
-        if ctx.needs_input_grad[0]:
-            grad_x_TH = input_gradient(half.inputs, grads, low_grads)
-            rms_norm_backward_(grad_x_TH, x_TH, inverse_T1, half.norm.weight_H, half.norm.offset, grad_TH)
-            grad_x_BTH = grad_x_TH.view(grad_BTH.shape)
+        grad_x_TH, in_grads = _inputs_backward(
+            half, x_TH, inverse_T1, grads, low_ranks, grad_TH if ctx.needs_input_grad[0] else None
+        )
+        grad_x_BTH = None if grad_x_TH is None else grad_x_TH.view(grad_BTH.shape)
         return grad_x_BTH, None, None, None, None, *in_grads, *o_grads
 
 
@@ -235,19 +227,37 @@ class _MlpFunction(torch.autograd.Function):
         down_grads = parameter_gradients([half.down], gated_TI, [grad_TH], low_out, low_grads)
         del gate_TI, up_TI, grad_TI, gated_TI
 
-        low_grads = low_rank_gradients(half.inputs, grads)
-        if low_grads is None:
-            in_grads: list[Tensor | None] = [None] * 4
-        else:
-            normed_TH = rms_norm_again(x_TH, inverse_T1, half.norm.weight_H, half.norm.offset)
-            in_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)
-            del normed_TH
-        grad_x_BTH = None
-        if ctx.needs_input_grad[0]:
-            grad_x_TH = input_gradient(half.inputs, grads, low_grads)
-            rms_norm_backward_(grad_x_TH, x_TH, inverse_T1, half.norm.weight_H, half.norm.offset, grad_TH)
-            grad_x_BTH = grad_x_TH.view(grad_BTH.shape)
+        grad_x_TH, in_grads = _inputs_backward(
+            half, x_TH, inverse_T1, grads, low_ranks, grad_TH if ctx.needs_input_grad[0] else None
+        )
+        grad_x_BTH = None if grad_x_TH is None else grad_x_TH.view(grad_BTH.shape)
         return grad_x_BTH, None, *in_grads, *down_grads
+
+
+def _inputs_backward(
+    half: AttentionHalf | MlpHalf,
+    x_TH: Tensor,
+    inverse_T1: Tensor,
+    grads: Sequence[Tensor],
+    low_ranks: Sequence[Tensor],
+    added_TH: Tensor | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """Back through a half's first linears and its norm: the gradient of x, and those of the linears' adapters.
+
+    `added_TH` is the residual's gradient, which goes into that of x; None where x needs none.
+    """
+    norm = half.norm
+    low_grads = low_rank_gradients(half.inputs, grads)
+    parameter_grads: list[Tensor | None] = [None, None] * len(half.inputs)
+    if low_grads is not None:
+        normed_TH = rms_norm_again(x_TH, inverse_T1, norm.weight_H, norm.offset)
+        parameter_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)
+        del normed_TH
+    if added_TH is None:
+        return None, parameter_grads
+    grad_x_TH = input_gradient(half.inputs, grads, low_grads)
+    rms_norm_backward_(grad_x_TH, x_TH, inverse_T1, norm.weight_H, norm.offset, added_TH)
+    return grad_x_TH, parameter_grads
 
 
 def _by_head(tensor_TnD: Tensor, num_rows: int) -> Tensor:

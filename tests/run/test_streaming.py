@@ -73,6 +73,11 @@ def test_what_a_stream_is_told_of(tmp_path: Path, base: Path) -> None:
     assert "the training data is streamed: read are its first 20 rows" in told
 
 
+def break_row_31(data: Path) -> None:
+    rows = data.read_text().splitlines(keepends=True)
+    data.write_text("".join([*rows[:30], "broken\n", *rows[31:]]))
+
+
 def test_a_bad_row_in_the_middle_costs_nothing_that_was_learned(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -82,12 +87,12 @@ def test_a_bad_row_in_the_middle_costs_nothing_that_was_learned(
     """
     config = tiny_config(tmp_path, base, *options(tmp_path, "training.save_every=10"))
     data = tmp_path / "rows.jsonl"
-    good = data.read_text().splitlines(keepends=True)
-    data.write_text("".join([*good[:30], "broken\n", *good[31:]]))
+    good = data.read_text()
+    break_row_31(data)
     assert train_command(config) == 4
     assert "rows.jsonl:31: found" in complaint(capsys)
     assert (tmp_path / "run" / "checkpoints" / "last").readlink().name == "step-00000002"
-    data.write_text("".join(good))
+    data.write_text(good)
     assert train_command(config, "--resume", "auto") == 0
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -107,9 +112,7 @@ def test_a_save_that_fails_on_the_way_out_does_not_hide_why(
 
     monkeypatch.setattr(loop, "save_checkpoint", failing)
     config = tiny_config(tmp_path, base, *options(tmp_path, "training.save_every=10"))
-    data = tmp_path / "rows.jsonl"
-    good = data.read_text().splitlines(keepends=True)
-    data.write_text("".join([*good[:30], "broken\n", *good[31:]]))
+    break_row_31(tmp_path / "rows.jsonl")
     assert train_command(config) == 4
     assert "rows.jsonl:31: found" in complaint(capsys)
 
