@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ import torch
 from benchmarks.random_nf4 import random_model
 from benchmarks.scaling import LIMIT_7B_BYTES, SWEEPS, is_within_limits, point_json, points, table
 from benchmarks.scaling_plot import curves, write_plot
-from benchmarks.scaling_point import PointSpec, measure
+from benchmarks.scaling_point import PointSpec
 from qlora_trainer.model import nf4
 
 
@@ -54,12 +57,16 @@ def test_random_weights_are_of_the_right_size_and_differ() -> None:
     assert float(model.head.weight.float().std()) == pytest.approx(0.02, rel=0.1)
 
 
-def test_a_point_is_measured() -> None:
+def test_a_point_is_measured(tmp_path: Path) -> None:
     spec = PointSpec(
         model="tiny", micro_batch_tokens=64, seq_len=32, rank=2, dtype="float32", num_steps=1, limit_bytes=2**40
     )
 
-    point = point_json(asdict(spec), measure(spec))
+    asked, result = tmp_path / "spec.json", tmp_path / "result.json"
+    asked.write_text(json.dumps(asdict(spec)))
+    subprocess.run([sys.executable, "-m", "benchmarks.scaling_point", asked, result], check=True)  # its peak is its own
+
+    point = point_json(asdict(spec), json.loads(result.read_text()))
 
     assert len(point["step_seconds"]) == 1
     assert point["tokens_per_second"] == pytest.approx(64 / point["seconds"])
