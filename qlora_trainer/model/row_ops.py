@@ -64,7 +64,7 @@ def _(x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tens
 
 
 def _rms_norm_again(out_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> None:
-    out_TH.copy_((x_TH * inverse_T1).mul_(_factor(weight_H, offset)))
+    out_TH.copy_(_in_fp32(x_TH).mul_(inverse_T1).mul_(_factor(weight_H, offset)))
 
 
 @torch.library.custom_op("qlora_trainer::rms_norm_backward_", mutates_args=("grad_TH",))
@@ -98,10 +98,15 @@ def _rms_norm_backward_added(
 
 
 def _grad_of_normed(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tensor:
-    scaled_TH = grad_TH * _factor(weight_H, offset)
+    scaled_TH = _in_fp32(grad_TH).mul_(_factor(weight_H, offset))
     x_TH = x_TH.float()
     along_T1 = (scaled_TH * x_TH).mean(-1, keepdim=True) * inverse_T1.pow(3)
     return scaled_TH.mul_(inverse_T1).sub_(x_TH * along_T1)
+
+
+def _in_fp32(rows_TH: Tensor) -> Tensor:
+    """A copy. (Of 16 bits times fp32 a CPU would make such a copy too, unseen, beside the result.)"""
+    return rows_TH.to(torch.float32, copy=True)
 
 
 def _factor(weight_H: Tensor, offset: float) -> Tensor:

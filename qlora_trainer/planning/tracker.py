@@ -119,9 +119,9 @@ class Work:
     moved: tuple[int, ...]
 
 
-def _is_storage_of(result: Tensor, args: tuple[Any, ...]) -> bool:
+def _is_storage_of(result: Tensor, arguments: Iterable[Any]) -> bool:
     key = result.untyped_storage()._cdata
-    return any(isinstance(value, Tensor) and value.untyped_storage()._cdata == key for value in args)
+    return any(isinstance(value, Tensor) and value.untyped_storage()._cdata == key for value in arguments)
 
 
 class StorageTracker(TorchDispatchMode):
@@ -203,12 +203,15 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
         traits = _traits(func)
         results = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ()
         number = self._default_category if traits.category is None else traits.category
         for result in results:
-            if isinstance(result, Tensor) and not (traits.may_alias and _is_storage_of(result, args)):
+            if not isinstance(result, Tensor):
+                continue
+            if not (traits.may_alias and _is_storage_of(result, (*args, *kwargs.values()))):  # `out=` is a keyword
                 self._add(result, number)
         if self._record_work and not traits.is_view:
             self._note_work(traits.name, args, results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, attend
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.model import attention
+from qlora_trainer.model import attention, row_ops
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
 from qlora_trainer.planning import inside
 from qlora_trainer.planning.inside import ATTENTION, ROW_OPS, bytes_of
@@ -103,3 +104,35 @@ def test_a_row_operation_takes_nothing_as_a_kernel_and_a_block_without(monkeypat
     assert taken(cpu, 10**9) == taken(cpu, 10**6)
     monkeypatch.setattr(inside, "expects_row_kernels", lambda _device: False)
     assert taken(gpu, 100) >= 4 * 64 * 100
+
+
+NUM_ROWS, WIDTH = 600, 1024  # two blocks and a part of one
+ROWS, SCALES, WEIGHT = (NUM_ROWS, WIDTH), (NUM_ROWS, 1), (WIDTH,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "op, shapes, others",
+    [
+        (row_ops.rms_norm, [ROWS, WEIGHT], [1e-5, 0.0]),
+        (row_ops.rms_norm_again, [ROWS, SCALES, WEIGHT], [1.0]),
+        (row_ops.rms_norm_backward_, [ROWS, ROWS, SCALES, WEIGHT], [0.0, None]),
+        (row_ops.rotate_, [(NUM_ROWS, 8, WIDTH // 8), (NUM_ROWS, WIDTH // 8), (NUM_ROWS, WIDTH // 8)], [True]),
+        (row_ops.gated, [ROWS, ROWS], [row_ops.SILU]),
+        (row_ops.gated_backward_, [ROWS, ROWS, ROWS], [row_ops.SILU]),
+        (row_ops.gated_backward_, [ROWS, ROWS, ROWS], [row_ops.GELU_TANH]),
+    ],
+    ids=str,
+)
+def test_a_row_operation_takes_what_the_profiler_counts(
+    op: Any, shapes: list[tuple[int, ...]], others: list[object], dtype: torch.dtype
+) -> None:
+    """Fails where a result that is given as `out=` counts as made inside: a gated product too much in each layer."""
+    tensors = [torch.randn(shape, dtype=torch.float32 if shape == SCALES else dtype) for shape in shapes]
+    specs = [TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors]
+
+    planned_bytes = bytes_of(Inside(0, op._qualname, (*specs, *others)))
+
+    assert planned_bytes > 0
+    found_bytes = bytes_beyond_results(lambda: op(*tensors, *others))
+    assert found_bytes == pytest.approx(planned_bytes, abs=TOLERANCE_BYTES)
