@@ -22,9 +22,10 @@ from qlora_trainer.data.micro_batches import cut
 from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, num_cpu_threads
 from qlora_trainer.hardware.heap import keep_freed_blocks, release_free_memory
 from qlora_trainer.model.activation_policy import decoder_layers, recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, select_targets, trainable_parameters
+from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import resolve_base
 from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.step.batch import make_micro_batch

@@ -17,7 +17,8 @@ from benchmarks.step_ledger import Entry, Ledger
 from benchmarks.step_totals import Case
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, trainable_parameters
+from qlora_trainer.model.adapters import trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.planning.dry_model import attach_dry_adapters, build_dry_model
 from qlora_trainer.planning.full_trace import without_collector
 from qlora_trainer.planning.model_config import read_model_config

@@ -6,69 +6,16 @@ Legend: R rank, I in_features, O out_features.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_adapter import LoraAdapter
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.random_draws import key32
-
-ALL_LINEAR = "all-linear"
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSettings:
-    """What a LoRA adapter is, apart from its weights.
-
-    Attributes:
-        rank: inner dimension R.
-        alpha: the update is scaled by alpha / rank (Hu et al., 2021).
-        dropout: probability on the input of the low-rank path, in training.
-        targets: full names of the linears that carry an adapter, in model order.
-    """
-
-    rank: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-
-def select_targets(linear_names: Sequence[str], target_modules: str | Sequence[str]) -> tuple[str, ...]:
-    """The linears that `target_modules` means, by PEFT's rules.
-
-    Args:
-        linear_names: full names of every linear but the head.
-        target_modules: `all-linear`; a regular expression that a full name must match as a whole; or a list of names,
-            each a full name or the end of one after a dot.
-
-    Raises:
-        ConfigError: no linear is meant, an entry of the list means none, or the expression is broken.
-    """
-    if target_modules == ALL_LINEAR:
-        return tuple(linear_names)
-    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names}))
-    if isinstance(target_modules, str):
-        try:
-            pattern = re.compile(target_modules)
-        except re.error as error:
-            raise _wrong_targets(f"{target_modules!r}, a broken regular expression ({error})", leaves) from error
-        chosen = tuple(name for name in linear_names if pattern.fullmatch(name))
-        if not chosen:
-            raise _wrong_targets(f"{target_modules!r}, which matches no linear", leaves)
-        return chosen
-    for entry in target_modules:
-        if not any(_is_meant(name, entry) for name in linear_names):
-            raise _wrong_targets(f"{entry!r}, which names no linear", leaves)
-    return tuple(name for name in linear_names if any(_is_meant(name, entry) for entry in target_modules))
 
 
 def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype: torch.dtype, seed: int) -> None:
@@ -86,42 +33,56 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
         linear = model.linears[name]
         generator = torch.Generator().manual_seed(key32(seed, "lora_A", name))
         bound = 1.0 / math.sqrt(linear.in_features)
-        a_RI = torch.empty(settings.rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+        a_RI = torch.empty(settings.rank_of(name), linear.in_features).uniform_(-bound, bound, generator=generator)
         weights[f"{name}.lora_A"] = a_RI
-        weights[f"{name}.lora_B"] = torch.zeros(linear.out_features, settings.rank)
+        weights[f"{name}.lora_B"] = torch.zeros(linear.out_features, settings.rank_of(name))
     return weights
 
 
 def attach_adapters(
     model: QuantizedModel, settings: LoraSettings, weights: Mapping[str, Tensor], *, dtype: torch.dtype
 ) -> None:
-    """Give every target an adapter with the given weights, in place of any it had.
+    """Give every target an adapter with the given weights, in place of any it had; see `build_adapters`."""
+    put_adapters(model, build_adapters(model, settings, weights, dtype=dtype))
+
+
+def build_adapters(
+    model: QuantizedModel, settings: LoraSettings, weights: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> dict[str, LoraAdapter]:
+    """An adapter for every target, by the target's name; the model is left as it is.
 
     Args:
-        model: whose linears get the adapters.
+        model: whose linears they are for.
         settings: which linears, and the scale.
-        weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; exactly these names.
+        weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; exactly these names. They are copied.
         dtype: what the adapter is held in. Gradients are accumulated in fp32 whatever it is.
 
     Raises:
         ConfigError: names or shapes differ from what the model and the settings ask for; the first five are named.
     """
     _require_fit(model, settings, weights)
-    detach_adapters(model)
+    adapters = {}
     for name in settings.targets:
         a_RI, b_OR = (
             weights[f"{name}.{leaf}"].to(device=model.device, dtype=dtype, copy=True) for leaf in ("lora_A", "lora_B")
         )
-        adapter = LoraAdapter(
+        adapters[name] = LoraAdapter(
             a_RI,
             b_OR,
-            scale=settings.scale,
+            scale=settings.scale_of(name),
             dropout=settings.dropout,
             layer_key=key32("dropout", name),
             keys=model.dropout_keys,
         )
-        for parameter in adapter.parameters():
+        for parameter in adapters[name].parameters():
             parameter.grad_dtype = torch.float32
+    return adapters
+
+
+def put_adapters(model: QuantizedModel, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Set these adapters onto the linears they are named by, in place of any there were; no weight is copied."""
+    detach_adapters(model)
+    for name, adapter in adapters.items():
         adapter.train(model.module.training)
         model.linears[name].adapter = adapter
 
@@ -142,17 +103,19 @@ def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
     }
 
 
-def _is_meant(name: str, entry: str) -> bool:
-    return name == entry or name.endswith("." + entry)
+def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight that `settings` ask for on this base, in the order of `trainable_parameters`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, linear in model.linears.items():
+        if name in settings.targets:
+            rank = settings.rank_of(name)
+            shapes[f"{name}.lora_A"] = (rank, linear.in_features)
+            shapes[f"{name}.lora_B"] = (linear.out_features, rank)
+    return shapes
 
 
 def _require_fit(model: QuantizedModel, settings: LoraSettings, weights: Mapping[str, Tensor]) -> None:
-    expected: dict[str, tuple[int, ...]] = {}
-    for name in settings.targets:
-        linear = model.linears.get(name)
-        if linear is not None:
-            expected[f"{name}.lora_A"] = (settings.rank, linear.in_features)
-            expected[f"{name}.lora_B"] = (linear.out_features, settings.rank)
+    expected = adapter_shapes(model, settings)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differences = [
         f"{name}: adapter {found.get(name, 'has none')}, base {expected.get(name, 'has none')}"
@@ -167,12 +130,3 @@ def _require_fit(model: QuantizedModel, settings: LoraSettings, weights: Mapping
             expected="an adapter of this base, with the same names and shapes",
             fix="Use the base that the adapter was trained on.",
         )
-
-
-def _wrong_targets(found: str, leaves: str) -> ConfigError:
-    return ConfigError(
-        where="lora.target_modules",
-        found=found,
-        expected=f"{ALL_LINEAR!r}, a regular expression, or a list out of: {leaves}",
-        fix="Correct lora.target_modules.",
-    )

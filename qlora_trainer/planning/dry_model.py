@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model import nf4
 from qlora_trainer.model.activation_policy import decoder_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_adapters
+from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.linear import NF4Linear
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.planning.tracker import StorageTracker

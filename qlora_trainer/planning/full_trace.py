@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from qlora_trainer.model.activation_policy import recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, trainable_parameters
+from qlora_trainer.model.adapters import trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters
 from qlora_trainer.planning.inside import bytes_of, inside_bytes
 from qlora_trainer.planning.shallow_trace import full_micro_batch, marking

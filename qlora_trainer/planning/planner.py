@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device import DTYPES
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.model.adapters import LoraSettings, select_targets
+from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model

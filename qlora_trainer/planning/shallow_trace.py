@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.model.activation_policy import recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, trainable_parameters
+from qlora_trainer.model.adapters import trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, layer_kinds, only_layers
 from qlora_trainer.planning.inside import ATTENTION, LOSS, inside_bytes
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Probe, Segment, choose_probe, read_segments

@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, CHAT_TEMPLATE_FILE
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, adapter_config, adapter_tensors
-from qlora_trainer.model.adapters import LoraSettings
+from qlora_trainer.model.adapter_config import adapter_config
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, adapter_tensors
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.run.checkpoint.storage import LOCAL, TEMPORARY_PREFIX, Storage, refusal, remove_tree, write_new
 from qlora_trainer.run.checkpoint.tensors import lay_out, render
 

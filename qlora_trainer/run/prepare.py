@@ -22,9 +22,10 @@ from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
 from qlora_trainer.hardware.memory import OutOfMemoryError, cap_device_memory, forget_peak, memory_errors_as_ours
 from qlora_trainer.model.activation_policy import recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, select_targets, trainable_parameters
+from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import fetch_weights
 from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan, is_paged

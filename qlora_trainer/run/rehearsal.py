@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from qlora_trainer.model.adapters import LoraSettings, initial_weights, trainable_parameters
+from qlora_trainer.model.adapters import initial_weights, trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import PlanKnobs
 from qlora_trainer.run.checkpoint.tensors import lay_out, render

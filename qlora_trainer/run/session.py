@@ -13,8 +13,8 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.batches import StoredBatches, StreamedBatches
 from qlora_trainer.data.rows import Message
 from qlora_trainer.data.tokenized import TokenizedData
-from qlora_trainer.model.adapters import LoraSettings
 from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.checkpoint.load import Loaded

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.hardware.quant_library import bitsandbytes
-from qlora_trainer.model.adapters import LoraSettings
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from tests.model.tiny_models import Step
 

@@ -17,13 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_folder import (
-    read_adapter_fields,
-    read_adapter_folder,
-    short_target_modules,
-)
-from qlora_trainer.model.adapters import attach_adapters, select_targets, trainable_parameters
+from qlora_trainer.model.adapter_config import short_target_modules
+from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapters import attach_adapters, trainable_parameters
 from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_settings import select_targets
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.run.export import export_adapter
@@ -175,14 +173,8 @@ def _plain_folder(folder: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     "field,value",
     [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 4}),
-        ("alpha_pattern", {"q_proj": 4}),
-        ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
         ("exclude_modules", ["k_proj"]),
         ("layer_replication", [[0, 1], [0, 1]]),
         ("alora_invocation_tokens", [1, 2]),
@@ -220,6 +212,16 @@ def test_the_defaults_of_peft_are_plain_lora(field: str, tmp_path: Path) -> None
         {"target_modules": None},
         {"target_modules": 3},
         {"target_modules": [3]},
+        {"use_rslora": "yes"},
+        {"use_dora": 1},
+        {"rank_pattern": {"q_proj": 0}},
+        {"rank_pattern": {"q_proj": 2.0}},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"q_(": 2}},
+        {"alpha_pattern": {"q_proj": "8"}},
+        {"layers_to_transform": ["0"]},
+        {"layers_pattern": 3},
+        {"modules_to_save": "lm_head"},
     ],
     ids=str,
 )

@@ -11,14 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapters import (
-    LoraSettings,
-    attach_adapters,
-    attach_new_adapters,
-    detach_adapters,
-    select_targets,
-    trainable_parameters,
-)
+from qlora_trainer.model.adapters import attach_adapters, attach_new_adapters, detach_adapters, trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from tests.model.peft_oracle import adapter_parameters, wrap

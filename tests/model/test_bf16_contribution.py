@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.model import nf4
-from qlora_trainer.model.adapters import LoraSettings, attach_adapters
+from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_adapter import LoraAdapter
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from tests.model.peft_oracle import load_oracle, logits, oracle_step, with_adapters
 from tests.model.tiny_bases import small_config

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from qlora_trainer.model.activation_policy import decoder_layers, recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_adapters, select_targets, trainable_parameters
+from qlora_trainer.model.adapters import attach_adapters, trainable_parameters
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel, hidden_states
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch

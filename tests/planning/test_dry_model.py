@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPTBigCodeConfig, OlmoConfig, PreTrainedConfig
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapters import LoraSettings
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.planning import dry_model
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model

@@ -16,8 +16,9 @@ from transformers import PreTrainedConfig
 
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.model.activation_policy import recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_new_adapters, trainable_parameters
+from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import trace_state, trace_training

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import decoder_layers, recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_adapters, initial_weights, trainable_parameters
+from qlora_trainer.model.adapters import attach_adapters, initial_weights, trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.planning.dry_model import build_dry_model
 from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.inside import bytes_of, inside_bytes

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from qlora_trainer.errors import StorageError
 from qlora_trainer.model.adapter_folder import WEIGHTS_FILE
-from qlora_trainer.model.adapters import LoraSettings
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.run import finish
 from qlora_trainer.run.checkpoint.storage import LOCAL, LocalStorage, Storage, sweep
 from qlora_trainer.run.export import export_adapter

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Co
 
 from qlora_trainer.model import nf4
 from qlora_trainer.model.activation_policy import decoder_layers, recompute_layers
-from qlora_trainer.model.adapters import LoraSettings, attach_adapters, select_targets, trainable_parameters
+from qlora_trainer.model.adapters import attach_adapters, trainable_parameters
+from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.step.batch import ROW_MULTIPLE, make_micro_batch

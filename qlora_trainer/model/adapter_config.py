@@ -1,0 +1,181 @@
+"""`adapter_config.json` as PEFT writes it: LoRA, rsLoRA, DoRA, patterns; the rest is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_trainer.config.strict_json import decode, read_capped
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.lora_settings import (
+    LoraSettings,
+    in_layers,
+    require_expressions,
+    select_targets,
+)
+
+# Fields of adapter_config.json that change the result; anything but these values is refused, never ignored.
+_PLAIN_LORA: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none",),
+    "exclude_modules": (None, []),
+    "fan_in_fan_out": (False,),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others have changed the base itself
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False,),
+    "monteclora_config": (None,),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_bdlora": (None, False),
+    "use_qalora": (False,),
+}
+_MAX_RANK = 2**16  # beyond any layer's width: a rank that no adapter has
+
+
+def adapter_config(
+    settings: LoraSettings, *, linear_names: Sequence[str], base_name: str, revision: str | None
+) -> bytes:
+    """The file `adapter_config.json`.
+
+    Args:
+        settings: what the adapter is.
+        linear_names: every linear of the base, to write targets as short names where that means the same.
+        base_name, revision: what to call the base.
+    """
+    # Only the classic fields: older PEFT versions fail on ones they do not know.
+    fields = {
+        "base_model_name_or_path": base_name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,  # targets are full names where not every layer is meant
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "modules_to_save": short_target_modules(settings.modules_to_save, settings.modules_to_save) or None,
+        "peft_type": "LORA",
+        "r": settings.rank,
+        "rank_pattern": dict(settings.rank_pattern),
+        "alpha_pattern": dict(settings.alpha_pattern),
+        "revision": revision,
+        "target_modules": short_target_modules(settings.targets, linear_names),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": settings.use_rslora,
+        "use_dora": settings.use_dora,
+    }
+    # The patterns keep their order, in which the first that fits decides: nothing within them is sorted.
+    return (json.dumps({name: fields[name] for name in sorted(fields)}, indent=2) + "\n").encode()
+
+
+def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) -> list[str]:
+    """Last parts of the names (`q_proj`) where every linear so called is a target, else full names."""
+    chosen = set(targets)
+    short = set()
+    for name in targets:
+        leaf = name.rpartition(".")[2]
+        namesakes = {other for other in linear_names if other == leaf or other.endswith("." + leaf)}
+        short.add(leaf if namesakes <= chosen else name)
+    return sorted(short)
+
+
+def read_config_fields(path: Path) -> dict[str, Any]:
+    """The checked fields of an `adapter_config.json`.
+
+    Raises:
+        ConfigError: no config of a LoRA adapter, or a variant that this version does not compute.
+    """
+    try:
+        fields = decode(read_capped(path))
+        rank, alpha, targets = fields["r"], fields["lora_alpha"], fields["target_modules"]
+        dropout = fields.get("lora_dropout", 0.0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise wrong_adapter(path, f"no adapter config ({type(error).__name__}: {error})", "PEFT's JSON") from error
+    if not (_is_rank(rank) and _is_number(alpha) and _is_number(dropout) and 0 <= dropout < 1):
+        found = f"r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}"
+        raise wrong_adapter(path, found, "a positive whole number, a number, and a share below 1")
+    if not (isinstance(targets, str) or _are_names(targets)):
+        raise wrong_adapter(path, f"target_modules = {targets!r}", "a list of names or a regular expression")
+    for name, allowed in _PLAIN_LORA.items():
+        if name in fields and fields[name] not in allowed:
+            raise wrong_adapter(path, f"{name} = {fields[name]!r}", f"{allowed[0]!r}")
+    _check_variants(path, fields)
+    return dict(fields)
+
+
+def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table_names: Sequence[str]) -> LoraSettings:
+    """What the checked fields mean for a base.
+
+    Args:
+        fields: of `read_config_fields`.
+        linear_names: the linears of the base.
+        table_names: its embeddings and head, which `modules_to_save` may name.
+
+    Raises:
+        ConfigError: the fields name something that the base does not have.
+    """
+    targets = select_targets(linear_names, fields["target_modules"])
+    layers = fields.get("layers_to_transform")
+    if layers is not None and layers != []:
+        numbers = [layers] if isinstance(layers, int) else layers
+        pattern = fields.get("layers_pattern") or ()
+        chosen = in_layers(targets, numbers, [pattern] if isinstance(pattern, str) else pattern)
+        targets = tuple(name for name in targets if name in chosen or name in fields["target_modules"])  # as PEFT does
+    saved = fields.get("modules_to_save") or []
+    return LoraSettings(
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        dropout=fields.get("lora_dropout", 0.0),
+        targets=targets,
+        use_rslora=fields.get("use_rslora", False),
+        use_dora=fields.get("use_dora", False),
+        rank_pattern=tuple((fields.get("rank_pattern") or {}).items()),
+        alpha_pattern=tuple((fields.get("alpha_pattern") or {}).items()),
+        modules_to_save=select_targets(table_names, saved) if saved else (),
+    )
+
+
+def wrong_adapter(where: Path, found: str, expected: str) -> ConfigError:
+    """An adapter folder that cannot be used."""
+    return ConfigError(where=str(where), found=found, expected=expected, fix="Point to another adapter folder.")
+
+
+def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
+    for name in ("use_dora", "use_rslora"):
+        if type(fields.get(name, False)) is not bool:
+            raise wrong_adapter(path, f"{name} = {fields[name]!r}", "true or false")
+    for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        pattern = fields.get(name)
+        if pattern is None:
+            continue
+        if not isinstance(pattern, dict) or not all(map(is_right, pattern.values())):
+            raise wrong_adapter(path, f"{name} = {pattern!r}", "regular expressions, each with a positive number")
+        require_expressions(pattern, where=f"{path}, {name}")
+    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    numbers = [layers] if isinstance(layers, int) else layers
+    if numbers is not None and not (isinstance(numbers, list) and all(type(one) is int for one in numbers)):
+        raise wrong_adapter(path, f"layers_to_transform = {layers!r}", "the numbers of layers")
+    if numbers and isinstance(fields["target_modules"], str):  # which PEFT refuses, too
+        raise wrong_adapter(path, f"layers_to_transform = {layers!r} with a regular expression", "a list of names")
+    if not (pattern is None or isinstance(pattern, str) or _are_names(pattern)):
+        raise wrong_adapter(path, f"layers_pattern = {pattern!r}", "the name of a list of layers")
+    saved = fields.get("modules_to_save")
+    if saved is not None and not _are_names(saved):
+        raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 0 < value <= _MAX_RANK
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)

@@ -1,0 +1,159 @@
+"""What a LoRA adapter is, apart from its weights: which linears carry one, of what rank, and how it is scaled."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from qlora_trainer.errors import ConfigError
+
+ALL_LINEAR = "all-linear"
+# The number of a layer in a name, as PEFT 0.21 finds it (`check_target_module_exists`).
+_LAYER_INDEX = r".*?\.[^.]*\.(?P<index>\d+)\."
+
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """What a LoRA adapter is, apart from its weights.
+
+    Attributes:
+        rank: inner dimension R of every adapter that `rank_pattern` does not name.
+        alpha: the update is scaled by alpha / R (Hu et al., 2021), where `alpha_pattern` does not say otherwise.
+        dropout: probability on the input of the low-rank path, in training.
+        targets: full names of the linears that carry an adapter, in model order.
+        use_rslora: scale by alpha / sqrt(R) instead (Kalajdzievski, 2023).
+        use_dora: a trained magnitude for each output row as well (Liu et al., 2024).
+        rank_pattern, alpha_pattern: (regular expression, value); the first that fits the end of a name decides.
+        modules_to_save: full names of the modules that are trained whole (embedding, head), in model order.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...]
+    use_rslora: bool = False
+    use_dora: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+
+    def rank_of(self, name: str) -> int:
+        """R of the adapter on the linear of that full name."""
+        return _first_match(self.rank_pattern, name, self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """Its alpha."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
+
+    def scale_of(self, name: str) -> float:
+        """The factor on its update."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def pattern_fits(pattern: str, name: str) -> bool:
+    """Whether a key of `rank_pattern` or `alpha_pattern` means a linear: PEFT's `get_pattern_key`."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def require_expressions(patterns: Iterable[str], *, where: str) -> None:
+    """Refuse patterns that are no regular expressions.
+
+    Raises:
+        ConfigError: names the first such pattern.
+    """
+    for pattern in patterns:
+        try:
+            pattern_fits(pattern, "")
+        except (re.error, RecursionError, OverflowError) as error:
+            raise _wrong_pattern(where, f"{pattern!r}, a broken regular expression ({error})", "q_proj") from error
+
+
+def require_patterns(patterns: Sequence[str], targets: Sequence[str], *, where: str) -> None:
+    """Refuse patterns that mean no linear with an adapter: they would change nothing.
+
+    Raises:
+        ConfigError: names the first such pattern, or a broken regular expression.
+    """
+    require_expressions(patterns, where=where)
+    for pattern in patterns:
+        if not any(pattern_fits(pattern, name) for name in targets):
+            leaves = ", ".join(sorted({name.rpartition(".")[2] for name in targets}))
+            raise _wrong_pattern(where, f"{pattern!r}, which means no linear with an adapter", leaves)
+
+
+def select_targets(linear_names: Sequence[str], target_modules: str | Sequence[str]) -> tuple[str, ...]:
+    """The linears that `target_modules` means, by PEFT's rules.
+
+    Args:
+        linear_names: full names of every linear but the head.
+        target_modules: `all-linear`; a regular expression that a full name must match as a whole; or a list of names,
+            each a full name or the end of one after a dot.
+
+    Raises:
+        ConfigError: no linear is meant, an entry of the list means none, or the expression is broken.
+    """
+    if target_modules == ALL_LINEAR:
+        return tuple(linear_names)
+    leaves = ", ".join(sorted({name.rpartition(".")[2] for name in linear_names}))
+    if isinstance(target_modules, str):
+        try:
+            pattern = re.compile(target_modules)
+        except re.error as error:
+            raise _wrong_targets(f"{target_modules!r}, a broken regular expression ({error})", leaves) from error
+        chosen = tuple(name for name in linear_names if pattern.fullmatch(name))
+        if not chosen:
+            raise _wrong_targets(f"{target_modules!r}, which matches no linear", leaves)
+        return chosen
+    for entry in target_modules:
+        if not any(_is_meant(name, entry) for name in linear_names):
+            raise _wrong_targets(f"{entry!r}, which names no linear", leaves)
+    return tuple(name for name in linear_names if any(_is_meant(name, entry) for entry in target_modules))
+
+
+def in_layers(names: Sequence[str], layers: Collection[int], pattern: Sequence[str] = ()) -> tuple[str, ...]:
+    """Those of `names` that lie in one of these layers, by PEFT's rules for `layers_to_transform`.
+
+    Args:
+        names: full names.
+        layers: numbers from 0.
+        pattern: names of the lists that layers are counted in (`layers_pattern`); empty takes the first list.
+    """
+    expressions = [rf"(?:^|.*?\.){entry}\.(?P<index>\d+)\." for entry in pattern] or [_LAYER_INDEX]
+    chosen = []
+    for name in names:
+        found = next((match for entry in expressions if (match := re.match(entry, name))), None)
+        if found is not None and int(found["index"]) in layers:
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def _first_match(patterns: Sequence[tuple[str, Number]], name: str, otherwise: Number) -> Number:
+    return next((value for pattern, value in patterns if pattern_fits(pattern, name)), otherwise)
+
+
+def _is_meant(name: str, entry: str) -> bool:
+    return name == entry or name.endswith("." + entry)
+
+
+def _wrong_targets(found: str, leaves: str) -> ConfigError:
+    return ConfigError(
+        where="lora.target_modules",
+        found=found,
+        expected=f"{ALL_LINEAR!r}, a regular expression, or a list out of: {leaves}",
+        fix="Correct lora.target_modules.",
+    )
+
+
+def _wrong_pattern(where: str, found: str, examples: str) -> ConfigError:
+    return ConfigError(
+        where=where,
+        found=found,
+        expected=f"regular expressions that fit the end of names with an adapter, such as: {examples}",
+        fix=f"Correct {where}.",
+    )
