@@ -108,6 +108,61 @@ def require_plot_path(path: Path) -> None:
     _check_writable(path.parent, key="--plot")
 
 
+def require_new_folder(folder: Path, *, key: str) -> Path:
+    """Refuse what no new folder can be written as, before minutes are spent on what goes into it.
+
+    Args:
+        folder: not there yet, or empty; the folder above it exists.
+        key: the option that names it.
+
+    Returns:
+        The same, links followed.
+
+    Raises:
+        ConfigError: something is there already, or nothing is above it.
+        StorageError: it cannot be written.
+    """
+    target = _resolved(folder, key=key)
+    if _exists_or_refused(target, key=key) and not (target.is_dir() and not any(target.iterdir())):
+        found = "a folder that is not empty" if target.is_dir() else "a file"
+        raise ConfigError(
+            where=f"{key} {folder}", found=found, expected="a new or empty folder", fix="Choose another name."
+        )
+    _require_folder_above(target, key=key)
+    return target
+
+
+def require_new_file(path: Path, *, key: str, suffix: str | None = None) -> Path:
+    """Refuse what no new file can be written as; nothing that is there is written over.
+
+    Args:
+        path: not there yet; its folder exists.
+        key: the option that names it.
+        suffix: what the name must end in, as ".gguf".
+
+    Returns:
+        The same, links followed.
+
+    Raises:
+        ConfigError: something is there already, its folder is not, or the name ends otherwise.
+        StorageError: it cannot be written.
+    """
+    target = _resolved(path, key=key)
+    if suffix is not None and target.suffix.lower() != suffix:
+        raise ConfigError(
+            where=f"{key} {path}",
+            found=f"a name that ends in {target.suffix!r}" if target.suffix else "a name without an ending",
+            expected=f"one that ends in {suffix}",
+            fix=f"Name it adapter{suffix}, for example.",
+        )
+    if _exists_or_refused(target, key=key):
+        raise ConfigError(
+            where=f"{key} {path}", found="something that is there already", expected="a new file", fix="Choose another."
+        )
+    _require_folder_above(target, key=key)
+    return target
+
+
 def file_system_kind(folder: Path) -> str:
     """The type of the file system that `folder` is on, as in /proc/self/mountinfo ("ext4", "tmpfs", ...)."""
     device = folder.stat().st_dev
@@ -145,6 +200,41 @@ def _check_writable(folder: Path, *, key: str) -> None:
     raise StorageError(
         where=f"{key} {folder}", found=found, expected="a folder that can be written", fix=f"Check {key}."
     )
+
+
+def _resolved(path: Path, *, key: str) -> Path:
+    """Absolute, links followed; a name with a control character is refused: it would go into other files."""
+    text = str(path)
+    if text in ("", ".", "..") or not text.isprintable():
+        raise ConfigError(
+            where=f"{key} {text!r}", found="no name", expected="a path without control characters", fix=f"Check {key}."
+        )
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # a loop of links is a RuntimeError before Python 3.13
+        raise StorageError(
+            where=f"{key} {path}", found=str(error), expected="a path that can be followed", fix=f"Check {key}."
+        ) from error
+
+
+def _exists_or_refused(path: Path, *, key: str) -> bool:
+    try:
+        return _exists(path)
+    except OSError as error:
+        raise StorageError(
+            where=f"{key} {path}", found=_reason(error), expected="a path that can be written", fix=f"Check {key}."
+        ) from error
+
+
+def _require_folder_above(target: Path, *, key: str) -> None:
+    if not target.parent.is_dir():
+        raise ConfigError(
+            where=f"{key} {target}",
+            found=f"no folder {target.parent}",
+            expected="a folder that exists",
+            fix="Create it or choose another place.",
+        )
+    _check_writable(target.parent, key=key)
 
 
 def _exists(path: Path) -> bool:

@@ -149,13 +149,22 @@ def write_atomically(path: Path, data: bytes, storage: Storage = LOCAL) -> None:
         raise refusal(error, where=path, doing="writing it") from error
 
 
-def check_free_space(folder: Path, num_bytes: int, storage: Storage = LOCAL) -> None:
+def check_free_space(
+    folder: Path,
+    num_bytes: int,
+    storage: Storage = LOCAL,
+    *,
+    what: str = "a checkpoint",
+    fix: str = "Free some space or choose another output.dir; then resume.",
+) -> None:
     """Refuse a write that the disk cannot hold, before it starts.
 
     Args:
         folder: an existing directory on the file system to be written to.
         num_bytes: bytes about to be written; a tenth more is asked for (file system overhead, and other writers).
         storage: where to look.
+        what: is about to be written.
+        fix: what the user can do.
 
     Raises:
         StorageError: too little is free; names the bytes needed and free.
@@ -166,26 +175,27 @@ def check_free_space(folder: Path, num_bytes: int, storage: Storage = LOCAL) -> 
         raise StorageError(
             where=str(folder),
             found=f"{free_bytes:,} bytes free on its disk",
-            expected=f"at least {needed_bytes:,} bytes (a checkpoint of {num_bytes:,} and a tenth more)",
-            fix="Free some space or choose another output.dir; then resume.",
+            expected=f"at least {needed_bytes:,} bytes ({what} of {num_bytes:,} and a tenth more)",
+            fix=fix,
         )
 
 
-def refusal(error: OSError, *, where: Path, doing: str) -> StorageError:
+def refusal(error: OSError, *, where: Path, doing: str, place: str = "output.dir") -> StorageError:
     """Tell a user what the operating system refused.
 
     Args:
         error: what it raised.
         where: the file or folder that was being worked on.
         doing: the work, as in "writing the checkpoint".
+        place: what the user chooses another of.
     """
     fixes = {
-        errno.ENOSPC: "Free some space or choose another output.dir.",
-        errno.EDQUOT: "Free some of your quota or choose another output.dir.",
+        errno.ENOSPC: f"Free some space or choose another {place}.",
+        errno.EDQUOT: f"Free some of your quota or choose another {place}.",
         errno.EFBIG: "Raise the limit on file sizes (ulimit -f).",
-        errno.EROFS: "Choose an output.dir on a file system that can be written to.",
-        errno.EACCES: "Choose an output.dir that you may write to.",
-        errno.EPERM: "Choose an output.dir that you may write to.",
+        errno.EROFS: f"Choose another {place}, on a file system that can be written to.",
+        errno.EACCES: f"Choose another {place}, that you may write to.",
+        errno.EPERM: f"Choose another {place}, that you may write to.",
         errno.EIO: "The disk reports a fault: copy the run folder elsewhere and look at the kernel's log.",
     }
     return StorageError(
