@@ -44,7 +44,7 @@ def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None)
             return ADAMW_32BIT_BYTES * int(args[1].numel())
         case "bitsandbytes::optimizer_update_8bit_blockwise" if args[1].device.type == "cpu":
             return ADAMW_8BIT_BYTES * int(args[1].numel())
-        case "aten::mm" | "aten::addmm":
+        case "aten::mm" | "aten::addmm" | "aten::addmm_":
             return _product_bytes(args[0] if op == "aten::mm" else args[1], threads)
         case "bitsandbytes::quantize_4bit" if args[0].device.type == "cpu":
             return math.ceil(QUANTIZE_4BIT_BYTES * int(args[0].numel()))

@@ -123,9 +123,17 @@ def test_16_bit_products_need_a_scratch_buffer_where_onednn_multiplies(
             assert 0.9 * found <= told <= 1.6 * found
 
 
-def test_a_product_with_a_sum_needs_the_scratch_buffer_of_the_product() -> None:
+@pytest.mark.parametrize("op", ["aten::addmm", "aten::addmm_"])
+def test_a_product_with_a_sum_needs_the_scratch_buffer_of_the_product(op: str) -> None:
     out, left, right = (torch.randn(*sizes).bfloat16() for sizes in ((70, 90), (70, 50), (50, 90)))
-    assert inside_bytes("aten::addmm", (out, left, right)) == inside_bytes("aten::mm", (left, right))
+    told = inside_bytes(op, (out, left, right))
+    assert told == inside_bytes("aten::mm", (left, right))
+
+    if op == "aten::addmm":
+        found = bytes_beyond_results(lambda: torch.addmm(out, left, right))
+    else:
+        found = allocated_by(lambda: out.addmm_(left, right)).peak_bytes
+    assert (found > 0) == (told > 0)
 
 
 def test_16_bit_products_elsewhere_need_no_scratch_buffer() -> None:
