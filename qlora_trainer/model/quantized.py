@@ -22,14 +22,38 @@ from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.skeleton import Parts, find_parts
 
 
-class WeightSource(Protocol):
+class DenseSource(Protocol):
+    """Where the weights come from that stay as they are."""
+
+    def dense(self, name: str) -> Tensor:
+        """The tensor called `name` in the checkpoint, of 16 bits or more."""
+
+
+class WeightSource(DenseSource, Protocol):
     """Where an assembled model's weights come from: a cache on disk, random numbers, or nothing (a dry run)."""
 
     def nf4(self, name: str) -> NF4Weight:
         """The packed weight of the linear whose checkpoint name is `name`."""
 
-    def dense(self, name: str) -> Tensor:
-        """The 16-bit tensor called `name` in the checkpoint."""
+
+class CausalModel(Protocol):
+    """What it takes to run a model, whatever its linears are."""
+
+    @property
+    def module(self) -> PreTrainedModel:
+        """The transformers model."""
+
+    @property
+    def head(self) -> FrozenHead:
+        """The output projection."""
+
+    @property
+    def logit_shape(self) -> LogitShape:
+        """What happens to logits after the head."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +123,48 @@ def assemble(
         ConfigError: the architecture is not one that can be trained (see `find_parts`).
     """
     parts = find_parts(module)
-    module.requires_grad_(False)
-    dense = {
-        name: _as_stored_or_computed(weights.dense(name).to(device), compute_dtype) for name in parts.dense_parameters
-    }
+    dense = take_dense(parts, weights, compute_dtype=compute_dtype, device=device)
     linears, resident_limit = {}, ResidentLimit()
     for name in parts.linears:
         packed = weights.nf4(f"{name}.weight")
         linears[name] = NF4Linear(packed, dense.pop(f"{name}.bias", None), resident_limit).to(device)
         module.set_submodule(name, linears[name])
+    head = put_dense(module, parts, dense, compute_dtype=compute_dtype, device=device, resident_limit=resident_limit)
+    fuse_layers(module)
+    return QuantizedModel(
+        module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys(), resident_limit
+    )
+
+
+def take_dense(
+    parts: Parts, weights: DenseSource, *, compute_dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Everything but the linears' weights, by name: 1-D parameters in the compute dtype, tables as stored."""
+    return {
+        name: _as_stored_or_computed(weights.dense(name).to(device), compute_dtype) for name in parts.dense_parameters
+    }
+
+
+def put_dense(
+    module: PreTrainedModel,
+    parts: Parts,
+    dense: dict[str, Tensor],
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    resident_limit: ResidentLimit,
+) -> FrozenHead:
+    """Put what `take_dense` gave into a skeleton whose linears are replaced already, and freeze it; returns the head.
+
+    Args:
+        module: the skeleton, its buffers real.
+        parts: of the skeleton.
+        dense: is emptied of the tables.
+        compute_dtype: of activations.
+        device: where the buffers go.
+        resident_limit: asked for room by the head.
+    """
+    module.requires_grad_(False)
     head = _replace_tables(module, parts, dense, compute_dtype, resident_limit)
     for name, tensor in dense.items():
         owner, _, leaf = name.rpartition(".")
@@ -117,14 +174,11 @@ def assemble(
             part.register_buffer(name, buffer.to(device), persistent=name not in part._non_persistent_buffers_set)
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # the base is frozen: only the adapter's own dropout draws
-    fuse_layers(module)
-    return QuantizedModel(
-        module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys(), resident_limit
-    )
+    return head
 
 
 def hidden_states(
-    model: QuantizedModel, input_ids_BT: Tensor, position_ids_BT: Tensor, document_lengths: Sequence[int]
+    model: CausalModel, input_ids_BT: Tensor, position_ids_BT: Tensor, document_lengths: Sequence[int]
 ) -> Tensor:
     """The last layer's normed output [B, T, H] in the compute dtype, what the head sees.
 

@@ -65,6 +65,25 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
     return num_bytes + hidden_NH.nbytes
 
 
+def chunk_logits(hidden_CH: Tensor, head: FrozenHead, logit_shape: LogitShape) -> Tensor:
+    """fp32 logits [C, V] of a few positions, scaled and capped; what is upcast of the head is a block at a time.
+
+    Args:
+        hidden_CH: what the head sees, in the compute dtype; no gradient is taken.
+        head: frozen output projection.
+        logit_shape: scale and soft cap.
+    """
+    out_CV = hidden_CH.new_empty((hidden_CH.shape[0], head.out_features), dtype=torch.float32)
+    upcast = None
+    if head.weight.dtype != hidden_CH.dtype:
+        upcast = hidden_CH.new_empty((_rows_in_block(head.weight), head.in_features))
+    logits_CV = _logits(hidden_CH, head.weight, upcast, out_CV)
+    if head.bias is not None:
+        logits_CV += head.bias.float()
+    _shape_logits_(logits_CV, logit_shape.scale, logit_shape.softcap)
+    return logits_CV
+
+
 @torch.library.custom_op("qlora_trainer::chunked_cross_entropy", mutates_args=())
 def loss_and_gradient(
     hidden_NH: Tensor,
