@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import cast
@@ -47,6 +47,12 @@ def suggest_key(dotted: str) -> str:
         return _answer(close)
     foreign = get_close_matches(name, FOREIGN_KEYS, n=1, cutoff=0.85)
     return _answer(FOREIGN_KEYS[foreign[0]].keys, note=FOREIGN_KEYS[foreign[0]].note) if foreign else ""
+
+
+def closest(word: str, words: Iterable[str]) -> str:
+    """One sentence with the word that was probably meant, or nothing."""
+    near = get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near else ""
 
 
 def _close_keys(dotted: str, name: str) -> tuple[str, ...]:
