@@ -60,7 +60,7 @@ def build_adapters(
     Raises:
         ConfigError: names or shapes differ from what the model and the settings ask for; the first five are named.
     """
-    _require_fit(model, settings, weights)
+    require_shapes(adapter_shapes(model, settings), weights)
     adapters = {}
     for name in settings.targets:
         a_RI, b_OR = (
@@ -114,8 +114,16 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
     return shapes
 
 
-def _require_fit(model: QuantizedModel, settings: LoraSettings, weights: Mapping[str, Tensor]) -> None:
-    expected = adapter_shapes(model, settings)
+def require_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
+    """Refuse an adapter that does not fit its base.
+
+    Args:
+        expected: name -> shape of all that an adapter of this kind has on this base.
+        weights: what it has.
+
+    Raises:
+        ConfigError: names or shapes differ; the first five are named.
+    """
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     differences = [
         f"{name}: adapter {found.get(name, 'has none')}, base {expected.get(name, 'has none')}"
