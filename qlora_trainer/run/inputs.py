@@ -144,7 +144,7 @@ def known_tokenizer(config: RunConfig, base: Base, tokenizer: PreTrainedTokenize
         tokenizer.chat_template = read_chat_template(config.data.chat_template)
     require_fast(tokenizer, str(base.folder))
     require_tokenizer_fits(tokenizer, base)
-    return KnownTokenizer(tokenizer, _tokenizer_hash(tokenizer), where=config.data.chat_template or str(base.folder))
+    return KnownTokenizer(tokenizer, tokenizer_hash(tokenizer), where=config.data.chat_template or str(base.folder))
 
 
 def _read_data(config: RunConfig, base: Base, tokenizer: KnownTokenizer) -> Generator[Reading, None, Data]:
@@ -271,7 +271,7 @@ def _question(row: Row) -> Question:
     return Question(messages=row.messages[:last], reference=row.messages[last].content)
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of all that decides what a text becomes, as it was loaded: bases write it to many different files."""
     parts = {
         "backend": tokenizer.backend_tokenizer.to_str(),
