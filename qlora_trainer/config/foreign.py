@@ -56,6 +56,8 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
     (Counterpart(("lora.rank",)), "lora_r lora_rank r"),
     (Counterpart(("lora.alpha",)), "lora_alpha"),
     (Counterpart(("lora.dropout",)), "lora_dropout"),
+    (Counterpart(("lora.use_rslora",)), "rslora use_rank_stabilized_lora peft_use_rslora"),
+    (Counterpart(("lora.layers_to_transform",)), "peft_layers_to_transform lora_layers_to_transform"),
     (
         Counterpart(("lora.target_modules",)),
         "lora_target lora_target_modules lora_target_linear peft_target_modules target_linear",

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from math import inf
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 from pydantic_core import PydanticCustomError
@@ -63,6 +64,37 @@ def _columns(value: object) -> tuple[tuple[str, str], ...]:
     raise ValueError(f"a mapping from some of {', '.join(COLUMNS)} to names of columns in the file")
 
 
+def _pattern(value: object, expected: str) -> tuple[tuple[str, Any], ...]:
+    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
+    if isinstance(pairs, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        names = [name for name, _ in pairs if isinstance(name, str) and name]
+        if len(names) == len(pairs) == len(set(names)):
+            return tuple((name, number) for name, number in pairs)
+    raise ValueError(f"a mapping from different module names to {expected}, such as {{q_proj: 32}}")
+
+
+def _ranks(value: object) -> tuple[tuple[str, int], ...]:
+    found = _pattern(value, "ranks")
+    if all(type(rank) is int and rank >= 1 for _, rank in found):
+        return found
+    raise ValueError("whole numbers from 1 as ranks")
+
+
+def _alphas(value: object) -> tuple[tuple[str, float], ...]:
+    found = _pattern(value, "alphas")
+    if all(type(alpha) in (int, float) and 0 < alpha < inf for _, alpha in found):
+        return found
+    raise ValueError("positive numbers as alphas")
+
+
+def _layers(value: object) -> tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        layers = tuple(layer for layer in value if type(layer) is int and layer >= 0)
+        if layers and len(value) == len(set(layers)):
+            return layers
+    raise ValueError("a list of different numbers of layers, from 0")
+
+
 def _target_modules(value: object) -> str | tuple[str, ...]:
     expected = '"all-linear", a list of different module names or a regular expression'
     if isinstance(value, str):
@@ -104,6 +136,12 @@ Columns = Annotated[  # pairs, so that a config stays frozen and can be hashed
     BeforeValidator(_columns, json_schema_input_type=dict[str, str]),
     PlainSerializer(dict, return_type=dict[str, str]),
 ]
+# Pairs, in which the order is kept (the first that fits decides) also where a file sorts the keys of its mappings.
+RankPattern = Annotated[tuple[tuple[str, int], ...], BeforeValidator(_ranks, json_schema_input_type=dict[str, int])]
+AlphaPattern = Annotated[
+    tuple[tuple[str, float], ...], BeforeValidator(_alphas, json_schema_input_type=dict[str, float])
+]
+Layers = Annotated[tuple[int, ...], BeforeValidator(_layers, json_schema_input_type=list[int])]
 TargetModules = Annotated[str | tuple[str, ...], BeforeValidator(_target_modules)]
 
 
@@ -153,6 +191,22 @@ class LoraSection(Section):
         "all-linear",
         description="Linears with an adapter: all-linear (every one but lm_head), a list of module name endings, "
         "or one regular expression that matches whole module names.",
+    )
+    layers_to_transform: Layers | None = Field(
+        None, description="Layers whose linears get an adapter, such as [0, 1]; null = all."
+    )
+    use_rslora: bool = Field(
+        False, description="Scale the update by alpha / sqrt(rank) in place of alpha / rank (rsLoRA)."
+    )
+    rank_pattern: RankPattern = Field(
+        (),
+        description="Other ranks for some linears, as {name: rank}: the name is a regular expression for the end of a "
+        "module's name, and the first that fits decides, as in PEFT.",
+    )
+    alpha_pattern: AlphaPattern = Field(
+        (),
+        description="Other alphas for some linears, like rank_pattern; a linear's update is scaled by its own alpha "
+        "and its own rank.",
     )
 
     def alpha_for(self, rank: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import (
     LoraSettings,
+    Number,
     in_layers,
+    pattern_fits,
     require_expressions,
     select_targets,
 )
@@ -61,16 +64,15 @@ def adapter_config(
         "modules_to_save": short_target_modules(settings.modules_to_save, settings.modules_to_save) or None,
         "peft_type": "LORA",
         "r": settings.rank,
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
+        "rank_pattern": _in_any_order(settings.rank_pattern, settings.targets),
+        "alpha_pattern": _in_any_order(settings.alpha_pattern, settings.targets),
         "revision": revision,
         "target_modules": short_target_modules(settings.targets, linear_names),
         "task_type": "CAUSAL_LM",
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
     }
-    # The patterns keep their order, in which the first that fits decides: nothing within them is sorted.
-    return (json.dumps({name: fields[name] for name in sorted(fields)}, indent=2) + "\n").encode()
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
 def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) -> list[str]:
@@ -167,6 +169,18 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
     saved = fields.get("modules_to_save")
     if saved is not None and not _are_names(saved):
         raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
+
+
+def _in_any_order(pattern: Sequence[tuple[str, Number]], targets: Sequence[str]) -> dict[str, Number]:
+    """A pattern that means the same with its keys sorted, as PEFT sorts them on saving: else every name by itself."""
+    by_name = {name: value for name in targets for value in [_value_for(pattern, name)] if value is not None}
+    if all(_value_for(sorted(pattern), name) == by_name.get(name) for name in targets):
+        return dict(pattern)
+    return {re.escape(name): value for name, value in by_name.items()}
+
+
+def _value_for(pattern: Sequence[tuple[str, Number]], name: str) -> Number | None:
+    return next((value for key, value in pattern if pattern_fits(key, name)), None)
 
 
 def _is_rank(value: object) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from qlora_trainer.config.schema import LoraSection
 from qlora_trainer.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -54,6 +55,33 @@ class LoraSettings:
         """The factor on its update."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str]) -> LoraSettings:
+    """What the config asks for, on a base with these linears.
+
+    Args:
+        section: of the config.
+        rank: that was decided.
+        linear_names: full names of every linear but the head.
+
+    Raises:
+        ConfigError: a target, a layer or a pattern means nothing there.
+    """
+    targets = select_targets(linear_names, section.target_modules)
+    if section.layers_to_transform is not None:
+        targets = _in_asked_layers(targets, section.layers_to_transform)
+    for key in ("rank_pattern", "alpha_pattern"):
+        require_patterns([pattern for pattern, _ in getattr(section, key)], targets, where=f"lora.{key}")
+    return LoraSettings(
+        rank=rank,
+        alpha=section.alpha_for(rank),
+        dropout=section.dropout,
+        targets=targets,
+        use_rslora=section.use_rslora,
+        rank_pattern=section.rank_pattern,
+        alpha_pattern=section.alpha_pattern,
+    )
 
 
 def pattern_fits(pattern: str, name: str) -> bool:
@@ -131,6 +159,18 @@ def in_layers(names: Sequence[str], layers: Collection[int], pattern: Sequence[s
         if found is not None and int(found["index"]) in layers:
             chosen.append(name)
     return tuple(chosen)
+
+
+def _in_asked_layers(targets: Sequence[str], layers: Sequence[int]) -> tuple[str, ...]:
+    for layer in layers:
+        if not in_layers(targets, {layer}):
+            raise ConfigError(
+                where="lora.layers_to_transform",
+                found=f"{layer}, a layer without a linear of lora.target_modules",
+                expected="numbers of layers, from 0",
+                fix="Correct lora.layers_to_transform.",
+            )
+    return in_layers(targets, set(layers))
 
 
 def _first_match(patterns: Sequence[tuple[str, Number]], name: str, otherwise: Number) -> Number:

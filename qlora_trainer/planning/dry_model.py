@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model import nf4
 from qlora_trainer.model.activation_policy import decoder_layers
-from qlora_trainer.model.adapters import attach_adapters
+from qlora_trainer.model.adapters import adapter_shapes, attach_adapters
 from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
@@ -99,11 +99,8 @@ def build_dry_model(
 
 def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.dtype) -> None:
     """Give the targets adapters without values; to be called under the fake mode."""
-    weights: dict[str, Tensor] = {}
-    for name in settings.targets:
-        linear = dry.model.linears[name]
-        weights[f"{name}.lora_A"] = torch.empty(settings.rank, linear.in_features, device=dry.model.device)
-        weights[f"{name}.lora_B"] = torch.empty(linear.out_features, settings.rank, device=dry.model.device)
+    shapes = adapter_shapes(dry.model, settings)
+    weights = {name: torch.empty(shape, device=dry.model.device) for name, shape in shapes.items()}
     attach_adapters(dry.model, settings, weights, dtype=dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import cast
 
 from transformers import PreTrainedConfig
@@ -157,7 +158,7 @@ def _fitting_plan(planner: Planner, chosen: Candidate, found: Sequence[Candidate
         device_key=planner.budget.limiting_key,
         knobs=_knobs(planner, chosen),
         predicted=_prediction(planner, chosen),
-        trainable_parameters=sum(rows * columns for rows, columns in planner.shapes(chosen.layout.rank)),
+        trainable_parameters=sum(map(prod, planner.shapes(chosen.layout.rank).values())),
         gave_up=gave_up(chosen, space),
         alternatives=tuple(
             Alternative(knobs=_knobs(planner, one), predicted=_prediction(planner, one))

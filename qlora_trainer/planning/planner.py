@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from typing import Literal
 
 import torch
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device import DTYPES
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.model.lora_settings import LoraSettings, select_targets
+from qlora_trainer.model.adapters import adapter_shapes
+from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
@@ -41,7 +43,7 @@ class Planner:
         packing: whether documents share a row.
         dry: the model on fake tensors.
         settings: of its adapters, at one rank of many.
-        prices: of the parts of a step.
+        prices: of the parts of a step, for a rank.
         base: category -> bytes of the model without adapters.
         state_of: the optimizer's phases, for so many elements in so many bits.
     """
@@ -52,7 +54,7 @@ class Planner:
     packing: bool
     dry: DryModel
     settings: LoraSettings
-    prices: Prices
+    prices: Callable[[int], Prices]
     base: Mapping[str, int]
     state_of: Callable[[int, Literal[8, 32]], StateTrace]
 
@@ -78,13 +80,11 @@ class Planner:
             alignment_bytes=alignment,
         )
         rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
-        settings = LoraSettings(
-            rank=rank,
-            alpha=config.lora.alpha_for(rank),
-            dropout=config.lora.dropout,
-            targets=select_targets(list(dry.model.linears), config.lora.target_modules),
-        )
-        parts = trace_step(dry, settings, adapter_dtype=DTYPES[config.lora.dtype])
+        settings = asked_settings(config.lora, rank, list(dry.model.linears))
+
+        def prices_of(rank: int) -> Prices:
+            own = replace(settings, rank=rank)
+            return Prices(trace_step(dry, own, adapter_dtype=DTYPES[config.lora.dtype]), budget.memory)
 
         def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
             return trace_state(
@@ -96,7 +96,9 @@ class Planner:
             )
 
         base = {name: sum(map(budget.memory.aligned, sizes)) for name, sizes in dry.resident.items()}
-        prices = Prices(parts, budget.memory)
+        # Where some ranks are fixed, sizes are no multiples of the others' any more: each rank is traced for itself.
+        traced = lru_cache(maxsize=None)(prices_of)
+        prices = traced if settings.rank_pattern else _always(traced(rank))
         return cls(config, budget, documents, packing, dry, settings, prices, base, lru_cache(maxsize=64)(state_of))
 
     def space(self, rank: int, seq_len: int) -> Space:
@@ -126,7 +128,7 @@ class Planner:
 
     def price(self, layout: Layout, optimizer: str) -> Usage:
         """What a layout takes, put together from the parts of a step."""
-        levels = {str(level.label): level for level in training_levels(self.prices, layout)}
+        levels = {str(level.label): level for level in training_levels(self.prices(layout.rank), layout)}
         return self._usage(layout, optimizer, levels)
 
     def confirmed(self, candidate: Candidate) -> Candidate:
@@ -154,11 +156,11 @@ class Planner:
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
         shapes = self.shapes(layout.rank)
-        state = self.state_of(num_flat_elements(shapes), optimizer_bits(optimizer))
+        state = self.state_of(num_flat_elements(shapes.values()), optimizer_bits(optimizer))
         aligned = self.budget.memory.aligned
         item_bytes = 4 if self.config.lora.dtype == "float32" else 2
         resident = dict(self.base)
-        adapters = sum(aligned(rows * columns * item_bytes) for rows, columns in shapes)
+        adapters = sum(aligned(prod(shape) * item_bytes) for shape in shapes.values())
         # An fp32 adapter is its own master: its weights lie in the optimizer's buffer.
         resident["adapter"] = 0 if self.config.lora.dtype == "float32" else adapters
         resident["gradient"] = sum(map(aligned, state.gradient))
@@ -166,7 +168,7 @@ class Planner:
         if is_paged(optimizer):
             resident["optimizer"] -= state.pageable_bytes
         resident["other"] = resident.get("other", 0) + self.budget.memory.workspace_bytes
-        evaluation = {"eval": evaluation_level(self.prices, layout)}
+        evaluation = {"eval": evaluation_level(self.prices(layout.rank), layout)}
         used = usage(resident, self.dry.load_peak_bytes, {**levels, **evaluation}, state)
         return replace(used, paged_bytes=state.pageable_bytes if is_paged(optimizer) else 0)
 
@@ -179,7 +181,7 @@ class Planner:
             self.documents.shortest_tokens * stretch,
             self.documents.std_tokens * stretch,
         )
-        return tokens_per_second(self.prices, layout, demand, self.budget.speed)
+        return tokens_per_second(self.prices(layout.rank), layout, demand, self.budget.speed)
 
     def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:
         """Whether both budgets hold that, and `slack_bytes` more."""
@@ -195,13 +197,13 @@ class Planner:
         """What the device is expected to show."""
         return self.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
 
-    def shapes(self, rank: int) -> list[tuple[int, int]]:
-        """Rows and columns of all adapters, A and B in turns."""
-        found = []
-        for name in self.settings.targets:
-            linear = self.dry.model.linears[name]
-            found += [(rank, linear.in_features), (linear.out_features, rank)]
-        return found
+    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of everything that is trained."""
+        return adapter_shapes(self.dry.model, replace(self.settings, rank=rank))
+
+
+def _always(prices: Prices) -> Callable[[int], Prices]:
+    return lambda _rank: prices
 
 
 def _pinned(policy: bool | int, num_layers: int) -> int:

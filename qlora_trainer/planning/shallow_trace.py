@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -84,13 +84,16 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
 
     Args:
         dry: the whole model, without adapters.
-        settings: targets and dropout; rank and scale do not matter.
+        settings: of the adapters. One rank for all does not matter; where a pattern gives some another, they are traced
+            as they are, and the parts are those of this rank alone.
         adapter_dtype: what the adapters are held in.
     """
     names = layer_kinds_with_targets(dry, settings)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(names))}
     kinds = tuple(numbers[name] for name in names)
     probe = choose_probe(size for sizes in dry.resident.values() for size in sizes)
+    if settings.rank_pattern:
+        probe = replace(probe, has_rank=False)
     indices = [0, *(next(i for i in range(1, len(kinds)) if kinds[i] == kind) for kind in dict.fromkeys(kinds[1:]))]
     layers: dict[tuple[int, Policy, bool], LayerParts] = {}
     embed: dict[Policy, Segment] = {}
@@ -119,18 +122,17 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
 
 
 def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tuple[str, ...]]:
-    """`layer_kinds`, told apart also by which of a layer's linears carry an adapter, and by what gradients it sees."""
+    """`layer_kinds`, told apart also by the ranks of its linears' adapters (0 for none), and what gradients it sees."""
     targets = set(settings.targets)
     names = {id(linear): name for name, linear in dry.model.linears.items()}
-    has_adapter = [
-        [names[id(part)] in targets for part in layer.modules() if id(part) in names] for layer in dry.layers
-    ]
-    first = next((index for index, own in enumerate(has_adapter) if any(own)), 0)
+    ranks = {name: settings.rank_of(name) if name in targets else 0 for name in names.values()}
+    ranks_of = [[ranks[names[id(part)]] for part in layer.modules() if id(part) in names] for layer in dry.layers]
+    first = next((index for index, own in enumerate(ranks_of) if any(own)), 0)
     chosen = []
     for index, kind in enumerate(layer_kinds(dry)):
         # No gradient reaches what is below the first adapter, and that layer's own input needs none.
         place = "below" if index < first else "first" if index == first else "above"
-        chosen.append((*kind, str(has_adapter[index]), place))
+        chosen.append((*kind, str(ranks_of[index]), place))
     return chosen
 
 
@@ -167,11 +169,11 @@ def _trace(
     adapter_dtype: torch.dtype,
 ) -> _Traced:
     tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes, record_work=True)
-    probed = LoraSettings(probe.rank, settings.alpha, settings.dropout, settings.targets)
+    probed = replace(settings, rank=probe.rank) if probe.has_rank else settings
     with dry.fake_mode, only_layers(dry, indices) as chosen:
         own = {id(part) for layer in chosen for part in layer.modules()}
         targets = tuple(name for name in probed.targets if id(dry.model.linears[name]) in own)
-        attach_dry_adapters(dry, LoraSettings(probed.rank, probed.alpha, probed.dropout, targets), dtype=adapter_dtype)
+        attach_dry_adapters(dry, replace(probed, targets=targets), dtype=adapter_dtype)
         for parameter in trainable_parameters(dry.model).values():
             parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
         recompute_layers(dry.model, num_recomputed)

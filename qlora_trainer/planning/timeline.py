@@ -22,10 +22,14 @@ InsideBytes = Callable[[Inside], int]
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Values to trace at; no size that does not depend on them is a multiple of either."""
+    """Values to trace at; no size that does not depend on them is a multiple of either.
+
+    Where `has_rank` is false, the rank is not probed: sizes are those of the adapters that were traced.
+    """
 
     tokens: int
     rank: int
+    has_rank: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +129,8 @@ def read_segments(tracker: StorageTracker, probe: Probe) -> dict[object, Segment
     is_backward = np.asarray([_is_backward(label) for _, label in events.marks], dtype=np.bool_)
     _mark_saved(num_bytes, allocation, category, part, is_backward)
     inside_at = {inside.index: inside for inside in tracker.insides}
-    has_tokens, has_rank = num_bytes % probe.tokens == 0, num_bytes % probe.rank == 0
+    has_tokens = num_bytes % probe.tokens == 0
+    has_rank = (num_bytes % probe.rank == 0) & probe.has_rank
     factor = num_bytes // np.where(has_tokens, probe.tokens, 1) // np.where(has_rank, probe.rank, 1)
     segments: dict[object, Segment] = {}
     for (start, label), end in zip(events.marks, starts[1:], strict=True):

@@ -70,6 +70,7 @@ def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
 
 
 def _add(factors: NDArray[np.float64], number: int, probe: Probe) -> None:
-    has_tokens, has_rank = number % probe.tokens == 0, number % probe.rank == 0
+    has_tokens = number % probe.tokens == 0
+    has_rank = probe.has_rank and number % probe.rank == 0
     factor = number // (probe.tokens if has_tokens else 1) // (probe.rank if has_rank else 1)
     factors[int(has_tokens) + 2 * int(has_rank)] += factor

@@ -25,7 +25,7 @@ from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import fetch_weights
 from qlora_trainer.model.load import load_quantized
-from qlora_trainer.model.lora_settings import LoraSettings, select_targets
+from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan, is_paged
@@ -187,12 +187,7 @@ def _require_disk_space(folder: RunFolder, model: QuantizedModel, optimizer: Ada
 
 
 def _lora_settings(config: RunConfig, model: QuantizedModel, knobs: Knobs) -> LoraSettings:
-    return LoraSettings(
-        rank=knobs.plan.rank,
-        alpha=knobs.plan.alpha,
-        dropout=config.lora.dropout,
-        targets=select_targets(list(model.linears), config.lora.target_modules),
-    )
+    return asked_settings(config.lora, knobs.plan.rank, list(model.linears))
 
 
 def _batches(config: RunConfig, data: Data, loaded: Loaded | None) -> StoredBatches | StreamedBatches:

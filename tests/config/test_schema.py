@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ def test_defaults() -> None:
             "dropout": 0.0,
             "dtype": "bfloat16",
             "target_modules": "all-linear",
+            "layers_to_transform": None,
+            "use_rslora": False,
+            "rank_pattern": (),
+            "alpha_pattern": (),
         },
         "data": {
             "train": "train.jsonl",
@@ -86,6 +91,9 @@ def test_defaults() -> None:
         ("lora.alpha", 0.5),
         ("lora.dropout", 0),
         ("lora.target_modules", r".*\.(q|v)_proj"),
+        ("lora.layers_to_transform", (3, 0)),
+        ("lora.rank_pattern", (("q_proj", 32), (".*_proj", 8))),
+        ("lora.alpha_pattern", (("q_proj", 0.5),)),
         ("data.train", ("a.jsonl", "b/*.csv")),
         ("data.columns", (("completion", "reply"), ("prompt", "query"))),
         ("data.seq_len", 8),
@@ -117,6 +125,11 @@ def test_accepts(dotted: str, value: object) -> None:
         ("lora.dropout", [1, -0.1, "0"]),
         ("lora.dtype", ["float16"]),
         ("lora.target_modules", ["", "[", [], ["q", "q"], ["q", 3], [" "], 3, None, {"q": 1}]),
+        ("lora.layers_to_transform", [[], 0, [-1], [0, 0], ["0"], [True], [1.0], "0"]),
+        ("lora.use_rslora", ["true", 1, None]),
+        ("lora.rank_pattern", [["q"], {"q": 0}, {"q": "8"}, {"q": 8.0}, {"q": True}, {"": 8}, {3: 8}, [["q", 1, 2]]]),
+        ("lora.rank_pattern", [[["q", 1], ["q", 2]], "q", 3, None]),
+        ("lora.alpha_pattern", [{"q": 0}, {"q": "8"}, {"q": float("inf")}, {"q": float("nan")}, {"q": True}]),
         ("data.train", ["", None, [], [3], ["a", "a"], ["a", ""]]),
         ("data.eval", ["", 3, [None]]),
         ("data.revision", ["", 3]),
@@ -169,6 +182,7 @@ def test_sizes_become_bytes() -> None:
 def test_lists_become_tuples_so_that_a_config_can_be_hashed() -> None:
     assert hash(config_with("data.train", ["a", "b"]))
     assert hash(config_with("data.columns", {"prompt": "query"}))
+    assert hash(config_with("lora.rank_pattern", {"q": 4}))
     config = config_with("lora.target_modules", ["q_proj", "v_proj"])
     assert config.lora.target_modules == ("q_proj", "v_proj")
     assert hash(config) == hash(config_with("lora.target_modules", ["q_proj", "v_proj"]))
@@ -180,6 +194,13 @@ def test_frozen(dotted: str) -> None:
     config = RunConfig.model_validate(REQUIRED)
     with pytest.raises(ValidationError, match="frozen"):
         setattr(getattr(config, section), key, value_of(config, dotted))
+
+
+def test_a_pattern_keeps_its_order_through_files_that_sort_keys() -> None:
+    config = config_with("lora.rank_pattern", {"q_proj": 32, ".*_proj": 8})
+    assert config.lora.rank_pattern == (("q_proj", 32), (".*_proj", 8))
+    written = json.loads(json.dumps(config.model_dump(mode="json"), sort_keys=True))
+    assert RunConfig.model_validate(written) == config
 
 
 def test_auto_alpha_is_twice_the_rank() -> None:

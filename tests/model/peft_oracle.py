@@ -50,6 +50,10 @@ def with_adapters(
             lora_dropout=settings.dropout,
             target_modules=list(settings.targets),
             task_type="CAUSAL_LM",
+            use_rslora=settings.use_rslora,
+            use_dora=settings.use_dora,
+            rank_pattern=dict(settings.rank_pattern),
+            alpha_pattern=dict(settings.alpha_pattern),
         ),
     )
     parameters = adapter_parameters(wrapped)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import peft
@@ -12,7 +13,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_config import settings_of
+from qlora_trainer.model.adapter_config import adapter_config, settings_of
 from qlora_trainer.model.lora_settings import LoraSettings, in_layers, require_patterns
 
 LINEARS = tuple(
@@ -62,6 +63,18 @@ def test_layers_are_those_that_peft_transforms(
     fields = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
     assert settings_of(fields, linear_names=LINEARS, table_names=()).targets == expected
+
+
+@settings(max_examples=200)
+@given(keys=st.permutations(PATTERNS), count=st.integers(0, 4))
+def test_a_written_pattern_may_be_sorted(keys: list[str], count: int) -> None:
+    """As PEFT does when it saves a folder that it has read; every name keeps its rank and alpha."""
+    pattern = tuple((key, 10 + number) for number, key in enumerate(keys[:count]))
+    lora = LoraSettings(4, 8.0, 0.0, LINEARS, rank_pattern=pattern, alpha_pattern=pattern)
+    written = json.loads(adapter_config(lora, linear_names=LINEARS, base_name="base", revision=None))
+    again = settings_of(json.loads(json.dumps(written, sort_keys=True)), linear_names=LINEARS, table_names=())
+    for name in LINEARS:
+        assert (again.rank_of(name), again.alpha_of(name)) == (lora.rank_of(name), lora.alpha_of(name))
 
 
 def test_layers_are_counted_in_the_first_list_of_a_name() -> None:

@@ -62,14 +62,15 @@ def lora_settings(model: QuantizedModel, target_modules: str | Sequence[str] = "
 
 
 def random_adapter(model: QuantizedModel, settings: LoraSettings, *, b_size: float, seed: int = 0) -> dict[str, Tensor]:
-    """fp32 weights that bf16 holds exactly, B normal with standard deviation `b_size`, as if it had been trained."""
+    """fp32 matrices that bf16 holds exactly, B normal with standard deviation `b_size`, as if it had been trained."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name in settings.targets:
         linear = model.linears[name]
-        a_RI = torch.randn(settings.rank, linear.in_features, generator=generator) / linear.in_features**0.5
+        a_RI = torch.randn(settings.rank_of(name), linear.in_features, generator=generator) / linear.in_features**0.5
         weights[f"{name}.lora_A"] = a_RI
-        weights[f"{name}.lora_B"] = b_size * torch.randn(linear.out_features, settings.rank, generator=generator)
+        b_OR = torch.randn(linear.out_features, settings.rank_of(name), generator=generator)
+        weights[f"{name}.lora_B"] = b_size * b_OR
     return {name: tensor.bfloat16().float() for name, tensor in weights.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -142,7 +143,7 @@ def test_targets_that_leave_the_first_layers_attention_untrained(targets: str, d
 def test_attention_is_timed_as_often_as_it_is_computed(targets: str | None, passes: list[tuple[float, float]]) -> None:
     """Of the first two layers, kept and recomputed. Fails where every layer is taken for one with a backward."""
     overrides = [] if targets is None else [f"lora.target_modules={TARGETS[targets]}"]
-    parts = make_planner("llama", CPU, *overrides).prices.parts
+    parts = make_planner("llama", CPU, *overrides).prices(RANK).parts
     found = [
         tuple(parts.of_layer(index, policy).attention_passes for index in (0, 1)) for policy in ("keep", "recompute")
     ]
@@ -193,7 +194,7 @@ def test_what_grows_with_a_knob(planners: Callable[[str, str], Planner]) -> None
     assert peak_bytes(replace(layout, rank=64)) > peak_bytes(layout)
     assert peak_bytes(replace(layout, loss_chunk=512)) > peak_bytes(layout)
     # Master (32 bits) and two moments, of 32 or of 8 bits and a scale for 256 elements.
-    num_elements = num_flat_elements(planner.shapes(RANK))
+    num_elements = num_flat_elements(planner.shapes(RANK).values())
     saved = peak_bytes(layout) - peak_bytes(layout, "adamw_8bit")
     assert saved == pytest.approx(6 * num_elements - 8 * num_elements / 256, abs=4096)
 
@@ -201,12 +202,12 @@ def test_what_grows_with_a_knob(planners: Callable[[str, str], Planner]) -> None
 def test_an_fp32_adapter_is_its_own_master(planners: Callable[[str, str], Planner]) -> None:
     planner = planners("llama", "cpu")
     layout = layout_of(planner.space(RANK, SEQ_LEN), 256, 64, NUM_LAYERS)
-    num_elements = sum(rows * columns for rows, columns in planner.shapes(RANK))
+    num_elements = sum(math.prod(shape) for shape in planner.shapes(RANK).values())
     in_16_bits = planner.price(layout, "adamw_32bit").resident
     wide = replace(planner, config=planner.config.model_copy(update={"lora": lora_in_fp32(planner)}))
     in_32_bits = wide.price(layout, "adamw_32bit").resident
     assert (in_16_bits["adapter"], in_32_bits["adapter"]) == (2 * num_elements, 0)
-    assert in_16_bits["gradient"] == in_32_bits["gradient"] == 4 * num_flat_elements(planner.shapes(RANK))
+    assert in_16_bits["gradient"] == in_32_bits["gradient"] == 4 * num_flat_elements(planner.shapes(RANK).values())
 
 
 def lora_in_fp32(planner: Planner) -> object:

@@ -1,0 +1,86 @@
+"""Plans of LoRA's variants: what is put together from a shallow trace is what a full trace and a real model have."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.planning.make_plan import choose, choose_rank
+from qlora_trainer.planning.planner import Planner
+from tests.planning.test_price import (
+    BUDGETS,
+    CPU,
+    NUM_LAYERS,
+    RANK,
+    make_planner,
+    priced_and_traced,
+    require_equal_bytes,
+)
+
+VARIANTS = {
+    "rslora": ["lora.use_rslora=true"],
+    "ranks": [r"lora.rank_pattern={q_proj: 64, 'layers\.[23]\..*': 2}", "lora.alpha_pattern={v_proj: 3}"],
+    "ranks-dropout": ["lora.rank_pattern={up_proj: 33, v_proj: 5}", "lora.dropout=0.1"],
+    "layers": ["lora.layers_to_transform=[1, 4]"],
+}
+
+
+@pytest.fixture(scope="module")
+def planners() -> Callable[[str, str], Planner]:
+    """One of each, traced once."""
+    return cache(lambda variant, device: make_planner("llama", BUDGETS[device], *VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_prices_are_those_of_a_full_trace(variant: str, device: str, planners: Callable[[str, str], Planner]) -> None:
+    planner = planners(variant, device)
+    for num_recomputed in (0, 3, NUM_LAYERS):
+        priced, traced = priced_and_traced(planner, 512, num_recomputed, 64)
+        require_equal_bytes(priced, traced)
+
+
+def test_ranks_of_a_pattern_count_as_they_are(planners: Callable[[str, str], Planner]) -> None:
+    planner = planners("ranks", "cpu")
+    shapes = planner.shapes(RANK)
+    ranks = {name: shape[0] for name, shape in shapes.items() if name.endswith("lora_A")}
+    assert ranks["model.layers.0.self_attn.q_proj.lora_A"] == ranks["model.layers.2.self_attn.q_proj.lora_A"] == 64
+    assert ranks["model.layers.2.mlp.up_proj.lora_A"] == 2
+    assert ranks["model.layers.0.mlp.up_proj.lora_A"] == RANK
+    plan = choose(planner, choose_rank(planner))
+    # Rows and columns of each: hidden size 256, four heads of 16, two of them for keys.
+    sizes = {"q_proj": 320, "k_proj": 288, "v_proj": 288, "o_proj": 320}
+    sizes |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 768)
+    expected = sum(
+        sizes[leaf] * (64 if leaf == "q_proj" else 2 if layer in (2, 3) else RANK)
+        for layer in range(NUM_LAYERS)
+        for leaf in sizes
+    )
+    assert plan.trainable_parameters == expected
+
+
+def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], Planner]) -> None:
+    planner = planners("ranks", "cpu")
+    layouts = [planner.space(rank, 256) for rank in (8, 128)]
+    assert [layout.rank for layout in layouts] == [8, 128]
+    adapters = [planner.shapes(rank) for rank in (8, 128)]
+    name = "model.layers.0.self_attn.q_proj.lora_A"
+    assert adapters[0][name] == adapters[1][name] == (64, 256)
+    assert planner.prices(8) is planner.prices(8) is not planner.prices(128)
+
+
+@pytest.mark.parametrize(
+    "override,where,found",
+    [
+        ("lora.rank_pattern={w_proj: 4}", "lora.rank_pattern", "which means no linear with an adapter"),
+        ("lora.alpha_pattern={lm_head: 4}", "lora.alpha_pattern", "which means no linear with an adapter"),
+        ("lora.layers_to_transform=[0, 6]", "lora.layers_to_transform", "6, a layer without"),
+    ],
+)
+def test_what_means_nothing_is_refused(override: str, where: str, found: str) -> None:
+    with pytest.raises(ConfigError, match=found) as error:
+        make_planner("llama", CPU, override)
+    assert str(error.value).startswith(where)
