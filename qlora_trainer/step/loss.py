@@ -84,6 +84,20 @@ def chunk_logits(hidden_CH: Tensor, head: FrozenHead, logit_shape: LogitShape) -
     return logits_CV
 
 
+def add_cross_entropy_(loss: Tensor, logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
+    """Add the cross-entropies of a chunk to `loss`, 0-dim fp32; its logits are written over.
+
+    Returns:
+        exp(logits - highest), in the place of the logits, and its sums over the vocabulary.
+    """
+    highest_C1 = logits_CV.amax(-1, keepdim=True)
+    loss += (highest_C1 - logits_CV.gather(1, targets_C1)).sum()
+    exp_CV = logits_CV.sub_(highest_C1).exp_()
+    sum_C1 = exp_CV.sum(-1, keepdim=True)
+    loss += sum_C1.log().sum()
+    return exp_CV, sum_C1
+
+
 @torch.library.custom_op("qlora_trainer::chunked_cross_entropy", mutates_args=())
 def loss_and_gradient(
     hidden_NH: Tensor,
@@ -111,11 +125,7 @@ def loss_and_gradient(
             logits_CV += bias_V.float()
         tanh_CV = _shape_logits_(logits_CV, scale, softcap)
         targets_C1 = targets_N[chunk].unsqueeze(1)
-        highest_C1 = logits_CV.amax(-1, keepdim=True)
-        loss += (highest_C1 - logits_CV.gather(1, targets_C1)).sum()
-        exp_CV = logits_CV.sub_(highest_C1).exp_()
-        sum_C1 = exp_CV.sum(-1, keepdim=True)
-        loss += sum_C1.log().sum()
+        exp_CV, sum_C1 = add_cross_entropy_(loss, logits_CV, targets_C1)
         if needs_gradient:
             grad_CV = exp_CV.div_(sum_C1)
             grad_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1.0, dtype=torch.float32))

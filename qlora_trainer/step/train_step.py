@@ -56,6 +56,14 @@ def evaluate(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss
 
 def summed_loss(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_tokens: int) -> Tensor:
     """Sum of the cross-entropies of a micro-batch's supervised tokens, 0-dim fp32, differentiable."""
+    hidden_NH = supervised_states(model, micro_batch, loss_chunk_tokens=loss_chunk_tokens)
+    return chunked_cross_entropy(
+        hidden_NH, micro_batch.targets_N, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens
+    )
+
+
+def supervised_states(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_tokens: int) -> Tensor:
+    """What the head sees at the supervised positions, [N, H] in the compute dtype; there is room for their loss."""
     model.dropout_keys.row_keys_T = micro_batch.row_keys_T
     hidden_BTH = hidden_states(
         model, micro_batch.input_ids_BT, micro_batch.position_ids_BT, micro_batch.document_lengths
@@ -64,6 +72,4 @@ def summed_loss(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_to
     model.resident_limit.make_room(
         largest_bytes(hidden_NH, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens)
     )
-    return chunked_cross_entropy(
-        hidden_NH, micro_batch.targets_N, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens
-    )
+    return hidden_NH
