@@ -1,0 +1,244 @@
+"""`merge`: an adapter becomes part of its base, and how far that is from what was trained is measured before it stays.
+
+An adapter is trained on a base in NF4. Merged into the original weights it meets another base; merged into the unpacked
+NF4 weights it meets its own, which is further from what was published. Neither is right for all, so both are offered,
+and neither is done unseen.
+
+What is written takes the memory of one tensor. Measuring takes the base in NF4, as training did, and one layer more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from qlora_trainer.data.rows import Reading
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.export.compare import Comparison, compare, is_worse, micro_batches
+from qlora_trainer.export.held_out import HeldOut, measuring_config, read_held_out
+from qlora_trainer.export.merged_folder import plan_shards, write_beside, write_weights
+from qlora_trainer.export.merged_weights import (
+    BaseWeights,
+    MergedWeights,
+    dequantized_weights,
+    merged_shapes,
+    original_weights,
+    unties_head,
+)
+from qlora_trainer.export.new_folder import new_folder
+from qlora_trainer.export.source import Source, read_source
+from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
+from qlora_trainer.model.adapters import attach_adapters, detach_adapters
+from qlora_trainer.model.base import Base, fetch_weights, read_config
+from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
+from qlora_trainer.model.streamed import stream_model
+from qlora_trainer.run.checkpoint.storage import LOCAL, Storage, check_free_space
+from qlora_trainer.run.fingerprints import saved_fingerprints
+from qlora_trainer.run.records import Preparing
+
+MergeBase = Literal["original", "dequantized"]
+MergedDtype = Literal["bf16", "fp16", "fp32"]
+MAX_LOSS_ABOVE = 0.02  # nats by which a merged model may be worse than base and adapter
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """How far models are from each other on the same held-out tokens.
+
+    Attributes:
+        base: which weights the adapter was merged into.
+        dtype: of the merged weights, as torch calls it.
+        compute_dtype: in which all of them were run.
+        num_documents, num_held_out: how many were run, of how many.
+        where: the files they are of.
+        merged: the merged model, against base and adapter as they were trained.
+        quantized: the base in NF4, against the original one; no adapter.
+    """
+
+    base: MergeBase
+    dtype: str
+    compute_dtype: str
+    num_documents: int
+    num_held_out: int
+    where: str
+    merged: Comparison
+    quantized: Comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What was written.
+
+    Attributes:
+        path: the transformers folder.
+        num_bytes: of its weights.
+        num_shards: of its weights.
+        is_worse: it was kept by force, though it is worse than base and adapter.
+    """
+
+    path: Path
+    num_bytes: int
+    num_shards: int
+    is_worse: bool
+
+
+def merge(
+    target: Path,
+    *,
+    to: Path,
+    base: MergeBase,
+    dtype: MergedDtype,
+    data: str | None,
+    force: bool,
+    max_tokens: int,
+    model: str | None,
+    storage: Storage = LOCAL,
+) -> Generator[Preparing | Reading | Measured, None, Merged]:
+    """Yield what is being done and what was measured; the folder is there when the generator returns.
+
+    Args:
+        target: a run folder, or a PEFT adapter folder.
+        to: where the transformers folder goes, absolute, new or empty.
+        base: which weights of the base are merged into.
+        dtype: of the result.
+        data: a file to measure on, or None for the rows that the run held out.
+        force: keep the merged model also where it is worse than base and adapter, or cannot be measured.
+        max_tokens: about so many tokens of the held-out rows are run.
+        model: base to use in place of the one that the adapter names.
+        storage: where to write.
+
+    Raises:
+        ConfigError: no adapter in `target`, one that does not fit its base, a base that has changed since, nothing to
+            measure on, or a merged model that is worse than base and adapter; nothing is left then.
+        StorageError: the disk refused, or what is read back is not what was written; nothing is left.
+    """
+    merged_dtype = _DTYPES[dtype]
+    source = read_source(target, model=model)
+    held_out = yield from _held_out(source, data, max_tokens=max_tokens, force=force)
+    yield Preparing(what=f"finding the base {source.base_name}")
+    fetched = fetch_weights(source.base)
+    double_quant = source.config is None or source.config.quantization.double_quant
+    cache = None
+    if held_out is not None or base == "dequantized":
+        yield Preparing(what="finding the base in NF4, or quantizing it")
+        cache = prepare_nf4_cache(fetched, double_quant=double_quant)
+        if model is None:
+            _require_same_base(source, cache)
+    shapes = merged_shapes(source.skeleton, source.parts, source.settings, merged_dtype)
+    shards = plan_shards(shapes)
+    num_bytes = sum(tensor.nbytes for tensor in shapes.values())
+    check_free_space(
+        to.parent, num_bytes, storage, what="a merged model", fix="Free some space or choose another --to."
+    )
+    is_bad = False
+    with new_folder(to, storage, key="--to", doing="writing the merged model") as temporary:
+        weights = MergedWeights(
+            _weights(fetched, cache, base, double_quant=double_quant),
+            source.weights,
+            source.settings,
+            shapes,
+            source.parts.linears,
+        )
+        yield from write_weights(temporary, weights, shards, storage)
+        unties = unties_head(source.parts, source.settings)
+        write_beside(temporary, source, dtype=merged_dtype, unties=unties, storage=storage)
+        if held_out is not None and cache is not None:
+            measured = yield from _measure(
+                temporary, source, fetched, cache, held_out, base_kind=base, dtype=merged_dtype
+            )
+            yield measured
+            is_bad = is_worse(measured.merged, by=MAX_LOSS_ABOVE)
+            if is_bad and not force:
+                raise _worse(to, measured)
+    return Merged(to, num_bytes, len(shards), is_bad)
+
+
+def _held_out(
+    source: Source, data: str | None, *, max_tokens: int, force: bool
+) -> Generator[Preparing | Reading, None, HeldOut | None]:
+    """What to measure on; None where there is nothing and it is forced."""
+    yield Preparing(what="reading the held-out rows")
+    try:
+        config = measuring_config(source, data)
+    except ConfigError:
+        if force and data is None:
+            return None
+        raise
+    return (yield from read_held_out(config, source, max_tokens=max_tokens))
+
+
+def _weights(base: Base, cache: NF4Cache | None, kind: MergeBase, *, double_quant: bool) -> BaseWeights:
+    if kind == "original":
+        return original_weights(base.folder)
+    assert cache is not None
+    return dequantized_weights(cache.folder, double_quant=double_quant)
+
+
+def _measure(
+    folder: Path,
+    source: Source,
+    base: Base,
+    cache: NF4Cache,
+    held_out: HeldOut,
+    *,
+    base_kind: MergeBase,
+    dtype: torch.dtype,
+) -> Generator[Preparing, None, Measured]:
+    device = choose_device()
+    name = choose_compute_dtype(device)
+    compute_dtype = DTYPES[name]
+    batches = micro_batches(held_out.documents, packing=held_out.packing)
+    yield Preparing(what="running base and adapter, and the merged model, over held-out rows")
+    quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device)
+    is_bf16 = all(weight.dtype == torch.bfloat16 for weight in source.weights.values())
+    attach_adapters(quantized, source.settings, source.weights, dtype=torch.bfloat16 if is_bf16 else torch.float32)
+    merged = compare(
+        quantized, stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device), batches
+    )
+    yield Preparing(what="running the base in NF4, and the original one, over held-out rows")
+    detach_adapters(quantized)
+    original = stream_model(base.folder, base.config, compute_dtype=compute_dtype, device=device)
+    return Measured(
+        base=base_kind,
+        dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=name,
+        num_documents=len(held_out.documents),
+        num_held_out=held_out.num_held_out,
+        where=held_out.where,
+        merged=merged,
+        quantized=compare(original, quantized, batches),
+    )
+
+
+def _require_same_base(source: Source, cache: NF4Cache) -> None:
+    """Refuse a base whose files are not those that the run began with.
+
+    Raises:
+        ConfigError: names both hashes.
+    """
+    trained_on = saved_fingerprints(source.run).get("base") if source.run is not None else None
+    if trained_on is not None and trained_on != cache.key:
+        raise ConfigError(
+            where=str(source.folder),
+            found=f"another base than the adapter was trained on (sha256: {trained_on[:12]} -> {cache.key[:12]})",
+            expected=f"the content that {source.base_name} had then",
+            fix="Restore the base, or name another one with --model if you mean it.",
+        )
+
+
+def _worse(to: Path, measured: Measured) -> ConfigError:
+    merged = measured.merged
+    others = "--base dequantized, which it was trained on" if measured.base == "original" else "--dtype fp32"
+    return ConfigError(
+        where=f"merge {to}",
+        found=f"a held-out loss of {merged.loss:.4f}, {merged.loss - merged.reference_loss:.4f} nats above the "
+        f"{merged.reference_loss:.4f} of base and adapter",
+        expected=f"at most {MAX_LOSS_ABOVE:g} nats above",
+        fix=f"Nothing was kept. Merge into {others}, or keep it with --force.",
+    )

@@ -1,0 +1,170 @@
+"""The weights of base and adapter in one, computed tensor by tensor when they are asked for.
+
+A linear becomes W + s B A, and with DoRA m (W + s B A) / |W + s B A|, its rows scaled to the trained magnitudes m (PEFT
+computes the norm from the base that it merges into, and so is it here). All of it is done in fp32, some rows at a
+time, and rounded once to the dtype of the result. A module that was trained whole takes the place of the base's.
+
+Legend: O out_features, I in_features, R rank, Q rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model import nf4
+from qlora_trainer.model.base import weight_files
+from qlora_trainer.model.lora_settings import LoraSettings
+from qlora_trainer.model.skeleton import Parts
+from qlora_trainer.model.streamed import DiskWeights
+
+_BLOCK_ELEMENTS = 2**24  # of a weight in fp32 at once: 64 MiB
+
+
+class BaseWeights(Protocol):
+    """Where the weights of the base come from."""
+
+    def linear(self, name: str) -> Tensor:
+        """The weight [O, I] of a linear, in 16 bits or more."""
+
+    def dense(self, name: str) -> Tensor:
+        """Any other parameter."""
+
+
+@dataclass(frozen=True, slots=True)
+class OriginalWeights:
+    """Those that the base was published with."""
+
+    disk: DiskWeights
+
+    def linear(self, name: str) -> Tensor:
+        """As it is stored."""
+        return self.disk.dense(name)
+
+    def dense(self, name: str) -> Tensor:
+        """As it is stored."""
+        return self.disk.dense(name)
+
+
+@dataclass(frozen=True, slots=True)
+class DequantizedWeights:
+    """Those that the adapter saw while it was trained: NF4, unpacked."""
+
+    disk: DiskWeights
+    double_quant: bool
+
+    def linear(self, name: str) -> Tensor:
+        """Unpacked to fp32."""
+        parts = nf4.checkpoint_names(name, double_quant=self.double_quant)
+        packed = nf4.from_checkpoint(name, {part: self.disk.dense(part) for part in parts})
+        return nf4.dequantize(packed, torch.float32)
+
+    def dense(self, name: str) -> Tensor:
+        """As the cache stores it, in bf16."""
+        return self.disk.dense(name)
+
+
+def original_weights(folder: Path) -> OriginalWeights:
+    """The weights of a base's folder."""
+    return OriginalWeights(DiskWeights(weight_files(folder)))
+
+
+def dequantized_weights(cache_folder: Path, *, double_quant: bool) -> DequantizedWeights:
+    """The weights of its NF4 cache."""
+    return DequantizedWeights(DiskWeights(weight_files(cache_folder)), double_quant)
+
+
+class MergedWeights(Mapping[str, Tensor]):
+    """Name in the checkpoint -> merged tensor of `dtype`, computed anew each time it is asked for.
+
+    Args:
+        base: the base's weights.
+        adapter: by our names.
+        settings: what the adapter is.
+        shapes: of the result, as `merged_shapes` gives them.
+        linear_names: the linears of the base.
+    """
+
+    def __init__(
+        self,
+        base: BaseWeights,
+        adapter: Mapping[str, Tensor],
+        settings: LoraSettings,
+        shapes: Mapping[str, Tensor],
+        linear_names: tuple[str, ...],
+    ) -> None:
+        self._base, self._adapter, self._settings, self._shapes = base, adapter, settings, shapes
+        self._targets = {f"{name}.weight": name for name in settings.targets}
+        self._linears = {f"{name}.weight" for name in linear_names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        like = self._shapes[name]
+        if name in self._targets:
+            merged = self._merged(self._targets[name], self._base.linear(name), like.dtype)
+        elif name in self._adapter:
+            merged = self._adapter[name].to(like.dtype)
+        else:
+            merged = (self._base.linear(name) if name in self._linears else self._base.dense(name)).to(like.dtype)
+        if merged.shape != like.shape:
+            raise _broken(name, f"the shape {tuple(merged.shape)}", f"{tuple(like.shape)}, as config.json says")
+        if not torch.isfinite(merged).all():
+            fix = "Take --dtype bf16, whose largest number is that of fp32, or another adapter."
+            raise _broken(name, f"NaN or an infinity in {str(like.dtype).removeprefix('torch.')}", "numbers", fix)
+        return merged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def _merged(self, target: str, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+        a_RI, b_OR = (self._adapter[f"{target}.{leaf}"].float() for leaf in ("lora_A", "lora_B"))
+        magnitude_O = self._adapter[f"{target}.lora_magnitude_vector"].float() if self._settings.use_dora else None
+        if weight_OI.shape != (b_OR.shape[0], a_RI.shape[1]):
+            expected = f"{(b_OR.shape[0], a_RI.shape[1])}, as config.json says"
+            raise _broken(f"{target}.weight", f"the shape {tuple(weight_OI.shape)}", expected)
+        out_OI = torch.empty(weight_OI.shape, dtype=dtype)
+        rows = max(1, _BLOCK_ELEMENTS // weight_OI.shape[1])
+        for first in range(0, weight_OI.shape[0], rows):
+            block = slice(first, first + rows)
+            sum_QI = torch.addmm(weight_OI[block].float(), b_OR[block], a_RI, alpha=self._settings.scale_of(target))
+            if magnitude_O is not None:
+                sum_QI *= (magnitude_O[block] / torch.linalg.vector_norm(sum_QI, dim=1)).unsqueeze(1)
+            out_OI[block] = sum_QI
+        return out_OI
+
+
+def merged_shapes(
+    skeleton: PreTrainedModel, parts: Parts, settings: LoraSettings, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Name -> tensor on meta, of every parameter of the merged model, in the order of the model.
+
+    A tied head of which the adapter has its own weight is no longer tied; see `unties_head`.
+    """
+    kept = {f"{name}.weight" for name in parts.linears} | set(parts.dense_parameters)
+    if unties_head(parts, settings):
+        kept.add(f"{parts.head}.weight")
+    return {
+        name: torch.empty(parameter.shape, dtype=dtype, device="meta")
+        for name, parameter in skeleton.named_parameters(remove_duplicate=False)
+        if name in kept
+    }
+
+
+def unties_head(parts: Parts, settings: LoraSettings) -> bool:
+    """Whether merging gives a head of its own to a model that had none."""
+    return parts.is_tied and parts.head in settings.modules_to_save
+
+
+def _broken(
+    name: str, found: str, expected: str, fix: str = "Fetch the base again, or use the base of this adapter."
+) -> ConfigError:
+    return ConfigError(where=f"merging {name}", found=found, expected=expected, fix=fix)

@@ -1,0 +1,124 @@
+"""What is exported or merged: an adapter, the base it belongs to, and the run that made it, where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
+from qlora_trainer.config.load import load_config
+from qlora_trainer.config.paths import read_chat_template
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapters import require_shapes
+from qlora_trainer.model.base import Base, resolve_base
+from qlora_trainer.model.lora_settings import LoraSettings
+from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
+from qlora_trainer.run.folder import RunFolder, find_adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An adapter that fits its base.
+
+    Attributes:
+        folder: the PEFT folder it was read from.
+        run: the run it is the result of, or None.
+        config: of that run, every `auto` resolved; None without a run.
+        base: its weights may still be on the hub.
+        base_name, revision: what the adapter calls its base.
+        parts: of the base.
+        skeleton: of the base, on meta.
+        settings: what the adapter is.
+        weights: by our names, see `model.adapter_folder.adapter_tensors`.
+        chat_template: where it is not the base's own.
+    """
+
+    folder: Path
+    run: RunFolder | None
+    config: RunConfig | None
+    base: Base
+    base_name: str
+    revision: str | None
+    parts: Parts
+    skeleton: PreTrainedModel
+    settings: LoraSettings
+    weights: Mapping[str, Tensor]
+    chat_template: str | None
+
+    @property
+    def table_names(self) -> tuple[str, ...]:
+        """What `modules_to_save` may name."""
+        return table_names(self.parts)
+
+
+def table_names(parts: Parts) -> tuple[str, ...]:
+    """The embeddings and the head of a base."""
+    return (*parts.embeddings, parts.head)
+
+
+def read_source(target: Path, *, model: str | None) -> Source:
+    """Read an adapter and see that it fits its base; no weight of the base is read or fetched.
+
+    Args:
+        target: a run folder, or a PEFT adapter folder.
+        model: base to use in place of the one that the adapter names.
+
+    Raises:
+        ConfigError: no adapter in `target`, only a pickled one, one of a kind that is not computed here, no such base,
+            or one that the adapter does not fit.
+    """
+    folder = find_adapter(target)
+    run = _run_of(folder)
+    fields = read_adapter_fields(folder)
+    base_name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
+    if model is None and not base_name:
+        raise ConfigError(
+            where=str(folder), found="an adapter that names no base", expected="its base", fix="Give it with --model."
+        )
+    base = resolve_base(model or base_name, None if model else revision, with_weights=False)
+    skeleton = build_skeleton(base.config, with_buffers=False)
+    parts = find_parts(skeleton)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, table_names=table_names(parts))
+    require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights)
+    template = folder / CHAT_TEMPLATE_FILE
+    return Source(
+        folder=folder,
+        run=run,
+        config=None if run is None else load_config(run.config_path),
+        base=base,
+        base_name=model or base_name,
+        revision=None if model else revision,
+        parts=parts,
+        skeleton=skeleton,
+        settings=adapter.settings,
+        weights=adapter.weights,
+        chat_template=read_chat_template(str(template)) if template.is_file() else None,
+    )
+
+
+def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of an adapter with these settings on this base."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in settings.targets:
+        linear = skeleton.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        shapes[f"{name}.lora_A"] = (settings.rank_of(name), linear.in_features)
+        shapes[f"{name}.lora_B"] = (linear.out_features, settings.rank_of(name))
+        if settings.use_dora:
+            shapes[f"{name}.lora_magnitude_vector"] = (linear.out_features,)
+    for name in settings.modules_to_save:
+        for leaf, parameter in skeleton.get_submodule(name).named_parameters():
+            shapes[f"{name}.{leaf}"] = tuple(parameter.shape)
+    return shapes
+
+
+def _run_of(folder: Path) -> RunFolder | None:
+    """The run whose `adapter/` this is."""
+    run = RunFolder(folder.parent)
+    return run if folder.name == run.adapter_path.name and run.config_path.is_file() else None
