@@ -7,10 +7,13 @@ from collections.abc import Sequence
 
 import typer
 
+from qlora_trainer.cli.chat import chat
 from qlora_trainer.cli.config import config
 from qlora_trainer.cli.data import data
 from qlora_trainer.cli.doctor import doctor
+from qlora_trainer.cli.export import export
 from qlora_trainer.cli.generate import generate
+from qlora_trainer.cli.merge import merge
 from qlora_trainer.cli.plan import plan
 from qlora_trainer.cli.quickstart_data import quickstart_data
 from qlora_trainer.cli.runs import runs
@@ -31,7 +34,7 @@ def build_app() -> typer.Typer:
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
-    for verb in (plan, train, runs, generate, doctor, config, quickstart_data):
+    for verb in (plan, train, runs, generate, export, merge, chat, doctor, config, quickstart_data):
         app.command(verb.__name__.replace("_", "-"))(verb)
     app.add_typer(data, name="data")
     return app

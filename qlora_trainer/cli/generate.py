@@ -22,18 +22,10 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws when the temperature is above 0.")] = 0,
 ) -> None:
     """Answer a question with a trained adapter."""
-    if not target.is_dir():
-        raise ConfigError(
-            where=f"generate {target}",
-            found="a file" if target.exists() else "no such folder",
-            expected="a run folder or a PEFT adapter folder",
-            fix="Give the output.dir of a run, such as runs/quickstart.",
-        )
     if not prompt.strip():
         raise ConfigError(
             where="generate --prompt", found="an empty question", expected="some text", fix="Ask something."
         )
-
     find_adapter(target)
 
     expand_segments()

@@ -61,8 +61,8 @@ class AdapterSet:
             adapter: as `read_adapter_folder` returned it for the linears of this base. Its weights are copied.
 
         Raises:
-            ConfigError: the name cannot be one or is taken; a weight is not finite or no floating-point number; or names or
-                shapes do not fit the base, of which the first five differences are told. The set is as it was.
+            ConfigError: the name cannot be one or is taken; a weight is not finite or no floating-point number; names
+                or shapes do not fit the base, of which the first five differences are told. The set is unchanged.
         """
         check_adapter_name(name, taken=self._adapters)
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,22 +10,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
-from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.rows import Message
 from qlora_trainer.data.template import require_chat_template
-from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
-from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
-from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.attention import IMPLEMENTATION
-from qlora_trainer.model.base import Base, read_tokenizer, require_tokenizer_fits, resolve_base
-from qlora_trainer.model.load import load_quantized
-from qlora_trainer.model.nf4_cache import prepare_nf4_cache
+from qlora_trainer.model.base import Base
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.run.folder import RunFolder, find_adapter
+from qlora_trainer.run.adapted_base import find_adapters, load_adapters
 
 MAX_BATCH = 8  # answers made at once
+_ASKED = "asked"
 
 
 def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, temperature: float, seed: int) -> str:
@@ -43,31 +36,16 @@ def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, 
     Raises:
         ConfigError: no adapter in `target`, or not one of this base.
     """
-    folder = find_adapter(target)
-    fields = read_adapter_fields(folder)
-    named = fields.get("base_model_name_or_path") or ""
-    resolved = resolve_base(named, fields.get("revision")) if base is None else resolve_base(base)
-    tokenizer = read_tokenizer(resolved.folder)
-    own_template = folder / CHAT_TEMPLATE_FILE
-    if own_template.is_file():  # the run had data.chat_template
-        tokenizer.chat_template = read_chat_template(str(own_template))
-    require_chat_template(tokenizer, str(resolved.folder))
-    require_tokenizer_fits(tokenizer, resolved)
-    device = choose_device()
-    model = load_quantized(
-        resolved,
-        prepare_nf4_cache(resolved, double_quant=_double_quant(folder.parent)),
-        compute_dtype=DTYPES[choose_compute_dtype(device)],
-        device=device,
-    )
-    adapter = read_adapter_folder(folder, linear_names=list(model.linears))
-    is_bf16 = all(weight.dtype == torch.bfloat16 for weight in adapter.weights.values())
-    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.bfloat16 if is_bf16 else torch.float32)
+    named = find_adapters({_ASKED: target}, base=base)
+    tokenizer = named.tokenizers[_ASKED]
+    require_chat_template(tokenizer, str(named.base.folder))
+    adapters = load_adapters(named)
+    adapters.activate(_ASKED)
     conversation = (Message(role="user", content=prompt),)
     return answer_all(
-        model,
+        adapters.model,
         tokenizer,
-        resolved,
+        named.base,
         [conversation],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -91,10 +69,9 @@ def answer_all(
     """
     answers: list[str] = []
     ids = [prompt_ids(conversation, tokenizer) for conversation in conversations]
-    settings = _generation_config(base, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
+    settings = generation_settings(base, tokenizer, max_new_tokens=max_new_tokens, temperature=temperature)
     generate: Any = model.module.generate  # nn.Module declares what it does not know as tensors
-    with _generating(model), torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+    with generating(model, seed):
         for first in range(0, len(ids), MAX_BATCH):
             batch = ids[first : first + MAX_BATCH]
             longest = max(map(len, batch))
@@ -110,18 +87,10 @@ def answer_all(
     return answers
 
 
-def _double_quant(run: Path) -> bool:
-    """Whether the run quantized its scales too; an adapter that lies in no run does not tell: the default is taken."""
-    try:
-        plan = json.loads(RunFolder(run).plan_path.read_text())
-    except (OSError, ValueError):
-        return True
-    return bool(plan.get("double_quant", True))
-
-
-def _generation_config(
+def generation_settings(
     base: Base, tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, temperature: float
 ) -> GenerationConfig:
+    """How a base answers: it stops at the tokenizer's EOS and at what its own generation config names."""
     try:
         named = GenerationConfig.from_pretrained(base.folder).eos_token_id
     except OSError:
@@ -135,14 +104,17 @@ def _generation_config(
 
 
 @contextmanager
-def _generating(model: QuantizedModel) -> Iterator[None]:
-    """Eval mode, and an attention that knows key-value caches: eager where scores are capped, else SDPA."""
+def generating(model: QuantizedModel, seed: int) -> Iterator[None]:
+    """Eval mode, draws from `seed`, and an attention that knows key-value caches: eager where scores are capped, else
+    SDPA."""
     was_training = model.module.training
     has_softcap = getattr(model.module.config, "attn_logit_softcapping", None) is not None
     model.module.eval()
     model.module.set_attn_implementation("eager" if has_softcap else "sdpa")
     try:
-        yield
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            yield
     finally:
         model.module.set_attn_implementation(IMPLEMENTATION)
         model.module.train(was_training)

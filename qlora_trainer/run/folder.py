@@ -311,14 +311,20 @@ def find_adapter(target: Path) -> Path:
         ConfigError: neither.
     """
     for folder in (target, RunFolder(target).adapter_path):
-        if (folder / ADAPTER_CONFIG_FILE).is_file():
+        if os.path.isfile(folder / ADAPTER_CONFIG_FILE):  # unlike Path.is_file, False for a name that is too long
             return folder
-    unfinished = RunFolder(target).checkpoints_path.is_dir()
+    unfinished = os.path.isdir(RunFolder(target).checkpoints_path)
+    found = f"no {ADAPTER_CONFIG_FILE}"
+    if unfinished:
+        found = "a run that has not finished"
+    elif not os.path.isdir(target):
+        found = "a file" if os.path.exists(target) else "no such folder"
+    name = str(target)[:200]
     raise ConfigError(
-        where=str(target),
-        found="a run that has not finished" if unfinished else f"no {ADAPTER_CONFIG_FILE}",
+        where=name if name.isprintable() else repr(name),
+        found=found,
         expected="a finished run, or a PEFT adapter folder",
-        fix="Finish it with --resume auto." if unfinished else "Give the output.dir of a run.",
+        fix="Finish it with --resume auto." if unfinished else "Give the output.dir of a run, such as runs/quickstart.",
     )
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl+C ask a run to stop after its step; a second one stops it at once.
+"""SIGTERM and Ctrl+C ask a run to stop after its step, Ctrl+C an answer after its token; a second one stops at once.
 
 Imports no torch, and is to be entered before tokenising and loading, so that a signal there is not lost either.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Event
 from types import FrameType
 
 WATCHED_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -65,6 +66,31 @@ def watch_signals() -> Iterator[Interruption]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
+
+
+@contextmanager
+def watch_interrupt() -> Iterator[Event]:
+    """Turn the first Ctrl+C into a flag; the second is Python's own again.
+
+    Yields:
+        The flag. The handler before is put back at the end.
+
+    Raises:
+        ValueError: not called from the main thread, which is the one that Python gives signals to.
+        KeyboardInterrupt: a second one.
+    """
+    flag = Event()
+    previous = signal.getsignal(signal.SIGINT)
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        flag.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, receive)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if previous is None else previous)
 
 
 def _tell(text: str) -> None:

@@ -1,0 +1,163 @@
+"""One base with the adapters that somebody names: what `generate`, `chat` and `eval` work on.
+
+What can be wrong is looked at in the order of its cost: names and configs, then the base's config and tokenizer, and
+its weights last.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora_trainer.config.adapter_names import BASE
+from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
+from qlora_trainer.config.paths import read_chat_template
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.device import DTYPES, ComputeDtype, choose_compute_dtype, choose_device
+from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer, require_tokenizer_fits, resolve_base
+from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.nf4_cache import prepare_nf4_cache
+from qlora_trainer.run.folder import RunFolder, find_adapter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedAdapters:
+    """Adapters and the base that all of them are for; no weight is read yet.
+
+    Attributes:
+        base: its weights may still be on the hub.
+        double_quant: whether its scales are quantized, too.
+        folders: the adapter folder of each name.
+        tokenizers: of the base under `BASE`, and of each adapter by its name; those differ in the chat template.
+    """
+
+    base: Base
+    double_quant: bool
+    folders: Mapping[str, Path]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
+
+
+def find_adapters(targets: Mapping[str, Path], *, base: str | None) -> NamedAdapters:
+    """Find the base that these adapters share.
+
+    Args:
+        targets: a run folder or a PEFT adapter folder of each name.
+        base: base to use in place of the one that they name; with no targets it must be given.
+
+    Raises:
+        ConfigError: no adapter in a target, adapters of different bases, or no such base.
+    """
+    folders = {name: find_adapter(target) for name, target in targets.items()}
+    named = {name: _base_named(folder) for name, folder in folders.items()}
+    resolved = resolve_base(base, with_weights=False) if base is not None else _shared_base(named, folders)
+    tokenizer = read_tokenizer(resolved.folder)
+    require_tokenizer_fits(tokenizer, resolved)
+    own = {name: _own_template(folder) for name, folder in folders.items()}
+    if tokenizer.chat_template is None:  # a base that was never taught to chat is asked as its adapters are
+        tokenizer.chat_template = next((template for template in own.values() if template is not None), None)
+    return NamedAdapters(
+        base=resolved,
+        double_quant=_double_quant(folders),
+        folders=folders,
+        tokenizers={BASE: tokenizer} | {name: with_template(tokenizer, template) for name, template in own.items()},
+    )
+
+
+def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = None) -> AdapterSet:
+    """The base with all of these adapters, none of them active, in eval mode.
+
+    Args:
+        named: as `find_adapters` found them.
+        compute_dtype: of activations and products; None takes the one that is fastest here.
+
+    Raises:
+        ConfigError: weights that cannot be read, or that do not fit the base; names the adapter.
+    """
+    device = choose_device()
+    base = fetch_weights(named.base)
+    model = load_quantized(
+        base,
+        prepare_nf4_cache(base, double_quant=named.double_quant),
+        compute_dtype=DTYPES[compute_dtype or choose_compute_dtype(device)],
+        device=device,
+    )
+    model.module.eval()
+    adapters = AdapterSet(model)
+    for name, folder in named.folders.items():
+        adapters.add(name, read_adapter_folder(folder, linear_names=list(model.linears)))
+    return adapters
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> PreTrainedTokenizerBase:
+    """The same tokenizer with another chat template, sharing all else; itself where the template is None."""
+    if template is None:
+        return tokenizer
+    other = copy.copy(tokenizer)
+    other.chat_template = template
+    return other
+
+
+def _base_named(folder: Path) -> tuple[str, str | None]:
+    fields = read_adapter_fields(folder)
+    return fields.get("base_model_name_or_path") or "", fields.get("revision")
+
+
+def _shared_base(named: Mapping[str, tuple[str, str | None]], folders: Mapping[str, Path]) -> Base:
+    first = next(iter(named))
+    base_name, revision = named[first]
+    if not base_name:
+        raise ConfigError(
+            where=str(folders[first]),
+            found="an adapter that names no base",
+            expected="the base that it was trained on",
+            fix="Name it with --base.",
+        )
+    for name, other in named.items():
+        if other != named[first]:
+            texts = [f"{base}{f' at {at}' if at else ''}" for base, at in (named[first], other)]
+            raise ConfigError(
+                where="adapters",
+                found=f"{folders[first]} for the base {texts[0]} and {folders[name]} for {texts[1]}",
+                expected="adapters of one base",
+                fix="Take them one at a time, or name the base that both were trained on with --base.",
+            )
+    return resolve_base(base_name, revision, with_weights=False)
+
+
+def _own_template(folder: Path) -> str | None:
+    """The run's `data.chat_template`, where it had one."""
+    path = folder / CHAT_TEMPLATE_FILE
+    return read_chat_template(str(path)) if path.is_file() else None
+
+
+def _double_quant(folders: Mapping[str, Path]) -> bool:
+    """Whether the runs quantized their scales too; an adapter that lies in no run does not tell: the default is taken.
+
+    Raises:
+        ConfigError: one run did and another did not: their bases are not the same.
+    """
+    told = {folder: choice for folder in folders.values() if (choice := _told_double_quant(folder.parent)) is not None}
+    if len(set(told.values())) > 1:
+        with_it, without = (next(folder for folder in told if told[folder] is choice) for choice in (True, False))
+        raise ConfigError(
+            where="adapters",
+            found=f"{with_it}, whose run quantized the scales of its base, and {without}, whose run did not",
+            expected="adapters of one base",
+            fix="Take them one at a time.",
+        )
+    return next(iter(told.values()), True)
+
+
+def _told_double_quant(run: Path) -> bool | None:
+    try:
+        choice = json.loads(RunFolder(run).plan_path.read_text()).get("double_quant")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return choice if isinstance(choice, bool) else None
