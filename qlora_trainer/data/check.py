@@ -144,11 +144,7 @@ def _tokenized(batch: Sequence[Row], tokenize: RowTokenizer) -> tuple[list[Token
 
 def _not_the_text(rows: Sequence[TokenizedRow], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedRow]:
     """Those whose tokens read otherwise than their text; a space at the start is the tokenizer's own affair."""
-    if not rows:  # transformers gives one text for no documents
-        return []
-    texts = tokenizer.batch_decode(
-        [row.document.input_ids_T.tolist() for row in rows],
-        skip_special_tokens=False,
-        clean_up_tokenization_spaces=False,
-    )
+    ids = [row.document.input_ids_T.tolist() for row in rows]
+    # Of transformers' own `batch_decode` this is what is left without clean-up; it looks at each token in Python first.
+    texts = tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
     return [row for row, text in zip(rows, texts, strict=True) if text.lstrip(" ") != row.text.lstrip(" ")]

@@ -3,13 +3,18 @@
 A tokenizer may merge the end of a prompt with the start of an answer, or split a prompt's last newlines otherwise when
 text follows. Generation never sees such tokens, so every prompt is tokenised alone as well and compared; where they
 differ, the conversation is tokenised in pieces that are cut where the answers begin.
+
+Of a prompt only the end is tokenised alone: a tokenizer takes special tokens out of a text first and tokenises what is
+between them piece by piece, so that up to the last one the tokens are those of the whole.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,13 +59,20 @@ def encode(
         DataError: an answer cannot be told apart from its prompt in tokens.
     """
     whole = _tokenize([conversation.text for conversation in conversations], tokenizer)
-    prompt_texts = [conversation.text[: turn.start] for conversation in conversations for turn in conversation.turns]
-    prompts = iter(_token_ids(prompt_texts, tokenizer))
+    separators = _separators(tokenizer)
+    is_separator_V = np.zeros(max(separators, default=0) + 2, dtype=np.bool_)  # its last stands for all higher ids
+    is_separator_V[list(separators)] = True
+    ends = [
+        _prompt_ends(conversation, ids_T, starts_T, separators, is_separator_V)
+        for conversation, (ids_T, starts_T) in zip(conversations, whole, strict=True)
+    ]
+    texts = list(dict.fromkeys(end.text for ends_of_one in ends for end in ends_of_one))  # often the same in every row
+    ids_of = dict(zip(texts, _token_ids(texts, tokenizer), strict=True))
     results: list[Encoded] = []
-    for conversation, (input_ids_T, starts_T), where in zip(conversations, whole, wheres, strict=True):
-        prompt_ids = [next(prompts) for _ in conversation.turns]
-        if all(np.array_equal(input_ids_T[: ids_P.size], ids_P) for ids_P in prompt_ids):
-            first_tokens = tuple(ids_P.size for ids_P in prompt_ids)
+    for conversation, (input_ids_T, starts_T), its_ends, where in zip(conversations, whole, ends, wheres, strict=True):
+        alone = [(end.first, ids_of[end.text]) for end in its_ends]
+        if all(np.array_equal(input_ids_T[first : first + ids_P.size], ids_P) for first, ids_P in alone):
+            first_tokens = tuple(first + ids_P.size for first, ids_P in alone)
             results.append(Encoded(input_ids_T, starts_T, first_tokens))
         else:
             results.append(_encode_in_pieces(conversation, input_ids_T, tokenizer, where=where))
@@ -71,6 +83,49 @@ def encode_prompt(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of a rendered prompt, exactly as they stand before an answer in training."""
     [input_ids_T] = _token_ids([text], tokenizer)
     return [int(token_id) for token_id in input_ids_T]
+
+
+@dataclass(frozen=True, slots=True)
+class _PromptEnd:
+    """The end of a prompt, from the last token on before which nothing can depend on what follows it.
+
+    Attributes:
+        first: position of that token in the conversation; 0 for a whole prompt.
+        text: from its first character on.
+    """
+
+    first: int
+    text: str
+
+
+def _prompt_ends(
+    conversation: Rendered,
+    ids_T: NDArray[np.int32],
+    starts_T: NDArray[np.int32],
+    separators: Mapping[int, str],
+    is_separator_V: NDArray[np.bool_],
+) -> list[_PromptEnd]:
+    """The end of each turn's prompt."""
+    text = conversation.text
+    found: list[tuple[int, int]] = []  # where the text has a separator, and at which token
+    if conversation.turns:
+        for at in np.flatnonzero(is_separator_V[np.minimum(ids_T, is_separator_V.size - 1)]).tolist():
+            separator, start = separators[int(ids_T[at])], int(starts_T[at])
+            # As it is: what only a normalizer made look like it was not taken out first.
+            if text.startswith(separator, start):
+                found.append((start + len(separator), at))
+    ends = []
+    for turn in conversation.turns:
+        num_before = bisect_right(found, turn.start, key=itemgetter(0))
+        at = found[num_before - 1][1] if num_before else 0
+        ends.append(_PromptEnd(at, text[int(starts_T[at]) if num_before else 0 : turn.start]))
+    return ends
+
+
+def _separators(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The special tokens that are taken out of a text before anything else is done to it."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    return {token_id: token.content for token_id, token in tokens if token.special and not token.normalized}
 
 
 def _encode_in_pieces(

@@ -112,15 +112,42 @@ def render(
     Raises:
         jinja2.exceptions.TemplateError: the template refuses these messages.
     """
-    text = tokenizer.apply_chat_template(
-        _as_template_sees(messages),
-        tools=_tools(tools),
-        chat_template=_pinned_template(tokenizer, tools),
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
+    [text], _ = _rendered(messages, tokenizer, tools, add_generation_prompt=add_generation_prompt)
     assert isinstance(text, str)
     return text
+
+
+class Beginnings:
+    """What the template writes of the first messages of a conversation; each text is rendered once."""
+
+    def __init__(self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str) -> None:
+        self.messages = messages
+        self._tokenizer = tokenizer
+        self._tools = tools
+        self._texts: dict[tuple[int, bool], str] = {}
+
+    def text(self, num_messages: int) -> str:
+        """That many messages.
+
+        Raises:
+            jinja2.exceptions.TemplateError: the template refuses them.
+        """
+        return self._render(num_messages, is_prompt=False)
+
+    def prompt(self, num_messages: int) -> str:
+        """That many messages, and what stands before an answer to them.
+
+        Raises:
+            jinja2.exceptions.TemplateError: the template refuses them.
+        """
+        return self._render(num_messages, is_prompt=True)
+
+    def _render(self, num_messages: int, *, is_prompt: bool) -> str:
+        asked = (num_messages, is_prompt)
+        if asked not in self._texts:
+            messages = self.messages[:num_messages]
+            self._texts[asked] = render(messages, self._tokenizer, self._tools, add_generation_prompt=is_prompt)
+        return self._texts[asked]
 
 
 def render_marked(
@@ -131,17 +158,25 @@ def render_marked(
     Raises:
         jinja2.exceptions.TemplateError: the template refuses these messages.
     """
+    [text], [passages] = _rendered(messages, tokenizer, tools, return_assistant_tokens_mask=True)
+    return text, passages
+
+
+def _rendered(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str, **options: bool) -> Any:
+    """What `apply_chat_template` does with one conversation, without what it does for callers of many kinds.
+
+    That is the function that it calls itself: its sandbox, its compiled templates, its view of messages and tools.
+    """
     from transformers.utils import chat_template_utils
 
     untyped: Any = chat_template_utils.render_jinja_template  # typed as if it gave a text only
-    [text], [passages] = untyped(
+    return untyped(
         conversations=[_as_template_sees(messages)],
         tools=_tools(tools),
         chat_template=_pinned_template(tokenizer, tools),
-        return_assistant_tokens_mask=True,
+        **options,
         **tokenizer.special_tokens_map,
     )
-    return text, passages
 
 
 def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -9,16 +9,16 @@ forgets what was thought) breaks that for those turns: they are read, but not le
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from jinja2.exceptions import TemplateError
 
-from qlora_trainer.data.messages import Message, shown
+from qlora_trainer.data.left_out import refuse_controls, require_reasoning, require_tool_turns, require_whole
+from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
-from qlora_trainer.data.template import marks_answers, render, render_marked, render_prompt
+from qlora_trainer.data.template import Beginnings, marks_answers, render_marked
 from qlora_trainer.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -99,17 +99,18 @@ def render_row(
         DataError: the template refuses the conversation, leaves out a part of it, rewrites the turn that would be
             learned, or a message holds a control token.
     """
-    _refuse_controls(row, controls)
+    refuse_controls(row, controls)
     answers = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
     messages = row.messages if train_on == "all" else row.messages[: answers[-1] + 1]  # what follows is learned by none
     chosen = answers[-1:] if train_on == "last_assistant" else answers
     learned = frozenset(index for index in chosen if messages[index].weight)
+    beginnings = Beginnings(messages, tokenizer, row.tools)
     try:
         if marks_answers(tokenizer):
             rendered = _marked_turns(row, messages, answers, learned, tokenizer)
         else:
-            rendered = _prefix_turns(row, messages, answers, learned, tokenizer, train_on)
-        _require_reasoning(row, messages, tokenizer)
+            rendered = _prefix_turns(row, beginnings, answers, learned, tokenizer, train_on)
+        require_reasoning(row, beginnings, tokenizer)
     except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         roles = ", ".join(message.role for message in messages)
         raise DataError(
@@ -118,8 +119,8 @@ def render_row(
             expected="roles in the order that the model's template knows",
             fix="Reorder or merge the turns, or remove the row.",
         ) from error
-    _require_whole(row, messages, rendered.text)
-    _require_tool_turns(row, messages, tokenizer)
+    require_whole(row, messages, rendered.text)
+    require_tool_turns(row, beginnings, tokenizer)
     return replace(rendered, learns_all=train_on == "all")
 
 
@@ -161,19 +162,19 @@ def _joined(passages: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _prefix_turns(
     row: Row,
-    messages: Sequence[Message],
+    beginnings: Beginnings,
     answers: Sequence[int],
     learned: frozenset[int],
     tokenizer: PreTrainedTokenizerBase,
     train_on: TrainOn,
 ) -> Rendered:
     """Turns that follow in the text what follows their prompt."""
-    text = render(messages, tokenizer, row.tools)
+    text = beginnings.text(len(beginnings.messages))
     turns: list[Turn] = []
     rewritten: dict[int, str] = {}
     for index in answers if train_on == "all" else sorted(learned):
-        prompt = render_prompt(messages[:index], tokenizer, row.tools)
-        upto = _open_end(messages[: index + 1], tokenizer, row.tools)
+        prompt = beginnings.prompt(index)
+        upto = _open_end(beginnings, index + 1, tokenizer.eos_token)
         if upto.startswith(prompt) and text.startswith(upto):
             turns.append(Turn(len(prompt), max(len(prompt), len(upto.rstrip())), index in learned))
         else:
@@ -193,98 +194,17 @@ def _prefix_turns(
     return Rendered(text, tuple(turns), num_rewritten=0 if train_on == "all" else num_rewritten)
 
 
-def _open_end(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: str) -> str:
+def _open_end(beginnings: Beginnings, num_messages: int, eos: object) -> str:
     """The text up to the end of the last turn, as it reads when others follow.
 
     Phi-3's template, for one, writes EOS after a whole conversation, which no answer ends with.
     """
-    text, eos = render(messages, tokenizer, tools), tokenizer.eos_token
+    text = beginnings.text(num_messages)
     if not isinstance(eos, str) or not text.endswith(eos):
         return text
     try:
-        going_on = render_prompt(messages, tokenizer, tools)
+        going_on = beginnings.prompt(num_messages)
     except TemplateError:  # some allow no answer after an answer
         return text
     without = text.removesuffix(eos)
     return without if going_on.startswith(without) and not going_on.startswith(text) else text
-
-
-def _refuse_controls(row: Row, controls: Sequence[str]) -> None:
-    for index, message in enumerate(row.messages):
-        calls = (text for call in message.tool_calls for text in (call.name, call.arguments, call.call_id))
-        names = (message.name, message.tool_call_id)
-        texts = (message.content, message.reasoning, *names, *calls, row.tools if index == 0 else "")
-        written = "\n".join(texts)
-        for control in controls:
-            if control in written:
-                raise DataError(
-                    where=row.where,
-                    found=f"the control token {shown(control)} in the text of message {index}",
-                    expected="plain text; the chat template writes the control tokens",
-                    fix="Remove it from the text (was the row rendered through a template already?), or drop the row.",
-                )
-
-
-def _require_whole(row: Row, messages: Sequence[Message], text: str) -> None:
-    """Refuses what a template passes over in silence: roles and tools that it does not know.
-
-    The last line of a message stands for it, since templates trim. An answer without tool calls is looked at where it
-    is labelled; a tool's result may be rendered as JSON.
-    """
-    parts = {f"the tool {name}": name for name in _tool_names(row.tools)}
-    for index, message in enumerate(messages):
-        if message.role in ("system", "developer", "user") or message.tool_calls:
-            last_line = message.content.strip().rpartition("\n")[2].strip()
-            parts[f"the text of message {index}, whose role is {message.role}"] = last_line
-        parts |= {f"the call of {call.name} in message {index}": call.name for call in message.tool_calls}
-    for what, part in parts.items():
-        if part not in text:
-            raise _left_out(row, what)
-
-
-def _require_reasoning(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a template that passes over the reasoning in silence: it must read otherwise without it.
-
-    That is asked of the conversation up to that message. Templates that forget it once others follow (Qwen 3) render it
-    there; such an answer is then one that was rewritten, or is learned as the template marks it.
-    """
-    for index, message in enumerate(messages):
-        if message.reasoning:
-            upto = render(messages[: index + 1], tokenizer, row.tools)
-            without = render((*messages[:index], replace(message, reasoning="")), tokenizer, row.tools)
-            if message.reasoning.strip() not in upto or upto == without:
-                raise _left_out(row, f"the reasoning of message {index}")
-
-
-def _require_tool_turns(row: Row, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a template that passes over calls or results in silence: it must read otherwise without them.
-
-    That their words are somewhere in the text would say little: a question often has them too.
-    """
-    parts = [
-        *((index, "the calls", replace(message, tool_calls=())) for index, message in enumerate(messages)),
-        *((i, "the result", replace(m, content="")) for i, m in enumerate(messages) if m.role == "tool"),
-    ]
-    changed = [(index, what, without) for index, what, without in parts if without != messages[index]]
-    text = render(messages, tokenizer, row.tools) if changed else ""
-    for index, what, without in changed:
-        try:
-            is_left_out = render((*messages[:index], without, *messages[index + 1 :]), tokenizer, row.tools) == text
-        except (TemplateError, TypeError, ValueError):  # it looks at them, and misses them
-            continue
-        if is_left_out:
-            raise _left_out(row, f"{what} of message {index}")
-
-
-def _left_out(row: Row, what: str) -> DataError:
-    return DataError(
-        where=row.where,
-        found=f"a chat template that leaves out {what}",
-        expected="a template that renders all of the conversation",
-        fix="Use a base whose template knows such messages, or take them out of the row.",
-    )
-
-
-def _tool_names(tools: str) -> list[str]:
-    functions = [tool.get("function", tool) for tool in json.loads(tools)] if tools else []
-    return [str(function["name"]) for function in functions if isinstance(function, dict) and "name" in function]

@@ -1,0 +1,118 @@
+"""Refuses conversations of which a chat template passes over a part in silence, and those that would forge a turn.
+
+Qwen 2.5 says nothing of the role `developer`, Gemma nothing of tools, and neither complains: what is not in the text is
+not learned.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jinja2.exceptions import TemplateError
+
+from qlora_trainer.data.messages import Message, shown
+from qlora_trainer.data.rows import Row
+from qlora_trainer.data.template import Beginnings, render
+from qlora_trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def refuse_controls(row: Row, controls: Sequence[str]) -> None:
+    """Refuses a message that holds a token by which the template marks turns.
+
+    Raises:
+        DataError: one does.
+    """
+    for index, message in enumerate(row.messages):
+        calls = (text for call in message.tool_calls for text in (call.name, call.arguments, call.call_id))
+        names = (message.name, message.tool_call_id)
+        texts = (message.content, message.reasoning, *names, *calls, row.tools if index == 0 else "")
+        written = "\n".join(texts)
+        for control in controls:
+            if control in written:
+                raise DataError(
+                    where=row.where,
+                    found=f"the control token {shown(control)} in the text of message {index}",
+                    expected="plain text; the chat template writes the control tokens",
+                    fix="Remove it from the text (was the row rendered through a template already?), or drop the row.",
+                )
+
+
+def require_whole(row: Row, messages: Sequence[Message], text: str) -> None:
+    """Refuses what a template passes over: roles and tools that it does not know.
+
+    The last line of a message stands for it, since templates trim. An answer without tool calls is looked at where it
+    is labelled; a tool's result may be rendered as JSON.
+
+    Raises:
+        DataError: something is not in the text.
+    """
+    parts = {f"the tool {name}": name for name in _tool_names(row.tools)}
+    for index, message in enumerate(messages):
+        if message.role in ("system", "developer", "user") or message.tool_calls:
+            last_line = message.content.strip().rpartition("\n")[2].strip()
+            parts[f"the text of message {index}, whose role is {message.role}"] = last_line
+        parts |= {f"the call of {call.name} in message {index}": call.name for call in message.tool_calls}
+    for what, part in parts.items():
+        if part not in text:
+            raise _left_out(row, what)
+
+
+def require_reasoning(row: Row, beginnings: Beginnings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that passes over the reasoning: it must read otherwise without it.
+
+    That is asked of the conversation up to that message. Templates that forget it once others follow (Qwen 3) render it
+    there; such an answer is then one that was rewritten, or is learned as the template marks it.
+
+    Raises:
+        DataError: it does not.
+    """
+    messages = beginnings.messages
+    for index, message in enumerate(messages):
+        if message.reasoning:
+            upto = beginnings.text(index + 1)
+            without = render((*messages[:index], replace(message, reasoning="")), tokenizer, row.tools)
+            if message.reasoning.strip() not in upto or upto == without:
+                raise _left_out(row, f"the reasoning of message {index}")
+
+
+def require_tool_turns(row: Row, beginnings: Beginnings, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuses a template that passes over calls or results: it must read otherwise without them.
+
+    That their words are somewhere in the text would say little: a question often has them too.
+
+    Raises:
+        DataError: it does not.
+    """
+    messages = beginnings.messages
+    parts = [
+        *((index, "the calls", replace(m, tool_calls=())) for index, m in enumerate(messages) if m.tool_calls),
+        *((i, "the result", replace(m, content="")) for i, m in enumerate(messages) if m.role == "tool" and m.content),
+    ]
+    for index, what, without in parts:
+        changed = (*messages[:index], without, *messages[index + 1 :])
+        try:
+            is_left_out = render(changed, tokenizer, row.tools) == beginnings.text(len(messages))
+        except (TemplateError, TypeError, ValueError):  # it looks at them, and misses them
+            continue
+        if is_left_out:
+            raise _left_out(row, f"{what} of message {index}")
+
+
+def _left_out(row: Row, what: str) -> DataError:
+    return DataError(
+        where=row.where,
+        found=f"a chat template that leaves out {what}",
+        expected="a template that renders all of the conversation",
+        fix="Use a base whose template knows such messages, or take them out of the row.",
+    )
+
+
+def _tool_names(tools: str) -> list[str]:
+    functions = [tool.get("function", tool) for tool in json.loads(tools)] if tools else []
+    return [str(function["name"]) for function in functions if isinstance(function, dict) and "name" in function]
