@@ -189,7 +189,7 @@ def _compared(chat: Chat, talk: _Talk, text: str, settings: AnswerSettings) -> I
         for speaker in chat.speakers:
             yield Speaking(speaker)
             answer = yield from _say(chat, asked, speaker, settings, talk.num_asked, stop)
-            if answer is None or answer.ending == "interrupted":
+            if answer is None or stop.is_set():  # also where the answer was at its end when the flag was seen
                 return
 
 
