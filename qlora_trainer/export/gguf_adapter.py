@@ -97,7 +97,7 @@ def write_gguf(
         _write(temporary, tensors, architecture, alpha=settings.alpha, base_name=base_name)
         with FileIO(temporary) as file:
             storage.fsync(file)
-        _require_same(temporary, tensors, architecture, alpha=settings.alpha)
+        _require_same(temporary, tensors, architecture, alpha=settings.alpha, base_name=base_name)
         storage.rename(temporary, path)
         storage.fsync_dir(path.parent)
     except BaseException as error:
@@ -170,22 +170,28 @@ def _write(
 
 
 def _require_same(
-    path: Path, tensors: Mapping[str, NDArray[np.float32]], architecture: Architecture, *, alpha: float
+    path: Path, tensors: Mapping[str, NDArray[np.float32]], architecture: Architecture, *, alpha: float, base_name: str
 ) -> None:
     try:
         reader = gguf.GGUFReader(path)
         found = {tensor.name: tensor.data for tensor in reader.tensors}
-        told = {key: field.contents() for key, field in reader.fields.items()}
-    except (ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
+        told = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
         raise differs(path, f"no GGUF file ({error})") from error
     expected = {
         gguf.Keys.General.TYPE: gguf.GGUFType.ADAPTER,
         gguf.Keys.General.ARCHITECTURE: gguf.MODEL_ARCH_NAMES[architecture.arch],
+        gguf.Keys.General.FILE_TYPE: int(gguf.LlamaFileType.ALL_F32),
+        gguf.Keys.General.BASE_MODEL_COUNT: 1,
+        gguf.Keys.General.BASE_MODEL_NAME.format(id=0): base_name,
         gguf.Keys.Adapter.TYPE: "lora",
         gguf.Keys.Adapter.LORA_ALPHA: float(np.float32(alpha)),
     }
-    if any(told.get(key) != value for key, value in expected.items()):
+    if told != expected:
         raise differs(path, "other settings than were written")
     same_names = found.keys() == tensors.keys()
-    if not same_names or any(found[name].tobytes() != tensor.tobytes() for name, tensor in tensors.items()):
+    if not same_names or any(
+        found[name].shape != tensor.shape or found[name].tobytes() != tensor.tobytes()
+        for name, tensor in tensors.items()
+    ):
         raise differs(path, "other weights than were written")
