@@ -11,6 +11,7 @@ from qlora_trainer.cli.chat import chat
 from qlora_trainer.cli.config import config
 from qlora_trainer.cli.data import data
 from qlora_trainer.cli.doctor import doctor
+from qlora_trainer.cli.evaluate import evaluate
 from qlora_trainer.cli.export import export
 from qlora_trainer.cli.generate import generate
 from qlora_trainer.cli.merge import merge
@@ -36,6 +37,7 @@ def build_app() -> typer.Typer:
     )
     for verb in (plan, train, runs, generate, export, merge, chat, doctor, config, quickstart_data):
         app.command(verb.__name__.replace("_", "-"))(verb)
+    app.command("eval")(evaluate)  # whose own name is Python's
     app.add_typer(data, name="data")
     return app
 
