@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from qlora_trainer.cli.allocator import expand_segments
-from qlora_trainer.cli.data import DEFAULT_BASE
 from qlora_trainer.cli.options import Overrides
 from qlora_trainer.config.adapter_names import name_of_folder
 from qlora_trainer.config.data_files import require_data
@@ -30,7 +29,7 @@ def evaluate(
     named: dict[str, Path] = {}
     for target in targets:
         named[name_of_folder(target, taken=named)] = target
-    judged_on = eval_config(named, data or [], base=base or DEFAULT_BASE, overrides=overrides or [])
+    judged_on = eval_config(named, data or [], overrides=overrides or [])
     require_data(judged_on.config.data)  # before what follows, which imports torch
 
     expand_segments()

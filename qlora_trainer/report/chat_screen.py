@@ -75,11 +75,20 @@ def show_chat(events: Iterable[ChatEvent], lines: TypedLines, console: Console, 
             case Speaking():
                 console.print(Text(f"[{event.speaker}]", style="bold"), soft_wrap=True)
             case Piece():
-                console.out(_visible(event.text), end="", highlight=False)  # `print` would strip ends of long lines
+                _write(console, _visible(event.text))
             case Ended():
                 console.print(Text("" if event.answer.text else "(nothing)", style="dim"))
             case Note():
                 notes.print(Text(_note(event.text), style="dim"), soft_wrap=True)
+
+
+def _write(console: Console, text: str) -> None:
+    """As it is: rich would put spaces for tabs, and wrap or strip what is longer than a line."""
+    try:
+        console.file.write(text)
+        console.file.flush()
+    except BrokenPipeError:
+        console.on_broken_pipe()
 
 
 def _note(text: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
+from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE, SHIPPED_BASES
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
@@ -39,15 +39,12 @@ class JudgedOn:
     run: RunFolder | None
 
 
-def eval_config(
-    targets: Mapping[str, Path], data: Sequence[str], *, base: str, overrides: Sequence[str] = ()
-) -> JudgedOn:
+def eval_config(targets: Mapping[str, Path], data: Sequence[str], *, overrides: Sequence[str] = ()) -> JudgedOn:
     """What adapters are judged on: the rows in `data`, or those that their runs held out.
 
     Args:
         targets: run folders and adapter folders, by what they are called.
         data: files, patterns or data sets; empty takes the runs' own held-out rows.
-        base: name of the base, for the config alone.
         overrides: of keys of `data`, and of the compute dtype.
 
     Raises:
@@ -60,7 +57,7 @@ def eval_config(
     configs = {name: load_config(run.config_path) for name, run in runs.items()}
     sizes = [f"{key}={largest}" for key in _SIZES if (largest := _largest(configs, key)) is not None]
     if data:
-        shared = _settings_for_files(configs, data, base)
+        shared = _settings_for_files(configs, data)
         template = _template({name: find_adapter(target) for name, target in targets.items()})
         return JudgedOn(load_config(None, [*shared, *template, *sizes, *overrides]), None)
     if not configs:
@@ -84,10 +81,11 @@ def eval_config(
     return JudgedOn(config, run)
 
 
-def _settings_for_files(configs: Mapping[str, RunConfig], data: Sequence[str], base: str) -> list[str]:
+def _settings_for_files(configs: Mapping[str, RunConfig], data: Sequence[str]) -> list[str]:
     """The defaults, but for what the runs agree on."""
     shared = {key: _agreed(key, {name: _value(config, key) for name, config in configs.items()}) for key in _OF_THE_RUN}
-    named = {"model.base": base, "data.train": list(data), "data.eval": list(data)}
+    # The schema asks for a base and for rows to train on, of which nothing is read here.
+    named = {"model.base": next(iter(SHIPPED_BASES)), "data.train": list(data), "data.eval": list(data)}
     known = {key: value for key, value in (named | shared).items() if value is not None}
     return ["training.global_batch_size=1", *(f"{key}={json.dumps(value)}" for key, value in known.items())]
 
