@@ -198,6 +198,11 @@ class LoraSection(Section):
     use_rslora: bool = Field(
         False, description="Scale the update by alpha / sqrt(rank) in place of alpha / rank (rsLoRA)."
     )
+    use_dora: bool = Field(
+        False,
+        description="Train the length of each row of the adapted weight as well, in float32 (DoRA): about half as much "
+        "computation again.",
+    )
     rank_pattern: RankPattern = Field(
         (),
         description="Other ranks for some linears, as {name: rank}: the name is a regular expression for the end of a "

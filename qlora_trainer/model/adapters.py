@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.dora import set_row_norms_
 from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.random_draws import key32
+
+MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT calls it
 
 
 def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype: torch.dtype, seed: int) -> None:
@@ -26,7 +29,7 @@ def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype:
 def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int) -> dict[str, Tensor]:
     """Fresh adapters: A uniform in +-1/sqrt(I) as in PEFT, B zero, so the model starts unchanged.
 
-    Each A is drawn from (seed, its name) alone, in fp32.
+    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have.
     """
     weights = {}
     for name in settings.targets:
@@ -36,6 +39,10 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
         a_RI = torch.empty(settings.rank_of(name), linear.in_features).uniform_(-bound, bound, generator=generator)
         weights[f"{name}.lora_A"] = a_RI
         weights[f"{name}.lora_B"] = torch.zeros(linear.out_features, settings.rank_of(name))
+        if settings.use_dora:
+            magnitude_O = torch.empty(linear.out_features, dtype=torch.float32, device=model.device)
+            set_row_norms_(magnitude_O, linear)
+            weights[f"{name}.{MAGNITUDE}"] = magnitude_O
     return weights
 
 
@@ -54,8 +61,9 @@ def build_adapters(
     Args:
         model: whose linears they are for.
         settings: which linears, and the scale.
-        weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; exactly these names. They are copied.
-        dtype: what the adapter is held in. Gradients are accumulated in fp32 whatever it is.
+        weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R], with DoRA `{target}.lora_magnitude_vector` [O];
+            exactly these names. They are copied.
+        dtype: what the matrices are held in; magnitudes are fp32. Gradients are accumulated in fp32 whatever it is.
 
     Raises:
         ConfigError: names or shapes differ from what the model and the settings ask for; the first five are named.
@@ -66,6 +74,10 @@ def build_adapters(
         a_RI, b_OR = (
             weights[f"{name}.{leaf}"].to(device=model.device, dtype=dtype, copy=True) for leaf in ("lora_A", "lora_B")
         )
+        magnitude_O = None
+        if settings.use_dora:
+            given_O = weights[f"{name}.{MAGNITUDE}"]
+            magnitude_O = given_O.to(device=model.device, dtype=torch.float32, copy=True)
         adapters[name] = LoraAdapter(
             a_RI,
             b_OR,
@@ -73,7 +85,11 @@ def build_adapters(
             dropout=settings.dropout,
             layer_key=key32("dropout", name),
             keys=model.dropout_keys,
+            magnitude_O=magnitude_O,
         )
+        norm_O = adapters[name].norm_O
+        if norm_O is not None:
+            set_row_norms_(norm_O, model.linears[name], a_RI, b_OR, settings.scale_of(name))
         for parameter in adapters[name].parameters():
             parameter.grad_dtype = torch.float32
     return adapters
@@ -94,7 +110,7 @@ def detach_adapters(model: QuantizedModel) -> None:
 
 
 def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
-    """`{target}.lora_A` and `{target}.lora_B` of every adapter, in model order."""
+    """`{target}.lora_A`, `{target}.lora_B` and with DoRA `{target}.lora_magnitude_vector`, in model order."""
     return {
         f"{name}.{leaf}": parameter
         for name, linear in model.linears.items()
@@ -111,6 +127,8 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
             rank = settings.rank_of(name)
             shapes[f"{name}.lora_A"] = (rank, linear.in_features)
             shapes[f"{name}.lora_B"] = (linear.out_features, rank)
+            if settings.use_dora:
+                shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
     return shapes
 
 

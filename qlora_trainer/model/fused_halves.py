@@ -24,6 +24,7 @@ from qlora_trainer.model.linear import (
     input_gradient,
     low_rank_gradients,
     multiply,
+    no_parameter_gradients,
     parameter_gradients,
 )
 from qlora_trainer.model.row_ops import (
@@ -248,7 +249,7 @@ def _inputs_backward(
     """
     norm = half.norm
     low_grads = low_rank_gradients(half.inputs, grads)
-    parameter_grads: list[Tensor | None] = [None, None] * len(half.inputs)
+    parameter_grads = no_parameter_gradients(half.inputs)
     if low_grads is not None:
         normed_TH = rms_norm_again(x_TH, inverse_T1, norm.weight_H, norm.offset)
         parameter_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)

@@ -6,6 +6,9 @@ layer, not its packed tensors, so a buffer that is refilled between forward and 
 The functions take several linears that read the same input (q, k and v; gate and up): the first matrices of their
 adapters are one product, and the gradients of the input are added up inside the products.
 
+With DoRA every row of W + scale B A has a factor, its magnitude over its norm. It goes into the scales of the packed
+blocks and into the rows of B, so the products are the same; nothing of [T, O] is made, or rounded, for it.
+
 The low-rank path stays separate from the dense product. Adding scale * B A to the unpacked weight would be one product
 fewer, but in 16 bits it rounds most of a young adapter away, and in fp32 it does not pay: two passes over each weight
 instead of one over the output (docs/log.md, 2026-11-28).
@@ -90,7 +93,7 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         linears, grads = [ctx.layer], [grad_outputs[0]]
         low_grads = low_rank_gradients(linears, grads)
-        parameter_grads: list[Tensor | None] = [None, None]
+        parameter_grads = no_parameter_gradients(linears)
         if low_grads is not None:
             x_TI, *low_ranks = ctx.saved_tensors  # asked for once only: a recomputed layer gives them out once
             parameter_grads = parameter_gradients(linears, x_TI, grads, low_ranks, low_grads)
@@ -99,12 +102,17 @@ class _LinearFunction(torch.autograd.Function):
 
 
 def adapter_parameters(linears: Iterable[NF4Linear]) -> list[Tensor | None]:
-    """A and B of each, None where there is no adapter: in this order autograd functions take and answer them."""
+    """A, B and magnitude of each, None for what is not there: so autograd functions take and answer them."""
     found: list[Tensor | None] = []
     for linear in linears:
         adapter = linear.adapter
-        found += [None, None] if adapter is None else [adapter.lora_A, adapter.lora_B]
+        found += [None] * 3 if adapter is None else [adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector]
     return found
+
+
+def no_parameter_gradients(linears: Sequence[NF4Linear]) -> list[Tensor | None]:
+    """In the order of `adapter_parameters`."""
+    return [None] * (3 * len(linears))
 
 
 def multiply(
@@ -121,19 +129,45 @@ def multiply(
     outs = [_multiply_one(linear, x_TI, added_TO) for linear in linears]
     adapted = _adapted(linears, outs)
     for (adapter, out_TO), low_TR in zip(adapted, low_ranks, strict=True):
-        out_TO.addmm_(low_TR, adapter.lora_B.to(x_TI.dtype).t(), alpha=adapter.scale)
+        out_TO.addmm_(low_TR, adapter.scaled_B(x_TI.dtype).t(), alpha=adapter.scale)
     return outs, low_ranks
 
 
 def _multiply_one(linear: NF4Linear, x_TI: Tensor, added_TO: Tensor | None) -> Tensor:
     linear.make_room(x_TI.shape[0], x_TI.itemsize)
-    weight_OI = nf4.dequantize(linear.weight, x_TI.dtype)
+    weight_OI = _scaled_weight(linear, x_TI.dtype)
     bias_O = None if linear.bias is None else linear.bias.to(x_TI.dtype)
     if added_TO is None:
         # On a CPU `linear` takes a transposed bf16 weight up to 1.8 times faster than `mm` (torch 2.13, AMX).
-        return nn.functional.linear(x_TI, weight_OI, bias_O)
-    out_TO = torch.addmm(added_TO, x_TI, weight_OI.t())
-    return out_TO if bias_O is None else out_TO.add_(bias_O)
+        out_TO = nn.functional.linear(x_TI, weight_OI, bias_O)
+    else:
+        out_TO = torch.addmm(added_TO, x_TI, weight_OI.t())
+        out_TO = out_TO if bias_O is None else out_TO.add_(bias_O)
+    del weight_OI
+    dropped = _dropped_part(linear, x_TI)
+    if dropped is not None:
+        own_TI, weight_OI = dropped
+        out_TO.addmm_(own_TI, weight_OI.t())
+    return out_TO
+
+
+def _scaled_weight(linear: NF4Linear, dtype: torch.dtype) -> Tensor:
+    """The weight that multiplies the whole input: with DoRA and no dropout, each row in the length it is given."""
+    adapter = linear.adapter
+    row_scale_O = None if adapter is None or adapter.drops else adapter.row_scale()
+    return nf4.dequantize(linear.weight, dtype, row_scale_O)
+
+
+def _dropped_part(linear: NF4Linear, x_TI: Tensor) -> tuple[Tensor, Tensor] | None:
+    """With DoRA and dropout, what is left of the input and the weight that multiplies only that: PEFT's definition,
+    W x + (scale - 1) W drop(x) + scale B A drop(x), lets dropout reach the change of length, not W itself."""
+    adapter = linear.adapter
+    row_scale_O = adapter.row_scale() if adapter is not None and adapter.drops else None
+    if adapter is None or row_scale_O is None:
+        return None
+    factors_TI = adapter.draw_dropout(x_TI.shape[0], x_TI.dtype)
+    assert factors_TI is not None
+    return factors_TI.mul_(x_TI), nf4.dequantize(linear.weight, x_TI.dtype, row_scale_O - 1.0)
 
 
 def low_rank_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) -> Tensor | None:
@@ -146,7 +180,7 @@ def low_rank_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) ->
     out_TS = grad_TO.new_empty((grad_TO.shape[0], sum(ranks)))
     for (adapter, grad_TO), low_TR in zip(adapted, out_TS.split(ranks, dim=1), strict=True):
         # With beta = 0 a product that is scaled for nothing: what `low_TR` held is not read.
-        low_TR.addmm_(grad_TO, adapter.lora_B.to(grad_TO.dtype), beta=0.0, alpha=adapter.scale)
+        low_TR.addmm_(grad_TO, adapter.scaled_B(grad_TO.dtype), beta=0.0, alpha=adapter.scale)
     return out_TS
 
 
@@ -157,10 +191,10 @@ def parameter_gradients(
     low_ranks: Sequence[Tensor],
     low_grads_TS: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of A and B of each, in the order of `adapter_parameters`."""
+    """Gradients of A, B and magnitude of each, in the order of `adapter_parameters`."""
     adapted = _adapted(linears, grads)
     if low_grads_TS is None:
-        return [None, None] * len(linears)
+        return no_parameter_gradients(linears)
     ranks = [adapter.lora_A.shape[0] for adapter, _ in adapted]
     factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter, _ in adapted]
     grads_A: Sequence[Tensor]
@@ -171,18 +205,39 @@ def parameter_gradients(
             torch.mm(low_TR.t(), x_TI if own is None else x_TI * own)
             for low_TR, own in zip(low_grads_TS.split(ranks, dim=1), factors, strict=True)
         ]
-    # [R, T] x [T, O], then transposed: on a CPU twice as fast as [O, T] x [T, R].
-    grads_B = [
-        grad_TO.new_empty((low_TR.shape[1], grad_TO.shape[1]))
-        .addmm_(low_TR.t(), grad_TO, beta=0.0, alpha=adapter.scale)
-        .t()
-        for (adapter, grad_TO), low_TR in zip(adapted, low_ranks, strict=True)
-    ]
-    rest = iter(zip(grads_A, grads_B, strict=True))
+    rest = iter(zip(grads_A, factors, low_ranks, strict=True))
     found: list[Tensor | None] = []
-    for linear in linears:
-        found += [None, None] if linear.adapter is None else next(rest)
+    for linear, grad_TO in zip(linears, grads, strict=True):
+        if linear.adapter is None:
+            found += [None] * 3
+            continue
+        grad_A, own, low_TR = next(rest)
+        grad_B = _gradient_of_B(linear.adapter, grad_TO, low_TR)
+        found += [grad_A, grad_B, _gradient_of_magnitude(linear, x_TI, own, grad_TO, low_TR)]
     return found
+
+
+def _gradient_of_B(adapter: LoraAdapter, grad_TO: Tensor, low_TR: Tensor) -> Tensor:
+    # [R, T] x [T, O], then transposed: on a CPU twice as fast as [O, T] x [T, R].
+    grad_RO = grad_TO.new_empty((low_TR.shape[1], grad_TO.shape[1]))
+    grad_RO.addmm_(low_TR.t(), grad_TO, beta=0.0, alpha=adapter.scale)
+    row_scale_O = adapter.row_scale()
+    return (grad_RO if row_scale_O is None else grad_RO * row_scale_O).t()
+
+
+def _gradient_of_magnitude(
+    linear: NF4Linear, x_TI: Tensor, factors_TI: Tensor | None, grad_TO: Tensor, low_TR: Tensor
+) -> Tensor | None:
+    """Along the rows as they would be at length 1. Their product is made again: keeping it would take [T, O]."""
+    adapter = linear.adapter
+    if adapter is None or adapter.norm_O is None:
+        return None
+    linear.make_room(x_TI.shape[0], x_TI.itemsize)
+    weight_OI = nf4.dequantize(linear.weight, x_TI.dtype)
+    out_TO = nn.functional.linear(x_TI if factors_TI is None else x_TI * factors_TI, weight_OI)
+    del weight_OI
+    out_TO.addmm_(low_TR, adapter.lora_B.to(x_TI.dtype).t(), alpha=adapter.scale)
+    return out_TO.mul_(grad_TO).sum(0, dtype=torch.float32).div_(adapter.norm_O)
 
 
 def input_gradient(linears: Sequence[NF4Linear], grads: Sequence[Tensor], low_grads_TS: Tensor | None) -> Tensor:
@@ -190,18 +245,24 @@ def input_gradient(linears: Sequence[NF4Linear], grads: Sequence[Tensor], low_gr
     grad_x_TI = grads[0].new_empty((grads[0].shape[0], linears[0].in_features))
     for index, (linear, grad_TO) in enumerate(zip(linears, grads, strict=True)):
         linear.make_room(grad_TO.shape[0], grad_TO.itemsize)
-        weight_OI = nf4.dequantize(linear.weight, grad_TO.dtype)
+        weight_OI = _scaled_weight(linear, grad_TO.dtype)
         grad_x_TI.addmm_(grad_TO, weight_OI, beta=float(index > 0))  # with beta = 0 what is there is not read
         del weight_OI
     if low_grads_TS is None:
         return grad_x_TI
-    adapters = [linear.adapter for linear in linears if linear.adapter is not None]
+    adapted = [(linear, grad_TO) for linear, grad_TO in zip(linears, grads, strict=True) if linear.adapter is not None]
+    adapters = [linear.adapter for linear, _ in adapted if linear.adapter is not None]
     factors = [adapter.draw_dropout(grad_x_TI.shape[0], grad_x_TI.dtype) for adapter in adapters]
     if all(own is None for own in factors):
         return grad_x_TI.addmm_(low_grads_TS, _joined_A(adapters, grad_x_TI.dtype))
     ranks = [adapter.lora_A.shape[0] for adapter in adapters]
-    for adapter, low_TR, own in zip(adapters, low_grads_TS.split(ranks, dim=1), factors, strict=True):
+    for adapter, (linear, grad_TO), low_TR, own in zip(
+        adapters, adapted, low_grads_TS.split(ranks, dim=1), factors, strict=True
+    ):
         added_TI = torch.mm(low_TR, adapter.lora_A.to(low_TR.dtype))
+        row_scale_O = None if own is None else adapter.row_scale()
+        if row_scale_O is not None:
+            added_TI.addmm_(grad_TO, nf4.dequantize(linear.weight, grad_TO.dtype, row_scale_O - 1.0))
         grad_x_TI += added_TI if own is None else added_TI.mul_(own)
     return grad_x_TI
 

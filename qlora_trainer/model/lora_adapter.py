@@ -1,4 +1,4 @@
-"""The two trained matrices of one linear layer, and what its dropout is drawn by.
+"""What is trained of one linear layer, and what its dropout is drawn by.
 
 Legend: T tokens, I in_features, O out_features, R rank.
 """
@@ -25,7 +25,7 @@ class DropoutKeys:
 
 
 class LoraAdapter(nn.Module):
-    """The two trained matrices of one linear layer.
+    """The two trained matrices of one linear layer, and with DoRA the length of each row of what they make of it.
 
     Args:
         lora_A_RI: down projection.
@@ -34,7 +34,13 @@ class LoraAdapter(nn.Module):
         dropout: probability that an input element of the low-rank path is zeroed in training.
         layer_key: which layer this is, for the dropout draws.
         keys: shared by all adapters of the model.
+        magnitude_O: fp32, of DoRA; None for none.
+
+    Attributes:
+        norm_O: with DoRA, the norms of the rows of W + scale B A, fp32 (see `model.dora`), which are no parameter.
     """
+
+    norm_O: Tensor | None
 
     def __init__(
         self,
@@ -45,20 +51,40 @@ class LoraAdapter(nn.Module):
         dropout: float = 0.0,
         layer_key: int = 0,
         keys: DropoutKeys | None = None,
+        magnitude_O: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(lora_A_RI)
         self.lora_B = nn.Parameter(lora_B_OR)
+        self.lora_magnitude_vector = None if magnitude_O is None else nn.Parameter(magnitude_O)
+        self.register_buffer("norm_O", None if magnitude_O is None else magnitude_O.clone(), persistent=False)
         self.scale = scale
         self.dropout = dropout
         self.layer_key = layer_key
         self.keys = keys or DropoutKeys()
 
+    @property
+    def drops(self) -> bool:
+        """Whether `draw_dropout` draws."""
+        return self.training and self.dropout > 0.0 and self.keys.row_keys_T is not None
+
+    def row_scale(self) -> Tensor | None:
+        """With DoRA, the factor [O] on each row of W + scale B A, fp32; else None."""
+        magnitude_O = self.lora_magnitude_vector
+        return None if magnitude_O is None or self.norm_O is None else magnitude_O.detach() / self.norm_O
+
+    def scaled_B(self, dtype: torch.dtype) -> Tensor:
+        """B [O, R], each row times its `row_scale`."""
+        row_scale_O = self.row_scale()
+        if row_scale_O is None:
+            return self.lora_B.to(dtype)
+        return (self.lora_B * row_scale_O.unsqueeze(1)).to(dtype)
+
     def draw_dropout(self, num_tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Factors [T, I] that are 0 or 1 / (1 - p), the same at every call for one micro-batch; None for no dropout."""
-        if not self.training or self.dropout == 0.0 or self.keys.row_keys_T is None:
-            return None
         row_keys_T = self.keys.row_keys_T
+        if not self.drops or row_keys_T is None:
+            return None
         if row_keys_T.numel() != num_tokens:
             raise ValueError(f"{row_keys_T.numel()} dropout keys for {num_tokens} tokens")
         return dropout_factors(row_keys_T, self.layer_key, self.lora_A.shape[1], self.dropout, dtype)

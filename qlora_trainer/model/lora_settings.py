@@ -79,6 +79,7 @@ def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str])
         dropout=section.dropout,
         targets=targets,
         use_rslora=section.use_rslora,
+        use_dora=section.use_dora,
         rank_pattern=section.rank_pattern,
         alpha_pattern=section.alpha_pattern,
     )

@@ -83,14 +83,65 @@ def quantize(weight_OI: Tensor, *, double_quant: bool) -> NF4Weight:
     return NF4Weight(packed, nested, nested_absmax, offset, code, shape)
 
 
-def dequantize(weight: NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The weight as a new dense tensor [out_features, in_features] of `dtype`."""
+def dequantize(weight: NF4Weight, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Tensor:
+    """The weight as a new dense tensor [out_features, in_features] of `dtype`.
+
+    Args:
+        weight: packed.
+        dtype: of the result.
+        row_scale_O: fp32, a factor on each row. It goes into the blocks' scales, before anything is rounded to `dtype`,
+            where blocks end with the rows; in fp32 over the weight elsewhere.
+    """
+    if row_scale_O is not None and weight.shape[1] % BLOCKSIZE:
+        return _dequantize(weight, torch.float32).mul_(row_scale_O.unsqueeze(1)).to(dtype)
+    return _dequantize(weight, dtype, row_scale_O)
+
+
+def dequantize_rows(weight: NF4Weight, rows: slice) -> Tensor:
+    """Some rows of a weight, dense, fp32.
+
+    Args:
+        weight: packed.
+        rows: beginning at a multiple of `rows_at_once`.
+    """
+    num_columns = weight.shape[1]
+    first, last = rows.start * num_columns, min(rows.stop, weight.shape[0]) * num_columns
+    blocks = slice(first // BLOCKSIZE, math.ceil(last / BLOCKSIZE))
+    nested = weight.nested_absmax
+    if nested is not None:
+        nested = nested[blocks.start // NESTED_BLOCKSIZE : math.ceil(blocks.stop / NESTED_BLOCKSIZE)]
+    part = NF4Weight(
+        weight.packed[first // 2 : math.ceil(last / 2)],
+        weight.absmax[blocks],
+        nested,
+        weight.offset,
+        weight.code,
+        ((last - first) // num_columns, num_columns),
+    )
+    return _dequantize(part, torch.float32)
+
+
+def rows_at_once(weight: NF4Weight, num_elements: int) -> int:
+    """About `num_elements` of a weight in whole rows, such that no block is cut; at least as many as a cut allows.
+
+    All rows where blocks do not end with them: bitsandbytes' CPU kernel (0.50.2) then takes other scales for a part
+    than for the whole (docs/log.md, 2026-11-28).
+    """
+    if weight.shape[1] % BLOCKSIZE:
+        return weight.shape[0]
+    step = math.lcm(weight.shape[1], BLOCKSIZE * NESTED_BLOCKSIZE)
+    return step * max(1, num_elements // step) // weight.shape[1]
+
+
+def _dequantize(weight: NF4Weight, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Tensor:
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.offset is not None and weight.code is not None:
         absmax = torch.ops.bitsandbytes.dequantize_blockwise.default(
             absmax, weight.nested_absmax, weight.code, NESTED_BLOCKSIZE, torch.float32
         )
         absmax = absmax.add_(weight.offset)
+    if row_scale_O is not None:
+        absmax = (absmax.view(weight.shape[0], -1) * row_scale_O.unsqueeze(1)).view(-1)
     dense_OI: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
         weight.packed, absmax, BLOCKSIZE, "nf4", weight.shape, dtype
     )

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device import DTYPES
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.model.adapters import adapter_shapes
+from qlora_trainer.model.adapters import MAGNITUDE, adapter_shapes
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
@@ -158,11 +158,12 @@ class Planner:
         shapes = self.shapes(layout.rank)
         state = self.state_of(num_flat_elements(shapes.values()), optimizer_bits(optimizer))
         aligned = self.budget.memory.aligned
-        item_bytes = 4 if self.config.lora.dtype == "float32" else 2
         resident = dict(self.base)
-        adapters = sum(aligned(prod(shape) * item_bytes) for shape in shapes.values())
-        # An fp32 adapter is its own master: its weights lie in the optimizer's buffer.
-        resident["adapter"] = 0 if self.config.lora.dtype == "float32" else adapters
+        # What is fp32 is its own master: it lies in the optimizer's buffer. Beside a magnitude is a norm.
+        in_16_bits = [shape for shape in shapes.values() if len(shape) == 2 and self.config.lora.dtype != "float32"]
+        norms = [shape for name, shape in shapes.items() if name.endswith(MAGNITUDE)]
+        resident["adapter"] = sum(aligned(2 * prod(shape)) for shape in in_16_bits)
+        resident["adapter"] += sum(aligned(4 * prod(shape)) for shape in norms)
         resident["gradient"] = sum(map(aligned, state.gradient))
         resident["optimizer"] = sum(map(aligned, state.optimizer))
         if is_paged(optimizer):

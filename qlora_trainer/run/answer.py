@@ -15,6 +15,7 @@ from qlora_trainer.data.rows import Message
 from qlora_trainer.data.template import require_chat_template
 from qlora_trainer.model.attention import IMPLEMENTATION
 from qlora_trainer.model.base import Base
+from qlora_trainer.model.dora import refresh_norms
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.run.adapted_base import find_adapters, load_adapters
 
@@ -109,6 +110,7 @@ def generating(model: QuantizedModel, seed: int) -> Iterator[None]:
     SDPA."""
     was_training = model.module.training
     has_softcap = getattr(model.module.config, "attn_logit_softcapping", None) is not None
+    refresh_norms(model)
     model.module.eval()
     model.module.set_attn_implementation("eager" if has_softcap else "sdpa")
     try:

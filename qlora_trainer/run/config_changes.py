@@ -26,6 +26,7 @@ REFUSED_KEYS = frozenset(
         "lora.target_modules",
         "lora.layers_to_transform",
         "lora.use_rslora",
+        "lora.use_dora",
         "lora.rank_pattern",
         "lora.alpha_pattern",
         "data.train",

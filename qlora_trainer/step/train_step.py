@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from qlora_trainer.model.dora import refresh_norms
 from qlora_trainer.model.quantized import QuantizedModel, hidden_states
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.loss import chunked_cross_entropy, largest_bytes
@@ -31,6 +32,7 @@ def accumulate_gradients(
     Returns:
         Mean cross-entropy of the global batch's supervised tokens in nats, 0-dim fp32, detached.
     """
+    refresh_norms(model)  # once for all micro-batches: no weight changes between them
     total = torch.zeros((), dtype=torch.float32, device=model.device)
     for micro_batch in micro_batches:
         loss_sum = summed_loss(model, micro_batch.to(model.device), loss_chunk_tokens=loss_chunk_tokens)
@@ -43,6 +45,7 @@ def accumulate_gradients(
 @torch.no_grad()
 def evaluate(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss_chunk_tokens: int) -> Tensor:
     """Summed cross-entropy of all supervised tokens in nats, 0-dim fp64; the model is put in eval mode and back."""
+    refresh_norms(model)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     was_training = model.module.training
     model.module.eval()

@@ -18,7 +18,7 @@ SCALE = 1.5
 TOLERANCE = 1e-6
 
 
-def _layer(*, bias: bool, adapter: bool = True, dropout: float = 0.0, seed: int = 0) -> NF4Linear:
+def _layer(*, bias: bool, adapter: bool = True, dropout: float = 0.0, dora: bool = False, seed: int = 0) -> NF4Linear:
     generator = torch.Generator().manual_seed(seed)
     weight = nf4.quantize(torch.randn(NUM_OUT, NUM_IN, generator=generator), double_quant=True)
     layer = NF4Linear(weight, torch.randn(NUM_OUT, generator=generator) if bias else None)
@@ -30,7 +30,10 @@ def _layer(*, bias: bool, adapter: bool = True, dropout: float = 0.0, seed: int 
             dropout=dropout,
             layer_key=7,
             keys=DropoutKeys(token_keys([11, 12], [5, NUM_TOKENS - 5])),
+            magnitude_O=torch.rand(NUM_OUT, generator=generator) if dora else None,
         )
+        if layer.adapter.norm_O is not None:
+            layer.adapter.norm_O.uniform_(0.5, 2.0, generator=generator)
     return layer
 
 
@@ -66,20 +69,26 @@ def test_equals_the_dense_formula(bias: bool, adapter: bool, dropout: float) -> 
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_gradients_are_those_of_small_changes(dropout: float) -> None:
-    layer = _layer(bias=True, dropout=dropout).double()
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients_are_those_of_small_changes(dropout: float, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = _layer(bias=True, dropout=dropout, dora=dora).double()
     assert layer.adapter is not None
 
-    def run(x_TI: Tensor, _a_RI: Tensor, _b_OR: Tensor) -> Tensor:
+    def run(*_inputs: Tensor) -> Tensor:
+        x_TI = _inputs[0]
         out_TO: Tensor = layer(x_TI)
         return out_TO[:, :3]  # all outputs would take a minute
 
     # bitsandbytes unpacks to 16 and 32 bits only; the values of fp32 are exact in fp64.
-    layer.register_buffer("dense", nf4.dequantize(_layer(bias=True).weight, torch.float32).double())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nf4, "dequantize", lambda _weight, _dtype: layer.dense)
-        inputs = (_x(NUM_TOKENS, NUM_IN).detach().double().requires_grad_(), layer.adapter.lora_A, layer.adapter.lora_B)
-        assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    dense_OI = nf4.dequantize(_layer(bias=True).weight, torch.float32).double()
+
+    def dequantize(_weight: nf4.NF4Weight, _dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Tensor:
+        return dense_OI if row_scale_O is None else dense_OI * row_scale_O.unsqueeze(1)
+
+    monkeypatch.setattr(nf4, "dequantize", dequantize)
+    inputs = (_x(NUM_TOKENS, NUM_IN).detach().double().requires_grad_(), *layer.adapter.parameters())
+    assert len(inputs) == (4 if dora else 3)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
 def test_leading_dimensions_are_kept() -> None:

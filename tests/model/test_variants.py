@@ -9,10 +9,12 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import Tensor, nn
 
 from qlora_trainer.model.adapter_folder import read_adapter_folder
 from qlora_trainer.model.adapters import attach_adapters, trainable_parameters
 from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
@@ -46,6 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "patterns": {"rank_pattern": RANKS, "alpha_pattern": ALPHAS},
     "rslora-patterns": {"use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+    "dora": {"use_dora": True},
+    "dora-all": {"use_dora": True, "use_rslora": True, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
 }
 # The fused halves, biases, norms of heads, tied tables; and layers that are not fused.
 BASES = ("llama-biases", "qwen3", "gemma2")
@@ -79,6 +83,38 @@ def test_loss_and_gradients_equal_peft(variant: str, targets: str, prepared: Pre
     assert found.gradients.keys() == expected.gradients.keys()
     errors = {name: relative_error(found.gradients[name], expected.gradients[name]) for name in expected.gradients}
     assert max(errors.values()) <= TOLERANCE, errors
+
+
+class OurDropout(nn.Module):
+    """In the place of PEFT's: what an adapter of ours draws for a document that begins its row."""
+
+    def __init__(self, adapter: LoraAdapter) -> None:
+        super().__init__()
+        self._adapter = [adapter]  # no module of this one
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self._adapter[0].keys.row_keys_T
+        factors = self._adapter[0].draw_dropout(0 if keys is None else keys.numel(), x.dtype)
+        return x if factors is None else x * factors[: x.shape[-2]]
+
+
+@pytest.mark.parametrize("variant", ["plain", *VARIANTS])
+def test_dropout_is_where_peft_has_it(variant: str, prepared: Prepared) -> None:
+    base, cache, _ = prepared
+    model = load_for_training(base, cache)
+    settings = replace(lora_settings(model), dropout=0.3, **VARIANTS.get(variant, {}))
+    weights = random_adapter(model, settings, b_size=0.05)
+    found = our_step(model, settings, weights, DOCUMENTS[:1])
+    wrapped = with_adapters(load_oracle(cache.folder, torch.float32), settings, weights)
+    for name, linear in model.linears.items():
+        assert linear.adapter is not None
+        wrapped.get_submodule(f"base_model.model.{name}").lora_dropout["default"] = OurDropout(linear.adapter)
+    expected = oracle_step(wrapped, DOCUMENTS[:1])
+    assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
+    errors = {name: relative_error(found.gradients[name], expected.gradients[name]) for name in expected.gradients}
+    assert max(errors.values()) <= TOLERANCE, errors
+    undropped = our_step(model, replace(settings, dropout=0.0), weights, DOCUMENTS[:1])
+    assert abs(found.loss - undropped.loss) > 1e-4
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -71,6 +71,8 @@ def random_adapter(model: QuantizedModel, settings: LoraSettings, *, b_size: flo
         weights[f"{name}.lora_A"] = a_RI
         b_OR = torch.randn(linear.out_features, settings.rank_of(name), generator=generator)
         weights[f"{name}.lora_B"] = b_size * b_OR
+        if settings.use_dora:
+            weights[f"{name}.lora_magnitude_vector"] = 0.5 + torch.rand(linear.out_features, generator=generator)
     return {name: tensor.bfloat16().float() for name, tensor in weights.items()}
 
 

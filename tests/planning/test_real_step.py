@@ -49,11 +49,13 @@ class Case:
     dtype: torch.dtype
     seq_len: int
     packing: bool = True
+    dora: bool = False
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
-        return f"{self.name}-recompute{self.num_recomputed}-dropout{self.dropout}-{dtype}-{self.seq_len}-{rows}"
+        policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
+        return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
 
     @property
     def layout(self) -> Layout:
@@ -80,6 +82,8 @@ FAST = [
     Case("gemma2", 0, 0.1, FP32, 128),
     Case("qwen3", 2, 0.1, FP32, 128, packing=False),
     Case("phi3", 0, 0.1, FP32, 512),
+    Case("llama", 0, 0.0, FP32, 128, dora=True),
+    Case("llama", 4, 0.1, BF16, 512, dora=True),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -138,7 +142,7 @@ def require_close(predicted_bytes: int, counted_bytes: int) -> None:
 
 def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
     model = load_for_training(base, cache, case.dtype)
-    settings = LoraSettings(rank=8, alpha=16.0, dropout=case.dropout, targets=tuple(model.linears))
+    settings = LoraSettings(8, 16.0, case.dropout, tuple(model.linears), use_dora=case.dora)
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
     optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())
     optimizer = AdapterOptimizer(trainable_parameters(model), optimizer_settings)

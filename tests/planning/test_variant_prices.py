@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -10,6 +11,7 @@ import pytest
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.planning.make_plan import choose, choose_rank
 from qlora_trainer.planning.planner import Planner
+from qlora_trainer.planning.search import layout_of
 from tests.planning.test_price import (
     BUDGETS,
     CPU,
@@ -24,6 +26,8 @@ VARIANTS = {
     "rslora": ["lora.use_rslora=true"],
     "ranks": [r"lora.rank_pattern={q_proj: 64, 'layers\.[23]\..*': 2}", "lora.alpha_pattern={v_proj: 3}"],
     "ranks-dropout": ["lora.rank_pattern={up_proj: 33, v_proj: 5}", "lora.dropout=0.1"],
+    "dora": ["lora.use_dora=true"],
+    "dora-all": ["lora.use_dora=true", "lora.rank_pattern={q_proj: 64, down_proj: 3}", "lora.dropout=0.1"],
     "layers": ["lora.layers_to_transform=[1, 4]"],
 }
 
@@ -60,6 +64,22 @@ def test_ranks_of_a_pattern_count_as_they_are(planners: Callable[[str, str], Pla
         for leaf in sizes
     )
     assert plan.trainable_parameters == expected
+
+
+@pytest.mark.parametrize("dtype,item_bytes", [("bfloat16", 2), ("float32", 0)])
+def test_magnitudes_are_fp32_and_have_a_norm_beside_them(dtype: str, item_bytes: int) -> None:
+    resident = {}
+    for name in ("plain", "dora"):
+        planner = make_planner("llama", CPU, f"lora.use_dora={str(name == 'dora').lower()}", f"lora.dtype={dtype}")
+        layout = layout_of(planner.space(RANK, 256), 256, 64, NUM_LAYERS)
+        resident[name] = planner.price(layout, "adamw_32bit").resident
+        count = sum(math.prod(shape) for shape in planner.shapes(RANK).values())
+    rows = NUM_LAYERS * (64 + 32 + 32 + 256 + 512 + 512 + 256)
+    assert resident["dora"]["adapter"] - resident["plain"]["adapter"] == 4 * rows
+    assert resident["dora"]["adapter"] == item_bytes * (count - rows) + 4 * rows
+    padded = 256 * sum(-(-size // 256) for size in NUM_LAYERS * [64, 32, 32, 256, 512, 512, 256])
+    assert resident["dora"]["gradient"] - resident["plain"]["gradient"] == 4 * padded
+    assert resident["dora"]["optimizer"] - resident["plain"]["optimizer"] == 12 * padded
 
 
 def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], Planner]) -> None:

@@ -1,0 +1,53 @@
+"""DoRA (Liu et al., 2024): each output row of W + s B A is brought to a trained length, its magnitude.
+
+The row norms change with A and B only, so they are computed once for all micro-batches of a step, of an evaluation, of
+an answer: W is unpacked a few rows at a time and never whole. They count as constants for the gradient (the paper's
+section 4.3, and PEFT).
+
+Legend: I in_features, O out_features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.model import nf4
+from qlora_trainer.model.linear import NF4Linear
+from qlora_trainer.model.quantized import QuantizedModel
+
+# Of a weight, unpacked at once: 8 MiB in fp32, and at most a quarter of it, less than a product unpacks in 16 bits.
+CHUNK_ELEMENTS, MAX_CHUNKS = 2**21, 4
+
+
+@torch.no_grad()
+def refresh_norms(model: QuantizedModel) -> None:
+    """Compute the row norms of every linear with a DoRA adapter anew, in place; nothing for the others.
+
+    To be called where weights may have changed since: at the start of a step, of an evaluation, of an answer.
+    """
+    for linear in model.linears.values():
+        adapter = linear.adapter
+        if adapter is not None and adapter.norm_O is not None:
+            set_row_norms_(adapter.norm_O, linear, adapter.lora_A, adapter.lora_B, adapter.scale)
+
+
+@torch.no_grad()
+def set_row_norms_(
+    norm_O: Tensor, linear: NF4Linear, a_RI: Tensor | None = None, b_OR: Tensor | None = None, scale: float = 1.0
+) -> None:
+    """The norms of the rows of W + scale B A, of W alone where A and B are None, into `norm_O`, fp32.
+
+    A row of zeros has no direction that a length could be given to: its norm is told as 1, so that it stays zero.
+    """
+    wide_RI = None if a_RI is None else a_RI.float()
+    num_elements = linear.out_features * linear.in_features
+    rows = nf4.rows_at_once(linear.weight, max(CHUNK_ELEMENTS, -(-num_elements // MAX_CHUNKS)))
+    for first in range(0, linear.out_features, rows):
+        chunk = slice(first, first + rows)
+        dense_OI = nf4.dequantize_rows(linear.weight, chunk)
+        if wide_RI is not None and b_OR is not None:
+            dense_OI.addmm_(b_OR[chunk].float(), wide_RI, alpha=scale)
+        torch.linalg.vector_norm(dense_OI, dim=1, out=norm_O[chunk])
+        del dense_OI  # before the next is made
+    norm_O.masked_fill_(norm_O == 0.0, 1.0)
