@@ -33,7 +33,7 @@ from qlora_trainer.export.new_folder import new_folder
 from qlora_trainer.export.source import Source, read_source
 from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
 from qlora_trainer.model.adapters import attach_adapters, detach_adapters
-from qlora_trainer.model.base import Base, fetch_weights, read_config
+from qlora_trainer.model.base import Base, fetch_weights, read_config, read_tokenizer
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.streamed import stream_model
@@ -120,6 +120,7 @@ def merge(
     """
     merged_dtype = _DTYPES[dtype]
     source = read_source(target, model=model)
+    read_tokenizer(source.base.folder)  # it goes along: a base without one is told now
     held_out = yield from _held_out(source, data, max_tokens=max_tokens, force=force)
     yield Preparing(what=f"finding the base {source.base_name}")
     fetched = fetch_weights(source.base)
@@ -133,11 +134,10 @@ def merge(
     shapes = merged_shapes(source.skeleton, source.parts, source.settings, merged_dtype)
     shards = plan_shards(shapes)
     num_bytes = sum(tensor.nbytes for tensor in shapes.values())
-    check_free_space(
-        to.parent, num_bytes, storage, what="a merged model", fix="Free some space or choose another --to."
-    )
     is_bad = False
     with new_folder(to, storage, key="--to", doing="writing the merged model") as temporary:
+        fix = "Free some space or choose another --to."
+        check_free_space(to.parent, num_bytes, storage, what="a merged model", fix=fix)
         weights = MergedWeights(
             _weights(fetched, cache, base, double_quant=double_quant),
             source.weights,

@@ -16,8 +16,6 @@ from qlora_trainer.export.merge import Measured, Merged
 from qlora_trainer.report.formats import counted, format_bytes, format_loss
 from qlora_trainer.run.records import Preparing
 
-BASE_NAMES = {"original": "the original base", "dequantized": "the base in NF4, unpacked"}
-
 
 def exported_lines(exported: Exported) -> RenderableType:
     """What was written."""
@@ -35,8 +33,8 @@ def measured_table(measured: Measured) -> RenderableType:
     for name in ("loss", "difference", "KL", "top-1 agreement"):
         table.add_column(name, justify="right")
     merged, quantized = measured.merged, measured.quantized
-    table.add_row(Text("base in NF4 + adapter, as trained"), format_loss(merged.reference_loss), "", "", "")
-    table.add_row(Text(f"merged into {BASE_NAMES[measured.base]}, {measured.dtype}"), *_figures(merged))
+    table.add_row(Text("base in NF4 and adapter"), format_loss(merged.reference_loss), "", "", "")
+    table.add_row(Text(f"merged ({measured.base}, {measured.dtype})"), *_figures(merged))
     table.add_row(Text("original base"), format_loss(quantized.reference_loss), "", "", "")
     table.add_row(Text("base in NF4"), *_figures(quantized))
     documents = counted(measured.num_documents, "document")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,16 +10,25 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from qlora_trainer.step.document import Document
 from tests.model.peft_oracle import load_adapter, logits, wrap
+from tests.model.tiny_bases import write_base
 
 PATTERNS: dict[str, Any] = {
     "use_rslora": True,
     "rank_pattern": {"o_proj": 2, r"layers\.1\.mlp\.down_proj": 7},
     "alpha_pattern": {"o_proj": 1.5, "down_proj": 11},
 }
+
+
+def base_with_tokenizer(folder: Path, config: PreTrainedConfig, tokenizer_of: Path, **fields: Any) -> Path:
+    """A random base, with the tokenizer of another."""
+    write_base(folder, config, **fields)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_of / name, folder / name)
+    return folder
 
 
 def load_base(folder: Path) -> Any:

@@ -35,7 +35,7 @@ def test_its_logits_are_those_of_transformers(name: str, dtype: torch.dtype, tmp
 
 
 def test_no_weight_of_a_linear_stays_in_memory(tmp_path: Path) -> None:
-    base = resolve_base(str(write_base(tmp_path / "base", CONFIGS["llama"])))
+    base = resolve_base(str(write_base(tmp_path / "base", CONFIGS["llama"], max_shard_size="13KB")))
     model = stream_model(base.folder, base.config, compute_dtype=torch.float32, device=CPU)
     linear = model.module.get_submodule("model.layers.0.mlp.down_proj")
     assert isinstance(linear, StreamedLinear)
@@ -45,7 +45,7 @@ def test_no_weight_of_a_linear_stays_in_memory(tmp_path: Path) -> None:
     allocated = allocated_by(lambda: linear(x))
     weight_bytes = 64 * 96 * 4
     assert allocated.net_bytes <= 2**10
-    assert allocated.peak_bytes <= 3 * weight_bytes + 2**12  # the weight, and what oneDNN makes of it for two rows
+    assert allocated.peak_bytes <= weight_bytes + 13_000 + 2**12  # the profiler counts the mapped file as allocated
 
 
 def test_a_folder_without_its_weights_is_refused(tmp_path: Path) -> None:
