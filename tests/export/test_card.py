@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -19,6 +20,12 @@ from tests.model.tiny_bases import CONFIGS, write_base
 
 def card_of(source: Source, title: str = "my adapter") -> str:
     return model_card(source, source.settings, title=title, portable=False).decode()
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """As the hub reads it."""
+    data: Any = ModelCard(card).data
+    return dict(data.to_dict())
 
 
 def facts(card: str) -> dict[str, str]:
@@ -67,13 +74,13 @@ def test_a_file_of_the_run_that_is_gone_is_left_out(missing: str, finished: Path
 
 def test_hubs_read_its_front_matter(finished: Path) -> None:
     source = read_source(finished, model=None)
-    data = ModelCard(card_of(source)).data.to_dict()
+    data = front_matter(card_of(source))
     assert data == {
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["lora", "qlora", "qlora_trainer"],
     }
-    data = ModelCard(card_of(replace(source, base_name="owner/name"))).data.to_dict()
+    data = front_matter(card_of(replace(source, base_name="owner/name")))
     assert (data["base_model"], data["base_model_relation"]) == ("owner/name", "adapter")
 
 
@@ -84,4 +91,4 @@ def test_what_others_named_cannot_write_into_the_card(finished: Path) -> None:
     assert "\x1b" not in card
     assert "<b>" not in card
     assert "\nlicense" not in card
-    assert "license" not in ModelCard(card).data.to_dict()
+    assert "license" not in front_matter(card)

@@ -21,7 +21,7 @@ from qlora_trainer.export import merge as module
 from qlora_trainer.export import merged_folder
 from qlora_trainer.export.merge import Measured, Merged, merge
 from qlora_trainer.export.merged_folder import plan_shards, write_weights
-from qlora_trainer.export.merged_weights import MergedWeights, merged_shapes, original_weights
+from qlora_trainer.export.merged_weights import MergedWeights, dequantized_weights, merged_shapes, original_weights
 from qlora_trainer.export.source import read_source
 from qlora_trainer.model import nf4
 from qlora_trainer.model.base import resolve_base
@@ -120,7 +120,7 @@ def test_dequantized_is_what_the_adapter_was_trained_on(double_quant: bool, base
     source = read_source(tmp_path / "adapter", model=None)
     shapes = merged_shapes(source.skeleton, source.parts, source.settings, torch.float32)
     weights = MergedWeights(
-        module.dequantized_weights(cache.folder, double_quant=double_quant),
+        dequantized_weights(cache.folder, double_quant=double_quant),
         source.weights,
         source.settings,
         shapes,
@@ -168,6 +168,21 @@ def _driven(merging: Any) -> tuple[Measured | None, Merged]:
         except StopIteration as end:
             return measured, end.value
         measured = item if isinstance(item, Measured) else measured
+
+
+@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "dora with patterns"])
+def test_every_variant_is_measured_as_it_was_trained(name: str, base: Path, tmp_path: Path) -> None:
+    """In its own base and in fp32 a merged model is base and adapter; this is how a wrong reference would show."""
+    make_adapter(tmp_path / "adapter", base, **VARIANTS[name])
+    rows = str(write_rows(tmp_path / "rows.jsonl", 9))
+    merging = merge(
+        tmp_path / "adapter", to=tmp_path / "to", base="dequantized", dtype="fp32", data=rows, force=False,
+        max_tokens=9999, model=None,
+    )  # fmt: skip
+    measured, _ = _driven(merging)
+    assert measured is not None
+    assert measured.merged.kl < 1e-3 * measured.quantized.kl
+    assert measured.merged.agreement > 0.98
 
 
 def test_a_worse_model_is_refused_and_nothing_is_left(

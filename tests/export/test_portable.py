@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,9 +116,7 @@ def test_bf16_stays_where_the_scale_rounds_nothing(tmp_path: Path) -> None:
     [({"use_dora": True}, "DoRA's magnitudes"), ({"modules_to_save": ["lm_head"]}, "trained whole (lm_head)")],
 )
 @pytest.mark.parametrize("gguf", [False, True])
-def test_what_plain_lora_cannot_hold_is_refused(
-    fields: dict[str, object], found: str, gguf: bool, tmp_path: Path
-) -> None:
+def test_what_plain_lora_cannot_hold_is_refused(fields: dict[str, Any], found: str, gguf: bool, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", CONFIGS["llama"])
     make_adapter(tmp_path / "given", base, **fields)
     to, file = (None, tmp_path / "x.gguf") if gguf else (tmp_path / "to", None)
