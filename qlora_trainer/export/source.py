@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
@@ -14,6 +14,7 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_fit import expected_shapes, table_names
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.base import Base, resolve_base
@@ -57,11 +58,6 @@ class Source:
         return table_names(self.parts)
 
 
-def table_names(parts: Parts) -> tuple[str, ...]:
-    """The embeddings and the head of a base."""
-    return (*parts.embeddings, parts.head)
-
-
 def read_source(target: Path, *, model: str | None) -> Source:
     """Read an adapter and see that it fits its base; no weight of the base is read or fetched.
 
@@ -100,22 +96,6 @@ def read_source(target: Path, *, model: str | None) -> Source:
         weights=adapter.weights,
         chat_template=read_chat_template(str(template)) if template.is_file() else None,
     )
-
-
-def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight of an adapter with these settings on this base."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in settings.targets:
-        linear = skeleton.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        shapes[f"{name}.lora_A"] = (settings.rank_of(name), linear.in_features)
-        shapes[f"{name}.lora_B"] = (linear.out_features, settings.rank_of(name))
-        if settings.use_dora:
-            shapes[f"{name}.lora_magnitude_vector"] = (linear.out_features,)
-    for name in settings.modules_to_save:
-        for leaf, parameter in skeleton.get_submodule(name).named_parameters():
-            shapes[f"{name}.{leaf}"] = tuple(parameter.shape)
-    return shapes
 
 
 def _run_of(folder: Path) -> RunFolder | None:
