@@ -7,7 +7,8 @@ Both steps run on fake tensors of a device that exists in Python only (`step_led
 takes it (`step_ours.py`), the peer's as `SFTTrainer.train()` takes it by its defaults (`step_peer.py`). Alike for both:
 one row that is one document, every token but the first supervised, bf16, double-quantized NF4, adapters on all linears
 without dropout, gradients clipped, AdamW's update (TRL's fused one over many tensors, ours over one flat buffer), with
-all layers recomputed and with none. TRL's step is one in which nothing is logged; ours reads loss and norm each time.
+all layers recomputed and with none. Both are steps in which nothing is logged. Ours logs each one: between two steps
+the host reads loss and gradient norm, together, which is one wait when all of the step is queued.
 
 *Ideal FLOPs* are those of the products that a LoRA step over a frozen base cannot do without, 2 a multiply-add, for T
 tokens, a linear of I inputs and O outputs, rank R, N supervised positions, hidden size H and vocabulary V:
@@ -247,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_breakdown(policy, side, sides[side]["breakdown"], chosen.by_operation)
     for side in SIDES:
         print(f"Modelled ({side}): {'; '.join(measured['modelled'][side])}.")
+    print("Between two steps of ours the host reads loss and gradient norm for the log, together: one wait.")
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0 if is_met else 1

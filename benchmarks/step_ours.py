@@ -43,7 +43,10 @@ def require_accelerator() -> torch.device:
 
 
 def trace(case: Case) -> Iterator[Entry]:
-    """One step: the batch's copies, forward, backward, clipping, the update, and the numbers read for the log."""
+    """One step: the batch's copies, forward, backward, clipping, the update.
+
+    The two numbers of the log are read when all of this is under way (`attempts.step_or_revise`): a wait between steps.
+    """
     device = require_accelerator()
     config, _ = read_model_config(case.model)
     config.num_hidden_layers = case.num_layers
@@ -61,8 +64,8 @@ def trace(case: Case) -> Iterator[Entry]:
         dry.model.module.train()
         session = _session(case, dry.model, optimizer)
         with ledger, _telling_phases(ledger):
-            attempts._accumulate(session, [Document(0, ids_T, ids_T)], step=1)
-            optimizer.update(1e-4)
+            loss_and_norm = attempts._accumulate(session, [Document(0, ids_T, ids_T)], step=1)
+            optimizer.update(1e-4, loss_and_norm)
     return ledger.entries()
 
 

@@ -37,7 +37,7 @@ def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None)
         case "aten::_scaled_dot_product_flash_attention_for_cpu":
             return _cpu_flash_bytes(args[0], threads)
         case "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
-            return _cpu_flash_backward_bytes(args[1], threads)
+            return _cpu_flash_backward_bytes(args[0], args[1], threads)
         case "qlora_trainer::fused_attention_backward":
             return _gpu_flash_backward_bytes(args[1], args[2])
         case "bitsandbytes::optimizer_update_32bit" if args[1].device.type == "cpu":
@@ -82,10 +82,11 @@ def _cpu_flash_bytes(q_BHTD: Tensor, num_threads: int) -> int:
     return num_threads * num_bytes
 
 
-def _cpu_flash_backward_bytes(q_BHTD: Tensor, num_threads: int) -> int:
-    """A thread's weights and their gradient in fp32, and one tensor of the size of the queries."""
+def _cpu_flash_backward_bytes(grad_BHTD: Tensor, q_BHTD: Tensor, num_threads: int) -> int:
+    """A thread's weights and their gradient in fp32; and the gradient once more, unless heads lie behind tokens."""
     queries, keys = _blocks(q_BHTD.shape[2])
-    return num_threads * 2 * 4 * queries * keys + q_BHTD.numel() * q_BHTD.element_size()
+    copied_bytes = 0 if grad_BHTD.transpose(1, 2).is_contiguous() else grad_BHTD.numel() * grad_BHTD.element_size()
+    return num_threads * 2 * 4 * queries * keys + copied_bytes
 
 
 def _gpu_flash_backward_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:

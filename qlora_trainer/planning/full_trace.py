@@ -62,8 +62,9 @@ def trace_state(
         with tracker:
             tracker.mark("optimizer")
             optimizer.zero_gradients()
-            optimizer.clip_gradients(1.0)
-            optimizer.update(1e-4)
+            norm = optimizer.clip_gradients(1.0)
+            optimizer.update(1e-4, norm)
+            del norm
             tracker.mark("save")
             first_non_finite(optimizer.state_dict())
             tracker.mark("resume")

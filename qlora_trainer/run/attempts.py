@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from qlora_trainer.data.micro_batches import cut, cut_padded
 from qlora_trainer.errors import DivergedError
@@ -66,15 +67,16 @@ def step_or_revise(
     while True:
         start = time.perf_counter()
         with suppress(OutOfMemoryError), memory_errors_as_ours():
-            loss, grad_norm = _accumulate(session, documents, step)
+            loss_and_norm = _accumulate(session, documents, step)
             break
         session, revised = _revise(session, step + 1, f"step {step + 1}", phase="step")
         yield revised
     rate = _learning_rate(session, step)
+    session = yield from _update_or_revise(session, rate, step, loss_and_norm)
+    loss, grad_norm = loss_and_norm.tolist()  # the one wait for the device, when all of the step is under way
     skipped = None
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        session = yield from _update_or_revise(session, rate, step)
-    else:
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        session.optimizer.forget_update()
         rows = tuple(document.index for document in documents)
         skipped = StepSkipped(
             step=step + 1, loss=loss, grad_norm=grad_norm, rows=rows, num_in_a_row=progress.skipped_in_a_row + 1
@@ -91,8 +93,8 @@ def step_or_revise(
     return session, progress
 
 
-def _accumulate(session: Session, documents: Sequence[Document], step: int) -> tuple[float, float]:
-    """Loss and gradient norm of a step; the gradients, clipped, are the optimizer's."""
+def _accumulate(session: Session, documents: Sequence[Document], step: int) -> Tensor:
+    """Loss and gradient norm of a step, fp32 [2], on the device; the gradients, clipped, are the optimizer's."""
     session.optimizer.zero_gradients()
     loss = accumulate_gradients(
         session.model,
@@ -101,12 +103,12 @@ def _accumulate(session: Session, documents: Sequence[Document], step: int) -> t
         loss_chunk_tokens=session.knobs.plan.loss_chunk,
     )
     grad_norm = session.optimizer.clip_gradients(session.config.training.max_grad_norm)
-    # Read together: the step's one wait for the device, without which a bad step could not leave the weights alone.
-    both: list[float] = torch.stack((loss, grad_norm.to(loss))).cpu().tolist()
-    return both[0], both[1]
+    return torch.stack((loss, grad_norm))
 
 
-def _update_or_revise(session: Session, rate: float, step: int) -> Generator[PlanRevised, None, Session]:
+def _update_or_revise(
+    session: Session, rate: float, step: int, loss_and_norm: Tensor
+) -> Generator[PlanRevised, None, Session]:
     """The optimizer's update: where memory runs out in it, the rest of it, with the gradients that it had.
 
     It takes the same memory again. What gives it a chance is what was freed since: the update's own workspace, and the
@@ -116,7 +118,7 @@ def _update_or_revise(session: Session, rate: float, step: int) -> Generator[Pla
     is_last_try, global_batch_size = False, session.config.training.global_batch_size
     while True:
         with suppress(OutOfMemoryError), memory_errors_as_ours():
-            session.optimizer.update(rate)
+            session.optimizer.update(rate, loss_and_norm)
             return session
         release_free_memory()
         if not is_last_try and halved(session.knobs.plan, global_batch_size) is None:

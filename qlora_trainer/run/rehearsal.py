@@ -50,8 +50,8 @@ def rehearse(
         accumulate_gradients(
             model, [micro_batch], num_supervised_tokens=micro_batch.num_tokens, loss_chunk_tokens=knobs.loss_chunk
         )
-        optimizer.clip_gradients(max_grad_norm)
-        optimizer.update(_LEARNING_RATE)
+        norm = optimizer.clip_gradients(max_grad_norm)
+        optimizer.update(_LEARNING_RATE, norm)
         evaluate(model, [micro_batch], loss_chunk_tokens=knobs.loss_chunk)
         weights = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
         for tensors in (weights, optimizer.state_dict()):

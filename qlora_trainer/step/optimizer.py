@@ -21,9 +21,18 @@ from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
 
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
-# bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB. (The CUDA
-# kernel makes none, so that one piece is enough there, and memory cannot run out in the middle of it.)
-CPU_PIECE_ELEMENTS = 2**20
+# bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB. The CUDA
+# kernel makes none, but a piece's state is copied before: 96 MiB in 32 bits, while no activations are there.
+CPU_PIECE_ELEMENTS, GPU_PIECE_ELEMENTS = 2**20, 2**23
+# What an update writes, stacked by dtype: a value an element, and a value a block.
+_ROWS: dict[int, tuple[tuple[tuple[str, ...], torch.dtype], ...]] = {
+    32: ((("master", "state1", "state2"), torch.float32),),
+    8: ((("master",), torch.float32), (("state1", "state2"), torch.uint8)),
+}
+_SCALE_ROWS: dict[int, tuple[tuple[tuple[str, ...], torch.dtype], ...]] = {
+    32: (),
+    8: ((("absmax1", "absmax2"), torch.float32),),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +59,7 @@ class _Piece:
     Attributes:
         parameter: a view of the master; bitsandbytes leaves a parameter alone whose `.grad` is None.
         gradient: its gradient.
-        state: its master, moments and scales, all that an update writes.
+        state: all that an update writes: its columns of the stacks.
     """
 
     parameter: nn.Parameter
@@ -96,7 +105,10 @@ class AdapterOptimizer:
         self._device = next(iter(self._parameters.values())).device
         last = list(self._places.values())[-1]
         num_elements = _padded(last.first + last.num_elements)
-        self._master = self._zeros(num_elements, torch.float32)
+        # Rows of one dtype lie in one stack, so that a piece of all of them is copied by one kernel.
+        self._stacks = tuple(self._zeros(names, num_elements, dtype) for names, dtype in _ROWS[settings.bits])
+        self._moments = _by_name(_ROWS[settings.bits], self._stacks)
+        self._master = self._moments.pop("master")
         for name, parameter in self._parameters.items():
             place = self._places[name]
             place.view(self._master).copy_(parameter.data)
@@ -106,11 +118,12 @@ class AdapterOptimizer:
         self.gradient = torch.zeros(num_elements, dtype=torch.float32, device=self._device)
         for name, parameter in self._parameters.items():
             parameter.grad = self._places[name].view(self.gradient)
-        self._moments = {name: self._zeros(num_elements, self._moment_dtype) for name in ("state1", "state2")}
-        self._scales = {
-            name: torch.zeros(num_elements // BLOCK_ELEMENTS, dtype=torch.float32, device=self._device)
-            for name in (("absmax1", "absmax2") if settings.bits == 8 else ())
-        }
+        num_blocks = num_elements // BLOCK_ELEMENTS
+        self._scale_stacks = tuple(
+            torch.zeros((len(names), num_blocks), dtype=dtype, device=self._device)
+            for names, dtype in _SCALE_ROWS[settings.bits]
+        )
+        self._scales = _by_name(_SCALE_ROWS[settings.bits], self._scale_stacks)
         self._pieces = self._cut()
         self._num_updated_pieces = 0  # of an update that is under way
         self._adamw = self._make_adamw()
@@ -146,18 +159,28 @@ class AdapterOptimizer:
         self._begin_at(0)
 
     @torch.no_grad()
-    def update(self, learning_rate: float) -> None:
+    def update(self, learning_rate: float, must_be_finite: Tensor | None = None) -> None:
         """One AdamW step on the master; then the model's weights are rounded from it.
 
         Piece by piece, and each wholly or not at all: where it raises, calling it again with the same gradients does
         the rest of the step.
 
+        Args:
+            learning_rate: of this step.
+            must_be_finite: numbers on the device. If one of them is not finite, weights and moments stay what they
+                were, to the bit, and the gradients are gone, without the host knowing; when it does, `forget_update`
+                is due.
+
         Raises:
             Exception: whatever the device raises when memory runs out (see `hardware.memory`).
         """
         self._adamw.param_groups[0]["lr"] = learning_rate
+        is_bad = None
+        if must_be_finite is not None:
+            is_bad = (must_be_finite * 0.0).sum().isnan()  # three kernels; `isfinite` and `all` take five
+            self.gradient.masked_fill_(is_bad, 0.0)  # what the library makes of NaN in 8 bits is not told
         for piece in self._pieces[self._num_updated_pieces :]:
-            with _wholly_or_not_at_all(piece.state if self._device.type == "cpu" else ()):
+            with _wholly_or_not_at_all(piece.state, is_bad):
                 self._adamw.state[piece.parameter]["step"] = self.step_count  # a try that failed has counted it
                 piece.parameter.grad = piece.gradient
                 try:
@@ -168,6 +191,10 @@ class AdapterOptimizer:
         self._refresh_parameters()
         self._num_updated_pieces = 0
         self.step_count += 1
+
+    def forget_update(self) -> None:
+        """The last update, which changed nothing, does not count: AdamW corrects its means by the number."""
+        self.step_count -= 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """`{parameter}.master`, `.state1`, `.state2` (and `.absmax1`, `.absmax2` at 8 bits), and `step_count`.
@@ -205,14 +232,12 @@ class AdapterOptimizer:
         self._begin_at(int(state["step_count"]))
         self._refresh_parameters()
 
-    @property
-    def _moment_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.settings.bits == 8 else torch.float32
-
-    def _zeros(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+    def _zeros(self, names: Sequence[str], num_elements: int, dtype: torch.dtype) -> Tensor:
         if self.settings.residency == "device":
-            return torch.zeros(num_elements, dtype=dtype, device=self._device)
-        return zeros_paged(num_elements, dtype=dtype, device=self._device, folder=self.settings.paging_folder)
+            return torch.zeros((len(names), num_elements), dtype=dtype, device=self._device)
+        folder = self.settings.paging_folder
+        flat = zeros_paged(len(names) * num_elements, dtype=dtype, device=self._device, folder=folder)
+        return flat.view(len(names), num_elements)
 
     def _begin_at(self, step_count: int) -> None:
         self.step_count = step_count
@@ -226,15 +251,17 @@ class AdapterOptimizer:
 
     def _cut(self) -> tuple[_Piece, ...]:
         num_elements = self._master.numel()
-        piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else num_elements
+        piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else GPU_PIECE_ELEMENTS
         pieces = []
         for first in range(0, num_elements, piece_elements):
             elements = slice(first, first + piece_elements)
             blocks = slice(first // BLOCK_ELEMENTS, (first + piece_elements) // BLOCK_ELEMENTS)
             parameter = nn.Parameter(self._master[elements], requires_grad=True)
-            moments = (flat[elements] for flat in self._moments.values())
-            scales = (flat[blocks] for flat in self._scales.values())
-            pieces.append(_Piece(parameter, self.gradient[elements], (parameter.data, *moments, *scales)))
+            state = (
+                *(stack_KE[:, elements] for stack_KE in self._stacks),
+                *(stack_KB[:, blocks] for stack_KB in self._scale_stacks),
+            )
+            pieces.append(_Piece(parameter, self.gradient[elements], state))
         return tuple(pieces)
 
     def _make_adamw(self) -> Any:
@@ -248,18 +275,33 @@ class AdapterOptimizer:
         signed_map, unsigned_map = (dynamic_map(signed=signed, device=self._device) for signed in (True, False))
         maps = {"qmap1": signed_map, "qmap2": unsigned_map} if self._scales else {}
         for piece in self._pieces:
-            names = (*self._moments, *self._scales)
-            adamw.state[piece.parameter] = {"step": 0, **dict(zip(names, piece.state[1:], strict=True)), **maps}
+            rows = _by_name((*_ROWS[self.settings.bits], *_SCALE_ROWS[self.settings.bits]), piece.state)
+            del rows["master"]
+            adamw.state[piece.parameter] = {"step": 0, **rows, **maps}
         return adamw
 
 
+def _by_name(stacked: Iterable[tuple[Sequence[str], torch.dtype]], stacks: Iterable[Tensor]) -> dict[str, Tensor]:
+    """The rows of the stacks."""
+    return {
+        name: row
+        for (names, _), stack in zip(stacked, stacks, strict=True)
+        for name, row in zip(names, stack, strict=True)
+    }
+
+
 @contextmanager
-def _wholly_or_not_at_all(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Put `tensors` back as they were where the body raises. To put them back takes no memory; the copies are made
-    before."""
+def _wholly_or_not_at_all(tensors: Sequence[Tensor], is_bad: Tensor | None) -> Iterator[None]:
+    """Put `tensors` back as they were where the body raises, or where `is_bad` is True on the device.
+
+    To put them back takes no memory; the copies are made before.
+    """
     before = [tensor.clone() for tensor in tensors]
     try:
         yield
+        if is_bad is not None:
+            for tensor, copy in zip(tensors, before, strict=True):
+                torch.where(is_bad, copy, tensor, out=tensor)
     except BaseException:
         for tensor, copy in zip(tensors, before, strict=True):
             tensor.copy_(copy)

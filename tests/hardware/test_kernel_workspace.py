@@ -48,12 +48,14 @@ def test_flash_attention_on_a_cpu(dtype: torch.dtype, num_tokens: int, num_threa
 
 @LENGTHS
 @THREADS
-def test_flash_attention_backward_on_a_cpu(num_tokens: int, num_threads: int) -> None:
+@pytest.mark.parametrize("is_by_token", [True, False])
+def test_flash_attention_backward_on_a_cpu(num_tokens: int, num_threads: int, is_by_token: bool) -> None:
     """In fp32, which is all that it is asked for. A row sum of a block of queries is left out: 1 KiB at most."""
     torch.set_num_threads(num_threads)
     q_BHTD, k_BHTD = heads(2, 3, num_tokens, torch.float32), heads(2, 3, num_tokens, torch.float32)
     out_BHTD, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q_BHTD, k_BHTD, k_BHTD, 0.0, True)
-    args = (q_BHTD, q_BHTD, k_BHTD, k_BHTD, out_BHTD, lse_BHT, 0.0, True)
+    grad_BHTD = torch.randn(2, num_tokens, 3, q_BHTD.shape[-1]).transpose(1, 2) if is_by_token else q_BHTD
+    args = (grad_BHTD, q_BHTD, k_BHTD, k_BHTD, out_BHTD, lse_BHT, 0.0, True)
     found = bytes_beyond_results(lambda: torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args))
     assert 0 <= found - inside_bytes(BACKWARD, args, num_threads) <= 1024
 

@@ -143,9 +143,9 @@ def test_what_fits_just_so_fits(traced_on: Callable[[str], Traced]) -> None:
 
 def test_eight_bits_are_offered_and_never_taken_unasked() -> None:
     """The width of the state changes what is learned; where it lives does not, and is paged on a GPU."""
-    traced = Traced(BARE_GPU, "lora.rank=64", num_layers=2)
+    traced = Traced(BARE_GPU, "lora.rank=16", num_layers=2)
     least = traced.least_bytes()
-    too_little, just_enough = traced.plan(least - MIB // 2), traced.plan(least)
+    too_little, just_enough = traced.plan(least - MIB // 4), traced.plan(least)
     assert just_enough.fits
     assert too_little.knobs.optimizer == just_enough.knobs.optimizer == "paged_adamw_32bit"
     offered = [(change.knob, change.before, change.after) for change in too_little.would_fit]

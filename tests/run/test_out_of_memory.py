@@ -103,17 +103,16 @@ def test_an_update_goes_on_where_it_failed(session: Session, monkeypatch: pytest
     follow(first_step(session))
     after = state_of(session)
     session.optimizer.load_state_dict(before)
+    loss_and_norm = torch.tensor([2.5, 0.5])
     with OutOfMemoryAt(-1) as counting:
-        session.optimizer.update(1e-4)
+        session.optimizer.update(1e-4, loss_and_norm)
     for k in spread(counting.num_operations, 8):
         session.optimizer.load_state_dict(before)
         out_of_memory = OutOfMemoryAt(k)
 
-        def failing(
-            optimizer: AdapterOptimizer, learning_rate: float, out_of_memory: OutOfMemoryAt = out_of_memory
-        ) -> None:
+        def failing(optimizer: AdapterOptimizer, *given: Any, out_of_memory: OutOfMemoryAt = out_of_memory) -> None:
             with out_of_memory:
-                working(optimizer, learning_rate)
+                working(optimizer, *given)
 
         monkeypatch.setattr(AdapterOptimizer, "update", failing)
         revised, _ = follow(first_step(session))
@@ -127,7 +126,7 @@ def test_an_update_that_never_finds_memory_is_told(session: Session, monkeypatch
     """Weights may be half updated then; the last checkpoint is what counts."""
     before = state_of(session)
 
-    def failing(optimizer: AdapterOptimizer, learning_rate: float) -> None:
+    def failing(optimizer: AdapterOptimizer, *given: Any) -> None:
         raise MemoryError
 
     monkeypatch.setattr(AdapterOptimizer, "update", failing)

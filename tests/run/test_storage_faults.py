@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,8 +96,8 @@ def test_a_run_folder_that_is_removed_ends_the_run_in_one_line(
     working = AdapterOptimizer.update
     run = tmp_path / "run"
 
-    def removing(optimizer: AdapterOptimizer, learning_rate: float) -> None:
-        working(optimizer, learning_rate)
+    def removing(optimizer: AdapterOptimizer, *given: Any) -> None:
+        working(optimizer, *given)
         if (run / "metrics.jsonl").exists():
             shutil.rmtree(run)
 
@@ -112,8 +113,8 @@ def test_weights_that_are_not_finite_are_not_saved(
     """Mutation tried: without `require_finite` in `save._prepare` step 2 is committed with a NaN in it."""
     working = AdapterOptimizer.update
 
-    def poisoning(optimizer: AdapterOptimizer, learning_rate: float) -> None:
-        working(optimizer, learning_rate)
+    def poisoning(optimizer: AdapterOptimizer, *given: Any) -> None:
+        working(optimizer, *given)
         if optimizer.step_count == 2 and (tmp_path / "run" / "metrics.jsonl").exists():
             optimizer.state_tensors()[1][3] = float("nan")
 

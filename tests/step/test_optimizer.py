@@ -349,3 +349,47 @@ def test_on_a_gpu_paged_is_resident_bit_for_bit(tmp_path: Path, bits: int) -> No
         states.append(copied_state(optimizer) | weights_of(parameters))
 
     assert differing(states[1], states[0]) == []
+
+
+@EVERY_OPTIMIZER
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_update_that_is_not_finite_leaves_everything_to_the_bit(
+    bits: int, residency: str, bad: float, disk_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over several pieces, by the flag on the device alone; the next update is what it had been without it.
+
+    Fails where the moments are updated with gradients of zero, which is no update of the weights only at first sight.
+    """
+    monkeypatch.setattr(optimizer_module, "CPU_PIECE_ELEMENTS", 4 * BLOCK_ELEMENTS)
+    optimizer, parameters = make_optimizer(disk_folder, bits=bits, residency=residency)
+    other, other_parameters = make_optimizer(disk_folder, bits=bits, residency=residency)
+    for own, its_parameters in ((optimizer, parameters), (other, other_parameters)):
+        run_steps(own, its_parameters, range(3), RATE)
+    saved, weights = copied_state(optimizer), weights_of(parameters)
+
+    optimizer.gradient[::7] = bad
+    norm = optimizer.clip_gradients(1.0)
+    optimizer.update(RATE, norm)
+    optimizer.forget_update()
+
+    assert len(optimizer.gradient) > 4 * BLOCK_ELEMENTS
+    assert differing(optimizer.state_dict(), saved) == []
+    assert differing(weights_of(parameters), weights) == []
+    run_steps(optimizer, parameters, range(3, 5), RATE)
+    run_steps(other, other_parameters, range(3, 5), RATE)
+    assert differing(optimizer.state_dict(), other.state_dict()) == []
+
+
+@EVERY_OPTIMIZER
+def test_a_finite_update_is_the_same_with_the_flag(bits: int, residency: str, disk_folder: Path) -> None:
+    flagged, parameters = make_optimizer(disk_folder, bits=bits, residency=residency)
+    plain, plain_parameters = make_optimizer(disk_folder, bits=bits, residency=residency)
+    for own, its_parameters in ((flagged, parameters), (plain, plain_parameters)):
+        run_steps(own, its_parameters, range(2), RATE)
+    before = copied_state(plain)
+
+    flagged.update(RATE, torch.tensor([2.5, 0.0]))
+    plain.update(RATE)
+
+    assert differing(flagged.state_dict(), plain.state_dict()) == []
+    assert len(differing(plain.state_dict(), before)) > 3

@@ -65,12 +65,12 @@ def test_a_loaded_state_lies_where_the_allocator_put_it(
     allocated.clear()
     optimizer = make(bits, "paged")
     given = addresses(tuple(allocated))
-    assert len(given) == 3  # master and two moments
+    assert len(given) == (2 if bits == 8 else 1)  # master and two moments, stacked by dtype
     before = addresses(optimizer.state_tensors())
     optimizer.load_state_dict(state)
     assert addresses(optimizer.state_tensors()) == before
-    assert before[:3] == given
-    assert len(allocated) == 3  # loading asked for nothing more
+    assert list(dict.fromkeys(before[:3])) == given
+    assert len(allocated) == len(given)  # loading asked for nothing more
     for name, tensor in optimizer.state_dict().items():
         assert torch.equal(tensor, state[name]), name
     optimizer.gradient.fill_(0.25)
