@@ -2,11 +2,15 @@
 
 Costs the bytes of each adapter, held in the dtype it is stored in; a swap sets pointers and copies no weight. Ranks,
 variants and targets may differ.
+
+A module takes 3.7 kB beside its weights, which for the 210 linears of SmolLM2 at rank 16 is 8 % of an adapter, plain
+tensors 1 kB. So the modules are shared: each linear has one, in which the weights of the active adapter are put.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,6 +27,37 @@ _HELD_AS_STORED = (torch.float32, torch.bfloat16, torch.float16)
 _MATRICES = (".lora_A", ".lora_B")
 
 
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """One linear's part of an adapter that may be inactive.
+
+    Attributes:
+        tensors: its parameters and buffers, by their names in the module.
+        scale, dropout: as the module has them.
+    """
+
+    tensors: tuple[tuple[str, Tensor], ...]
+    scale: float
+    dropout: float
+
+    @classmethod
+    def of(cls, module: LoraAdapter) -> _Held:
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return cls(tuple((name, tensor.data) for name, tensor in tensors), module.scale, module.dropout)
+
+    @property
+    def kind(self) -> tuple[str, ...]:
+        """What a module must have to hold it."""
+        return tuple(name for name, _ in self.tensors)
+
+    def put_into(self, module: LoraAdapter) -> LoraAdapter:
+        for name, tensor in self.tensors:
+            getattr(module, name).data = tensor
+        if (module.scale, module.dropout) != (self.scale, self.dropout):  # to set an attribute of a module takes 5 us
+            module.scale, module.dropout = self.scale, self.dropout
+        return module
+
+
 class AdapterSet:
     """Adapters by name; one, or none, is on the model.
 
@@ -34,7 +69,8 @@ class AdapterSet:
 
     def __init__(self, model: QuantizedModel) -> None:
         self._model = model
-        self._adapters: dict[str, dict[str, LoraAdapter]] = {}
+        self._adapters: dict[str, dict[str, _Held]] = {}
+        self._modules: dict[tuple[str, tuple[str, ...]], LoraAdapter] = {}  # by linear and kind
         self._active: str | None = None
         detach_adapters(model)
 
@@ -68,11 +104,15 @@ class AdapterSet:
         try:
             dtype = _stored_dtype(adapter.weights)
             _require_finite(adapter.weights)
-            self._adapters[name] = build_adapters(self._model, adapter.settings, adapter.weights, dtype=dtype)
+            built = build_adapters(self._model, adapter.settings, adapter.weights, dtype=dtype)
         except ConfigError as error:
             raise ConfigError(
                 where=f"adapter {name}", found=error.found, expected=error.expected, fix=error.fix
             ) from error
+        held = {linear: _Held.of(module) for linear, module in built.items()}
+        for linear, module in built.items():
+            self._modules.setdefault((linear, held[linear].kind), module)
+        self._adapters[name] = held
 
     def activate(self, name: str | None) -> None:
         """Put one adapter on the model in place of the one that is there: 0.8 ms for the 210 linears of SmolLM2-135M.
@@ -86,7 +126,10 @@ class AdapterSet:
         if name is None:
             detach_adapters(self._model)
         elif name in self._adapters:
-            put_adapters(self._model, self._adapters[name])
+            held = self._adapters[name]
+            put_adapters(
+                self._model, {linear: own.put_into(self._modules[linear, own.kind]) for linear, own in held.items()}
+            )
         else:
             raise ConfigError(
                 where="the name of an adapter",

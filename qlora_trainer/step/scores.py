@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora_trainer.model.dora import refresh_norms
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.loss import add_cross_entropy_, chunk_logits
@@ -49,6 +50,7 @@ def score(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss_ch
         micro_batches: with at least one supervised token.
         loss_chunk_tokens: see `chunked_cross_entropy`.
     """
+    refresh_norms(model)
     total = torch.zeros((), dtype=torch.float64, device=model.device)
     num_right = torch.zeros((), dtype=torch.int64, device=model.device)
     num_tokens = 0

@@ -31,6 +31,7 @@ TARGETS: dict[str, str | list[str]] = {
     "rslora": "all-linear",
     "patterns": ["up_proj", "down_proj"],
     "half": "all-linear",
+    "dora": ["q_proj", "o_proj", "down_proj"],
 }
 VARIANTS = {
     "all": LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=()),
@@ -41,6 +42,7 @@ VARIANTS = {
         rank=2, alpha=2.0, dropout=0.0, targets=(), rank_pattern=(("up_proj", 5),), alpha_pattern=(("down_proj", 9.0),)
     ),
     "half": LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=()),
+    "dora": LoraSettings(rank=3, alpha=6.0, dropout=0.0, targets=(), use_dora=True),
 }
 
 
