@@ -1,53 +1,26 @@
-"""The masks of published templates against what they write, spelled out by hand."""
+"""What published templates do that others do not, and the fixtures beside the models' own templates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from functools import cache
 from importlib import resources
 from itertools import groupby
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import BatchEncoding
 
-from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
-from qlora_trainer.data.template import control_texts
 from qlora_trainer.data.turns import render_row
 from qlora_trainer.errors import DataError
-from qlora_trainer.step.document import IGNORE_INDEX, Document
-from tests.data.published import PUBLISHED, Published, Segments, Turns, make_tokenizer
+from tests.data.conversations import ANSWER, BY_NAME, TEXT, labelled, tokenizer_of
 from tests.data.stored import tokenize
 
-BY_NAME = {published.name: published for published in PUBLISHED}
-NAMES = list(BY_NAME)
-# SentencePiece's visible space stands for a space; nothing can tell them apart.
-CHARACTERS = st.characters(exclude_categories=["Cs"], exclude_characters="▁")
-
-
-@cache
-def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
-    return make_tokenizer(BY_NAME[name])
-
-
-@cache
-def all_controls() -> frozenset[str]:
-    return frozenset(control for name in NAMES for control in control_texts(tokenizer_of(name)))
-
-
-def is_plain(text: str) -> bool:
-    """Hypothesis also draws the constants that it finds in our code; a control token among them is rightly refused."""
-    return not any(control in text for control in all_controls())
-
-
-TEXT = st.text(CHARACTERS | st.sampled_from(" \n\t") | st.sampled_from("Hello"), max_size=30).filter(is_plain)
-ANSWER = st.builds(str.__add__, st.sampled_from(["", "", "\n\n", " \n\n", "  "]), TEXT).filter(str.strip)
+Turns = Sequence[tuple[str, str]]
 
 
 @st.composite
@@ -62,81 +35,11 @@ def row_of(turns: Turns) -> Row:
     return Row(path="x", index=0, line=1, messages=tuple(Message(role, content) for role, content in turns))
 
 
-def segments_of(document: Document, tokenizer: PreTrainedTokenizerFast) -> Segments:
-    """The text of each run of tokens that are, or are not, labels."""
-    is_label_T = (document.labels_T != IGNORE_INDEX).tolist()
-    runs = groupby(zip(document.input_ids_T.tolist(), is_label_T, strict=True), key=lambda pair: pair[1])
-    return [(str(tokenizer.decode([token for token, _ in run])), is_learned) for is_learned, run in runs]
-
-
-def merged(segments: Segments) -> Segments:
-    runs = groupby((segment for segment in segments if segment[0]), key=lambda segment: segment[1])
-    return [("".join(text for text, _ in run), is_learned) for is_learned, run in runs]
-
-
-def without_system(published: Published, turns: Turns) -> Turns:
-    return turns if published.takes_system else [turn for turn in turns if turn[0] != "system"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@given(turns=conversations())
-def test_labels_are_the_answers_and_stops_and_nothing_else(name: str, turns: list[tuple[str, str]]) -> None:
-    """Mutation tried: the turn begun one character early, or ended one token late, in `turns`."""
-    published, tokenizer = BY_NAME[name], tokenizer_of(name)
-    turns = list(without_system(published, turns))
-    data = tokenize([row_of(turns)], tokenizer)
-    [document] = data.documents
-    assert segments_of(document, tokenizer) == merged(published.segments(turns))
-    learned = document.labels_T != IGNORE_INDEX
-    assert (document.labels_T[learned] == document.input_ids_T[learned]).all()
-    if tokenizer.bos_token_id is not None and published.name != "phi_3":  # whose template writes none
-        assert (document.input_ids_T == tokenizer.bos_token_id).nonzero()[0].tolist() == [0]
-    num_answers = sum(role == "assistant" for role, _ in turns)
-    assert data.num_rewritten_turns == (num_answers - 1 if name == "qwen_3" else 0)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@given(turns=conversations())
-def test_the_last_answer_alone_and_all(name: str, turns: list[tuple[str, str]]) -> None:
-    published, tokenizer = BY_NAME[name], tokenizer_of(name)
-    turns = list(without_system(published, turns))
-    [document] = tokenize([row_of(turns)], tokenizer, train_on="last_assistant").documents
-    expected = published.segments(turns)
-    last = max(index for index, (_, is_learned) in enumerate(expected) if is_learned)
-    assert segments_of(document, tokenizer) == merged([(text, at == last) for at, (text, _) in enumerate(expected)])
-    [document] = tokenize([row_of(turns)], tokenizer, train_on="all").documents
-    assert segments_of(document, tokenizer) == [("".join(text for text, _ in expected), True)]
-
-
-@pytest.mark.parametrize("name", NAMES)
-@given(question=TEXT, answer=ANSWER)
-def test_an_answer_follows_the_tokens_that_generation_sees(name: str, question: str, answer: str) -> None:
-    tokenizer, row = tokenizer_of(name), row_of([("user", question), ("assistant", answer)])
-    [document] = tokenize([row], tokenizer).documents
-    first = int(np.flatnonzero(document.labels_T != IGNORE_INDEX)[0])
-    assert document.input_ids_T[:first].tolist() == prompt_ids(row.messages[:1], tokenizer)
-
-
-@pytest.mark.parametrize(
-    "name, found",
-    [
-        ("gemma_2", r"refuses \(System role not supported\); its roles: system, user, assistant"),
-        (
-            "mistral_v0_3",
-            r"rewrites history \(the text before message 2 reads otherwise",
-        ),  # it writes the system's text only before an answer that is not there yet
-    ],
-)
-def test_a_system_turn_that_the_template_does_not_learn_with_is_refused(name: str, found: str) -> None:
-    with pytest.raises(DataError, match=found):
-        tokenize([row_of([("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello")])], tokenizer_of(name))
-
-
 def test_qwen_3_learns_the_thoughts_of_the_last_answer_only() -> None:
     answer = ("assistant", "<think>\nWho?\n</think>\n\nHello")
     tokenizer = tokenizer_of("qwen_3")
     data = tokenize([row_of([("user", "Hi"), answer, ("user", "And?"), answer])], tokenizer)
-    assert segments_of(data.documents[0], tokenizer) == [
+    assert labelled(data.documents[0], tokenizer) == [
         (
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
             "<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n",
@@ -162,7 +65,7 @@ def test_qwen_3_learns_reasoning_under_a_key_of_its_own() -> None:
     """As it does thoughts that are written into the text; those of earlier answers it forgets."""
     tokenizer = tokenizer_of("qwen_3")
     data = tokenize([thinking_row(("Who?\n", "Hello"), ("And\n\nwho?", "Bye"))], tokenizer)
-    assert segments_of(data.documents[0], tokenizer) == [
+    assert labelled(data.documents[0], tokenizer) == [
         (
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
             "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
@@ -175,7 +78,7 @@ def test_qwen_3_learns_reasoning_under_a_key_of_its_own() -> None:
     marked = deepcopy(tokenizer)
     marked.chat_template = packaged_template("qwen3_training")
     [document] = tokenize([thinking_row(("Who?", "Hello"), ("Why?", "Bye"))], marked).documents
-    assert [text for text, is_learned in segments_of(document, marked) if is_learned] == [
+    assert [text for text, is_learned in labelled(document, marked) if is_learned] == [
         f"<think>\n{thought}\n</think>\n\n{text}<|im_end|>" for thought, text in (("Who?", "Hello"), ("Why?", "Bye"))
     ]
 
@@ -231,10 +134,10 @@ TOOLS = '[{"type": "function", "function": {"name": "add", "parameters": {"type"
 def test_tool_calls_are_learned(name: str, learned: list[str], make_tool_row: Callable[[str], Row]) -> None:
     tokenizer = tokenizer_of(name)
     [document] = tokenize([make_tool_row(TOOLS)], tokenizer).documents
-    assert [text for text, is_learned in segments_of(document, tokenizer) if is_learned] == learned
+    assert [text for text, is_learned in labelled(document, tokenizer) if is_learned] == learned
 
 
-@pytest.mark.parametrize("name", ["chatml", "gemma_3", "mistral_v0_3", "phi_3"])
+@pytest.mark.parametrize("name", ["chatml", "gemma_3", "phi_3"])
 def test_templates_that_know_no_tools_are_refused(name: str, make_tool_row: Callable[[str], Row]) -> None:
     with pytest.raises(DataError, match=r"leaves out the|refuses"):
         tokenize([make_tool_row(TOOLS)], tokenizer_of(name))
@@ -300,7 +203,7 @@ def test_the_fixtures_write_what_the_models_templates_write(
     name: str, turns: list[tuple[str, str]], is_asked: bool
 ) -> None:
     tokenizer = tokenizer_of(name)
-    turns = list(without_system(BY_NAME[name], turns))
+    turns = [turn for turn in turns if BY_NAME[name].takes_system or turn[0] != "system"]
     messages = [{"role": role, "content": content} for role, content in (turns[:-1] if is_asked else turns)]
     ours, theirs = (
         tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=is_asked)
@@ -345,5 +248,5 @@ def test_generation_marks_are_the_mask(
         assert (len(data.documents), data.num_dropped_untrainable) == (0, 1)
         return
     [document] = data.documents
-    assert [text for text, is_learned in segments_of(document, tokenizer) if is_learned] == kept
+    assert [text for text, is_learned in labelled(document, tokenizer) if is_learned] == kept
     assert data.num_rewritten_turns == 0
