@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from qlora_trainer.hardware.memory import resident_bytes
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4  # malloc.h
+_MAPPED_BLOCKS = 65_536  # glibc's own
 _SMALL_BLOCK_BYTES, _LARGE_BLOCK_BYTES = 2**20, 2**25
 _NEVER_BYTES = 2**30
 # What a step takes without asking for room first: the optimizer's pieces, gradients' norms, norms of activations.
@@ -67,7 +68,9 @@ def keep_freed_blocks() -> None:
 
 def _set_thresholds(mapped_from_bytes: int, trimmed_from_bytes: int) -> None:
     libc = ctypes.CDLL(None)
-    # Whoever sets the variable has chosen otherwise.
+    # Whoever sets the variable has chosen otherwise. MALLOC_MMAP_MAX_=0, which is advised against page faults, does not
+    # count: blocks are kept here without it, and under it the largest ones stayed resident beyond the plan, as holes.
     if hasattr(libc, "mallopt") and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        libc.mallopt(_M_MMAP_MAX, _MAPPED_BLOCKS)
         libc.mallopt(_M_MMAP_THRESHOLD, mapped_from_bytes)
         libc.mallopt(_M_TRIM_THRESHOLD, trimmed_from_bytes)

@@ -97,9 +97,11 @@ def test_what_is_alive_beyond_the_limit_is_not_looked_for_again_and_again(
     del alive
 
 
-def test_what_happens_once_leaves_nothing() -> None:
+@pytest.mark.parametrize("environment", [{}, {"MALLOC_MMAP_MAX_": "0"}], ids=["plain", "mapping forbidden"])
+def test_what_happens_once_leaves_nothing(environment: dict[str, str]) -> None:
     # In a process of its own: a block that fits a hole of the heap is taken from there, and is no mapping to unmap.
-    growth = subprocess.run([sys.executable, "-c", _ONCE], capture_output=True, text=True, check=True).stdout
+    command, own = [sys.executable, "-c", _ONCE], os.environ | environment
+    growth = subprocess.run(command, env=own, capture_output=True, text=True, check=True).stdout
 
     assert int(growth) < 40 * MIB
 
