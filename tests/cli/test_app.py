@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import make_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,10 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError, DoesNotFitError, InterruptedAndSaved
 
 ROW = '{"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}\n'
+VERBS = (
+    *("plan", "train", "runs", "generate", "chat", "eval", "export", "merge"),
+    *("doctor", "config", "quickstart-data", "data"),
+)
 
 
 @pytest.fixture
@@ -52,10 +57,10 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_names_every_verb(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 0
     out = capsys.readouterr().out
-    assert all(verb in out for verb in ("plan", "train", "runs", "generate", "doctor", "config", "quickstart-data"))
+    assert all(f"  {verb} " in out for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["plan", "train", "runs", "generate", "doctor", "config", "quickstart-data"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "--help"]) == 0
     assert f"Usage: qlora-trainer {verb}" in capsys.readouterr().out
@@ -77,6 +82,16 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["generate", ".", "--prompt", " "], "an empty question"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere: found no such folder"),
         (["generate", __file__, "--prompt", "x"], "found a file"),
+        (["chat"], "neither a run, nor --adapter, nor --base"),
+        (["chat", "nowhere"], "nowhere: found no such folder"),
+        (["chat", "--adapter", "runs/a"], "--adapter: found 'runs/a'; expected NAME=FOLDER"),
+        (["chat", "--adapter", "../x=runs/a"], "the name of an adapter: found '../x'"),
+        (["chat", "--adapter", "a=nowhere", "--adapter", "a=."], "found 'a' twice"),
+        (["chat", "--adapter", "base=nowhere"], "'base', which is the model without any adapter"),
+        (["chat", ".", "--temperature", "-1"], "--temperature"),
+        (["eval"], "Missing argument 'RUN_OR_ADAPTER...'"),
+        (["eval", "nowhere"], "nowhere: found no such folder"),
+        (["eval", "nowhere", "--set", "lora.rank=8"], "lora.rank, which eval does not look at"),
         (["config"], "neither --print nor --schema"),
         (["config", "--print", "--schema"], "a mixture"),
         (["config", "--schema", "--set", "lora.rank=8"], "a mixture"),
@@ -227,6 +242,44 @@ def test_generate_prints_the_answer(
     assert asked == [
         {**common, "base": None, "max_new_tokens": 128, "temperature": 0.0, "seed": 0},
         {**common, "base": "a/b", "max_new_tokens": 5, "temperature": 0.7, "seed": 3},
+    ]
+
+
+def test_chat_starts_with_the_run_and_knows_the_others(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[dict[str, object]] = []
+    begun: list[dict[str, object]] = []
+
+    def open_chat(targets: dict[str, Path], *, base: str | None) -> str:
+        opened.append({"targets": targets, "base": base})
+        return "chat"
+
+    def converse(chat: str, lines: object, **settings: object) -> list[object]:
+        begun.append(settings)
+        return []
+
+    for name in ("one", "two"):
+        (work / name).mkdir()
+        (work / name / "adapter_config.json").touch()
+    stand_in(
+        monkeypatch, "qlora_trainer.run.chat", open_chat=open_chat, converse=converse, AnswerSettings=lambda **own: own
+    )
+    screen = {"TypedLines": lambda stream, **_: stream, "is_held_by_a_person": lambda: False}
+    screen |= {"show_chat": lambda *_: None, "show_greeting": lambda *_: None}
+    stand_in(monkeypatch, "qlora_trainer.report.chat_screen", **screen)
+    stand_in(monkeypatch, "qlora_trainer.report.reading", working=lambda *_: nullcontext())
+    settings = {"max_new_tokens": 512, "temperature": 0.0, "seed": 0}
+    assert main(["chat", "one", "--adapter", "b=two"]) == 0
+    assert main(["chat", "--adapter", "b=two", "--adapter", "a=one", "--temperature", "0.5", "--seed", "3"]) == 0
+    assert main(["chat", "--base", "smollm2-135m", "--max-new-tokens", "9"]) == 0
+    assert opened == [
+        {"targets": {"one": Path("one"), "b": Path("two")}, "base": None},
+        {"targets": {"b": Path("two"), "a": Path("one")}, "base": None},
+        {"targets": {}, "base": "smollm2-135m"},
+    ]
+    assert begun == [
+        {"speaker": "one", "settings": settings},
+        {"speaker": "b", "settings": {**settings, "temperature": 0.5, "seed": 3}},
+        {"speaker": "base", "settings": {**settings, "max_new_tokens": 9}},
     ]
 
 

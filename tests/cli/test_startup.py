@@ -127,6 +127,29 @@ def test_a_folder_without_an_adapter_is_told_at_once(work: Path) -> None:
         require_told_at_once(work, ["generate", folder, "--prompt", "2 + 2?"], 2, f"{folder}: found {found}")
 
 
+@pytest.mark.parametrize(
+    "arguments,exit_code,said",
+    [
+        (["chat", "full"], 2, "full: found no adapter_config.json"),
+        (["chat", "--adapter", "a/b=full"], 2, "the name of an adapter: found 'a/b'"),
+        (["eval", "full"], 2, "full: found no adapter_config.json"),
+        (["eval", "adapter"], 2, "adapter folders without a run, and no --data"),
+        (["eval", "adapter", "--data", "none.jsonl"], 4, "none.jsonl: found no such file"),
+        (
+            ["eval", "adapter", "--data", "train.jsonl", "--set", "data.sequence_length=8"],
+            2,
+            "Did you mean data.seq_len",
+        ),
+    ],
+)
+def test_what_cannot_be_talked_with_or_judged_is_told_at_once(
+    work: Path, arguments: list[str], exit_code: int, said: str
+) -> None:
+    (work / "adapter").mkdir()
+    (work / "adapter" / "adapter_config.json").touch()
+    require_told_at_once(work, arguments, exit_code, said)
+
+
 @pytest.mark.parametrize("path", ["none", "full", "full/checkpoints/step-00000001"])
 def test_a_checkpoint_that_is_not_there_is_told_at_once(work: Path, path: str) -> None:
     arguments = ["train", "run.yaml", "--set", "output.dir=full", "--resume", path]
