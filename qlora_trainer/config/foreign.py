@@ -57,6 +57,7 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
     (Counterpart(("lora.alpha",)), "lora_alpha"),
     (Counterpart(("lora.dropout",)), "lora_dropout"),
     (Counterpart(("lora.use_rslora",)), "rslora use_rank_stabilized_lora peft_use_rslora"),
+    (Counterpart(("lora.init_from",)), "lora_model_dir adapter_name_or_path peft_model resume_adapter adapters"),
     (Counterpart(("lora.use_dora",)), "dora peft_use_dora"),
     (Counterpart(("lora.layers_to_transform",)), "peft_layers_to_transform lora_layers_to_transform"),
     (

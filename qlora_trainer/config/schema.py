@@ -214,6 +214,12 @@ class LoraSection(Section):
         "and its own rank.",
     )
 
+    init_from: PathText | None = Field(
+        None,
+        description="Adapter whose weights to begin with: a finished run, a PEFT adapter folder or a hub id; its "
+        "rank, alpha, target_modules and so on are taken where they are not set here; null = a new adapter.",
+    )
+
     def alpha_for(self, rank: int) -> float:
         """`alpha` as a number, for the rank that was decided."""
         return 2.0 * rank if self.alpha == "auto" else self.alpha

@@ -25,6 +25,7 @@ REFUSED_KEYS = frozenset(
         "lora.dtype",
         "lora.target_modules",
         "lora.layers_to_transform",
+        "lora.init_from",
         "lora.use_rslora",
         "lora.use_dora",
         "lora.rank_pattern",

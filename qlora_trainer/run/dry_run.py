@@ -8,6 +8,7 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.hardware.device import choose_device
 from qlora_trainer.planning.plan import Plan
+from qlora_trainer.run.continue_from import filled_in, initial_told, read_initial
 from qlora_trainer.run.inputs import Inputs, read_inputs
 from qlora_trainer.run.knobs import decide_machine_knobs
 from qlora_trainer.run.planned import plan_run
@@ -20,12 +21,15 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | Plan]:
     Raises:
         QloraTrainerError: as a run with this config would, before its first step.
     """
+    config = filled_in(config)
     machine = decide_machine_knobs(config, choose_device())
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = yield from read_inputs(config)
     yield from (told for told in inputs.data.told if isinstance(told, Preparing))
     yield Preparing(what=counted_documents(inputs))
-    yield plan_run(config, inputs, machine)
+    plan = plan_run(config, inputs, machine)
+    yield from initial_told(config, read_initial(config, inputs.base, plan.knobs.rank))
+    yield plan
 
 
 def counted_documents(inputs: Inputs) -> str:

@@ -10,6 +10,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.planning.budget import Budget, cpu_budget, gpu_budget, machine_budget
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import DEVICE_KEY, Plan
+from qlora_trainer.run.continue_from import filled_in
 from qlora_trainer.run.dry_run import counted_documents
 from qlora_trainer.run.inputs import find_base, read_documents
 from qlora_trainer.run.planned import asked_bytes, documents_of
@@ -32,6 +33,7 @@ def plan_on(
     Raises:
         QloraTrainerError: an unknown card or model, more memory than there is, or data that cannot be trained on.
     """
+    config = filled_in(config)
     budget = _budget(config, gpu, vram_bytes, ram_bytes)
     reason = "no data"
     if with_data:

@@ -22,6 +22,7 @@ from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
 from qlora_trainer.hardware.memory import OutOfMemoryError, cap_device_memory, forget_peak, memory_errors_as_ours
 from qlora_trainer.model.activation_policy import recompute_layers
+from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import fetch_weights
 from qlora_trainer.model.load import load_quantized
@@ -33,6 +34,7 @@ from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.checkpoint.storage import check_free_space
 from qlora_trainer.run.checkpoint.tensors import lay_out
 from qlora_trainer.run.config_changes import PLANNED_KEYS, REFUSED_KEYS, Change
+from qlora_trainer.run.continue_from import filled_in, initial_hash, initial_told, read_initial
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.inputs import Data, Inputs, read_inputs
 from qlora_trainer.run.knobs import (
@@ -70,6 +72,7 @@ def prepare(
     """
     device = choose_device()
     return_freed_blocks()
+    config = filled_in(config)
     loaded, notes = (None, ()) if resume is None else _saved_before(folder, resume)
     changes: tuple[Change, ...] = ()
     if loaded is not None:
@@ -78,9 +81,7 @@ def prepare(
     torch.set_num_threads(machine.num_threads)
     if device.type == "cuda":  # a CPU has no cap of this kind; there the plan alone keeps a run within its budget
         cap_device_memory(device, budget_of(config, machine).budget_bytes)
-    paging_folder = Path(config.memory.paging_dir) if config.memory.paging_dir else folder.path
-    if is_paged(config.training.optimizer) and device.type == "cpu":
-        require_on_disk(paging_folder)
+    paging_folder = _paging_folder(config, folder, device)
 
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
     inputs = yield from read_inputs(config)
@@ -89,13 +90,15 @@ def prepare(
     batches = _batches(config, data, loaded)
     yield Preparing(what="planning the memory")
     knobs, plan = _decide(config, inputs, machine, batches.num_steps, loaded, changes)
+    initial = read_initial(config, inputs.base, knobs.plan.rank)
+    yield from initial_told(config, initial)
     if plan is not None:
         yield Planned(plan=plan)
     yield Preparing(what="quantizing the base to NF4 (once; the result is kept)")
     base = fetch_weights(inputs.base)
     cache = prepare_nf4_cache(base, double_quant=config.quantization.double_quant)
     yield from (Preparing(what=f"the cached NF4 base was damaged and is made again: {why}") for why in cache.defects)
-    fingerprints = {"base": cache.key, "tokenizer": inputs.tokenizer_hash, **data.hashes}
+    fingerprints = {"base": cache.key, "tokenizer": inputs.tokenizer_hash, **data.hashes, **initial_hash(config)}
     if loaded is not None:
         require_same_inputs(fingerprints, loaded)
 
@@ -114,8 +117,7 @@ def prepare(
     _require_disk_space(folder, model, optimizer)
     yield Preparing(what="rehearsing the largest step")
     knobs = yield from _rehearse(config, model, optimizer, lora, knobs, packing=packs(config, base))
-    if loaded is not None:
-        restore(load_checkpoint(loaded.path), optimizer)
+    _set_state(optimizer, loaded, initial)
     if resume is not None:
         rewind(folder, loaded)
     asked = config.model_dump(mode="json")
@@ -173,6 +175,26 @@ def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None
             expected="the same content",
             fix="Restore it, or start a new run in another folder.",
         )
+
+
+def _set_state(optimizer: AdapterOptimizer, loaded: Loaded | None, initial: AdapterFolder | None) -> None:
+    """What is trained on from here: a checkpoint's state, an adapter's weights, or the new adapter that is there."""
+    if loaded is not None:
+        restore(load_checkpoint(loaded.path), optimizer)
+    elif initial is not None:
+        optimizer.reset(initial.weights)
+
+
+def _paging_folder(config: RunConfig, folder: RunFolder, device: torch.device) -> Path:
+    """Where a paged optimizer's files lie on a CPU.
+
+    Raises:
+        StorageError: it is no folder on a disk.
+    """
+    paging_folder = Path(config.memory.paging_dir) if config.memory.paging_dir else folder.path
+    if is_paged(config.training.optimizer) and device.type == "cpu":
+        require_on_disk(paging_folder)
+    return paging_folder
 
 
 def _require_disk_space(folder: RunFolder, model: QuantizedModel, optimizer: AdapterOptimizer) -> None:

@@ -1,0 +1,168 @@
+"""`lora.init_from`: a run that begins with the weights of an adapter, whoever trained it, in place of new ones.
+
+What the adapter is (rank, alpha, targets, variant) is taken from its folder where the config does not say it; where it
+does, both must mean the same. How it is trained (dropout, dtype, optimizer, which starts anew) is the config's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from pydantic import ValidationError
+
+from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_hub_id
+from qlora_trainer.config.schema import LoraSection, RunConfig
+from qlora_trainer.config.strict_json import json_sha256
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.sealed_folder import sha256_of
+from qlora_trainer.model.adapter_fit import expected_shapes, table_names
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapters import require_shapes
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
+from qlora_trainer.model.skeleton import build_skeleton, find_parts
+from qlora_trainer.run.folder import find_adapter
+from qlora_trainer.run.records import Preparing
+from qlora_trainer.step.state import first_non_finite
+
+_KEY = "lora.init_from"
+# Keys of the section `lora` that say what an adapter is -> field of adapter_config.json, and what is meant without it.
+_FIELDS: dict[str, tuple[str, Any]] = {
+    "rank": ("r", None),
+    "alpha": ("lora_alpha", None),
+    "target_modules": ("target_modules", None),
+    "layers_to_transform": ("layers_to_transform", None),
+    "use_rslora": ("use_rslora", False),
+    "use_dora": ("use_dora", False),
+    "rank_pattern": ("rank_pattern", {}),
+    "alpha_pattern": ("alpha_pattern", {}),
+}
+
+
+def filled_in(config: RunConfig) -> RunConfig:
+    """The config with what `lora.init_from` says of its adapter, wherever the config itself leaves it open.
+
+    Args:
+        config: as it was given; what it does not set, or sets to `auto`, is taken from the adapter.
+
+    Raises:
+        ConfigError: no such adapter, only a pickled one, one of a kind that is not computed here, or of another rank,
+            alpha or variant than the config sets.
+    """
+    if config.lora.init_from is None:
+        return config
+    folder = initial_folder(config.lora.init_from)
+    fields = read_adapter_fields(folder)
+    if fields.get("modules_to_save"):
+        raise _mismatch(
+            _KEY, f"modules_to_save {', '.join(fields['modules_to_save'])} in {folder}", "LoRA matrices only"
+        )
+    values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
+    asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
+    for key in ("rank", "alpha", "use_rslora", "use_dora"):
+        if asked.get(key, "auto") not in ("auto", values[key]):
+            raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it")
+    given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
+    kept = {key: value for key, value in given.items() if value != "auto"}
+    try:
+        section = LoraSection.model_validate(values | kept)
+    except ValidationError as error:
+        first = error.errors()[0]
+        found = f"{_FIELDS[str(first['loc'][0])][0]} = {first['input']!r}"
+        raise _mismatch(str(folder / ADAPTER_CONFIG_FILE), found, "what can be trained") from error
+    return config.model_copy(update={"lora": section})
+
+
+def initial_folder(name: str) -> Path:
+    """The adapter folder that `lora.init_from` names: itself, that of a finished run, or one from the hub.
+
+    Raises:
+        ConfigError: nothing there, or nothing that can be fetched.
+    """
+    if os.path.exists(name) or name.startswith(("/", ".", "~")) or not is_hub_id(name):
+        return find_adapter(Path(name))
+    try:  # of all that a hub repository may hold, only what is no code and no pickle
+        fetched = snapshot_download(name, allow_patterns=[ADAPTER_CONFIG_FILE, WEIGHTS_FILE])
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
+        found = f"{name!r}, no folder, and nothing that could be fetched from the hub ({str(error).splitlines()[0]})"
+        raise _mismatch(_KEY, found, "a run, an adapter folder or a hub id that you may read") from error
+    return find_adapter(Path(fetched))
+
+
+def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | None:
+    """The adapter of `lora.init_from`, which fits the base and is what the config asks for; None for a new one.
+
+    Args:
+        config: filled in.
+        base: no weight of it is read.
+        rank: that was decided.
+
+    Raises:
+        ConfigError: it does not fit (the first five differences are named), differs from what the config asks for, or
+            holds a number that is not finite.
+    """
+    if config.lora.init_from is None:
+        return None
+    folder = initial_folder(config.lora.init_from)
+    skeleton = build_skeleton(base.config, with_buffers=False)
+    parts = find_parts(skeleton)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, table_names=table_names(parts))
+    try:
+        require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights)
+    except ConfigError as error:
+        raise ConfigError(
+            where=f"{_KEY} {folder}", found=error.found, expected=error.expected, fix=error.fix
+        ) from error
+    _require_equal(asked_settings(config.lora, rank, parts.linears), adapter.settings, folder)
+    broken = first_non_finite(adapter.weights)
+    if broken is not None:
+        raise _mismatch(f"{_KEY} {folder}", f"a number in {broken} that is not finite", "finite weights")
+    return adapter
+
+
+def initial_told(config: RunConfig, initial: AdapterFolder | None) -> Iterator[Preparing]:
+    """What the user should know of the weights that the run begins with."""
+    if initial is not None:
+        base = initial.base_name or "a base that it does not name"
+        yield Preparing(what=f"beginning with the adapter {config.lora.init_from}, trained on {base}")
+
+
+def initial_hash(config: RunConfig) -> dict[str, str]:
+    """The fingerprint of the adapter that the run begins with, under its name; none where it begins with a new one."""
+    if config.lora.init_from is None:
+        return {}
+    folder = initial_folder(config.lora.init_from)
+    return {"initial adapter": json_sha256([sha256_of(folder / name) for name in (ADAPTER_CONFIG_FILE, WEIGHTS_FILE)])}
+
+
+def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> None:
+    if asked.targets != given.targets:
+        only = sorted(set(asked.targets) ^ set(given.targets))
+        found = f"{len(asked.targets)} linears, {len(only)} of them or of the adapter's not in both, such as {only[0]}"
+        raise _mismatch("lora.target_modules", found, f"the {len(given.targets)} linears of {folder}")
+    for name in given.targets:
+        for key, ours, theirs in (
+            ("rank", asked.rank_of(name), given.rank_of(name)),
+            ("alpha", asked.alpha_of(name), given.alpha_of(name)),
+        ):
+            if ours != theirs:
+                raise _mismatch(f"lora.{key}_pattern", f"{key} {ours} of {name}", f"{theirs}, as {folder} has it")
+
+
+def _as_config(value: Any) -> Any:
+    """A JSON value in the form that a config has."""
+    if isinstance(value, dict):
+        return tuple(value.items())
+    if isinstance(value, list):
+        return tuple(value) or None
+    return value
+
+
+def _mismatch(where: str, found: str, expected: str) -> ConfigError:
+    fix = f"Leave the key out, so that it is taken from {_KEY}, or choose another adapter."
+    return ConfigError(where=where, found=found, expected=expected, fix=fix)

@@ -1,0 +1,253 @@
+"""`lora.init_from`: a run that begins with an adapter of ours or of PEFT's, and refuses what it cannot begin with."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_trainer.cli.app import main
+from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.config.yaml_lines import write_yaml
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.base import resolve_base
+from qlora_trainer.model.nf4_cache import prepare_nf4_cache
+from qlora_trainer.run import continue_from
+from qlora_trainer.run.continue_from import filled_in, initial_folder
+from qlora_trainer.run.records import Preparing
+from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, logits, wrap
+from tests.model.tiny_models import tiny_documents
+from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
+from tests.run.told import complaint
+
+# What PEFT makes, and we must take from its folder: each changes the result.
+FIELDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "patterns": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 2}, "use_rslora": True},
+    "dora": {"use_dora": True},
+    "layers": {"layers_to_transform": [1]},
+}
+
+
+def peft_folder(folder: Path, base: Path, **fields: Any) -> Path:
+    """An adapter of rank 3 that changes the logits, as PEFT saves it."""
+    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **fields
+    )
+    wrapped = wrap(load_oracle(cache.folder, torch.float32), config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in adapter_parameters(wrapped).items():
+        if "magnitude" not in name:
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def begun_with(tmp_path: Path, base: Path, folder: Path, *options: str) -> RunConfig:
+    """As `tiny_config`, but the rank is left open; nothing is learned."""
+    config = tiny_config(tmp_path, base, f"lora.init_from={folder}", "training.learning_rate=1e-30", *options)
+    section = config.lora.model_copy()
+    fields = {key: getattr(section, key) for key in section.model_fields_set - {"rank"}}
+    return config.model_copy(update={"lora": type(section).model_validate(fields)})
+
+
+@pytest.mark.parametrize("variant", FIELDS)
+def test_a_run_begins_with_what_peft_has_trained(variant: str, tmp_path: Path, base: Path) -> None:
+    folder = peft_folder(tmp_path / "theirs", base, **FIELDS[variant])
+    config = begun_with(tmp_path, base, folder, "lora.dtype=float32", "training.max_steps=1")
+    records = run_to_end(config)
+    assert any(isinstance(one, Preparing) and f"beginning with the adapter {folder}" in one.what for one in records)
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "run" / "adapter", folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
+    documents = tiny_documents(20)
+    with torch.no_grad():
+        found, expected = (
+            logits(load_adapter(load_oracle(cache.folder, torch.float32), path), documents)
+            for path in (tmp_path / "run" / "adapter", folder)
+        )
+    assert torch.equal(found, expected)
+
+
+def test_a_run_goes_on_from_a_run_and_a_resume_of_it_is_the_same(tmp_path: Path, base: Path) -> None:
+    run_to_end(tiny_config(tmp_path, base, "lora.use_rslora=true", f"output.dir={tmp_path / 'first'}"))
+    options = (f"lora.init_from={tmp_path / 'first'}", "lora.dropout=0.1")
+    whole = tiny_config(tmp_path, base, *options, f"output.dir={tmp_path / 'whole'}")
+    run_to_end(whole)
+    first = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    second = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert second[0]["loss"] < first[0]["loss"]  # same documents: it begins where the other one ended
+    cut = tiny_config(tmp_path, base, *options)
+    run_until_step(cut, 3)
+    run_to_end(cut, resume="auto")
+    assert course(tmp_path / "run") == course(tmp_path / "whole")
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "last" / "manifest.json").read_text())
+    assert len(manifest["fingerprints"]["initial adapter"]) == 64
+
+
+def test_a_resume_refuses_another_adapter_under_the_same_name(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", base)
+    config = begun_with(tmp_path, base, folder)
+    run_until_step(config, 3)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    changed = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="another initial adapter than this run began with"):
+        run_to_end(config, resume="auto")
+    other = shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"lora\.init_from at --resume"):
+        run_to_end(begun_with(tmp_path, base, other), resume="auto")
+
+
+def test_what_the_config_leaves_open_is_taken_from_the_adapter(tmp_path: Path, base: Path) -> None:
+    folder = peft_folder(tmp_path / "theirs", base, **FIELDS["patterns"], **FIELDS["layers"], lora_dropout=0.3)
+    lora = filled_in(begun_with(tmp_path, base, folder)).lora
+    assert (lora.rank, lora.alpha, lora.use_rslora, lora.use_dora) == (3, 5, True, False)
+    assert set(lora.target_modules) == {"q_proj", "v_proj", "down_proj"}
+    assert (lora.layers_to_transform, lora.rank_pattern, lora.alpha_pattern) == (
+        (1,),
+        (("q_proj", 5),),
+        (("v_proj", 2),),
+    )
+    assert lora.dropout == 0.0  # how it is trained is not taken
+    agreeing = (
+        "lora.rank=3",
+        "lora.alpha=5",
+        "lora.use_rslora=true",
+        "lora.target_modules=[v_proj, q_proj, down_proj]",
+    )
+    config = tiny_config(tmp_path, base, f"lora.init_from={folder}", *agreeing)
+    assert filled_in(config).lora.rank == 3
+    assert run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}", *agreeing, "training.max_steps=1"))
+
+
+@pytest.mark.parametrize(
+    "option,where",
+    [
+        ("lora.rank=4", "lora.rank: found 4; expected 3, as "),
+        ("lora.rank=max", "lora.rank: found 'max'; expected 3, as "),
+        ("lora.alpha=6", "lora.alpha: found 6.0; expected 5, as "),
+        ("lora.use_dora=true", "lora.use_dora: found True; expected False, as "),
+        ("lora.target_modules=all-linear", "lora.target_modules: found 14 linears, 8 of them"),
+        ("lora.layers_to_transform=[0]", "lora.target_modules: found 3 linears, 3 of them"),
+        ("lora.rank_pattern={q_proj: 4}", "lora.rank_pattern: found rank 4 of model.layers.0.self_attn.q_proj"),
+        ("lora.alpha_pattern={q_proj: 4}", "lora.alpha_pattern: found alpha 4.0 of model.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_what_the_config_asks_otherwise_is_refused(
+    option: str, where: str, tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", base)
+    options = [option] if option.startswith("lora.rank=") else ["lora.rank=3", option]
+    assert where in refusal(tiny_config(tmp_path, base, f"lora.init_from={folder}", *options), capsys)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def refusal(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command says of a file that has those keys alone which `config` was given."""
+    path = Path(config.output.dir).with_suffix(".yaml")
+    path.write_text(write_yaml(config.model_dump(mode="json", exclude_unset=True)))
+    capsys.readouterr()
+    assert main(["train", str(path)]) == 2
+    return complaint(capsys)
+
+
+def damaged(folder: Path, how: str, canary: Path) -> None:
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    first = next(iter(tensors))
+    if how == "missing":
+        del tensors[first]
+    elif how == "shape":
+        tensors = {name: tensor[:, :5].contiguous() for name, tensor in tensors.items()}
+    elif how == "infinite":
+        tensors[first][0, 0] = float("inf")
+    save_file(tensors, weights, {"format": "pt"})
+    if how == "pickle":
+        weights.unlink()
+        (folder / "adapter_model.bin").write_bytes(pickle.dumps(_Canary(canary)))
+    elif how == "renamed":
+        weights.write_bytes(pickle.dumps(_Canary(canary)))
+    elif how in ("saved", "negative"):
+        config = folder / "adapter_config.json"
+        change = {"bias": "all"} if how == "saved" else {"lora_alpha": -4}
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+
+
+class _Canary:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._path,)
+
+
+@pytest.mark.parametrize(
+    "how,found",
+    [
+        ("missing", "1 weights that do not fit the base (model.layers.0.mlp.down_proj.lora_A: adapter has none"),
+        ("shape", "6 weights that do not fit the base"),
+        ("infinite", "that is not finite"),
+        ("pickle", "only adapter_model.bin, a pickle, which is never read"),
+        ("renamed", "no safetensors file"),
+        ("saved", "bias = 'all'"),
+        ("negative", "lora_alpha = -4"),
+    ],
+)
+def test_an_adapter_that_cannot_be_begun_with_is_refused_before_weights(
+    how: str,
+    found: str,
+    tmp_path: Path,
+    base: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", base)
+    damaged(folder, how, tmp_path / "canary")
+    monkeypatch.setattr("qlora_trainer.run.prepare.load_quantized", None)
+    message = refusal(begun_with(tmp_path, base, folder), capsys)
+    assert found in message
+    assert message.count("adapter (") <= 5
+    assert not (tmp_path / "canary").exists()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["nowhere", "../../etc", "/" + "x" * 300, "a" * 300, "/dev/null", "./a/b"])
+def test_a_name_of_nothing_is_refused(name: str, tmp_path: Path, base: Path) -> None:
+    with pytest.raises(ConfigError, match="a PEFT adapter folder"):
+        filled_in(tiny_config(tmp_path, base, f"lora.init_from={name}"))
+
+
+def test_of_a_hub_repository_only_the_adapter_is_fetched(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", base)
+    asked: list[tuple[str, list[str]]] = []
+
+    def fetch(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(continue_from, "snapshot_download", fetch)
+    assert initial_folder("owner/name") == folder
+    assert asked == [("owner/name", ["adapter_config.json", "adapter_model.safetensors"])]
+
+    def fail(name: str, *, allow_patterns: list[str]) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr(continue_from, "snapshot_download", fail)
+    with pytest.raises(ConfigError, match=r"lora\.init_from: found 'owner/name', no folder, .*no network"):
+        initial_folder("owner/name")
