@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from qlora_trainer.data.chat import TokenizedRow
 from qlora_trainer.data.rows import FileRead, where_in
+from qlora_trainer.hardware.unused_folders import mark_used
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 
 ROW = np.dtype(
@@ -37,7 +38,8 @@ ROW = np.dtype(
         ("is_askable", "?"),
     ]
 )
-_TOKENS, _LEARNED, _ROWS, _FILES = "tokens.bin", "learned.bin", "rows.bin", "files.json"
+TOKENS_FILE = "tokens.bin"
+_LEARNED, _ROWS, _FILES = "learned.bin", "rows.bin", "files.json"
 
 
 class DocumentWriter:
@@ -50,7 +52,7 @@ class DocumentWriter:
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             self._tokens, self._learned, self._rows = (
-                stack.enter_context((self._folder / name).open("wb")) for name in (_TOKENS, _LEARNED, _ROWS)
+                stack.enter_context((self._folder / name).open("wb")) for name in (TOKENS_FILE, _LEARNED, _ROWS)
             )
             self._open = stack.pop_all()
         return self
@@ -76,16 +78,25 @@ class DocumentWriter:
 
 
 class DocumentStore:
-    """A store that is whole (see `hardware.sealed_folder`)."""
+    """A store that is whole (see `hardware.sealed_folder`); marked as used as long as it lives.
+
+    Raises:
+        FileNotFoundError: it was removed before all of it was open.
+    """
 
     def __init__(self, folder: Path) -> None:
         entries: list[Mapping[str, object]] = json.loads((folder / _FILES).read_text())
         self.files = tuple(FileRead.of(entry) for entry in entries)
         has_rows = (folder / _ROWS).stat().st_size > 0  # nothing cannot be mapped
         self._rows_N = np.memmap(folder / _ROWS, dtype=ROW, mode="r") if has_rows else np.zeros(0, dtype=ROW)
-        self._tokens, self._learned = (os.open(folder / name, os.O_RDONLY) for name in (_TOKENS, _LEARNED))
-        for descriptor in (self._tokens, self._learned):
-            weakref.finalize(self, os.close, descriptor)
+        self._tokens = self._opened(folder / TOKENS_FILE)
+        mark_used(folder, self._tokens)
+        self._learned = self._opened(folder / _LEARNED)
+
+    def _opened(self, path: Path) -> int:
+        descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     @property
     def num_rows(self) -> int:

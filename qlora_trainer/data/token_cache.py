@@ -2,7 +2,8 @@
 
 The folder's name is its key: a hash of the content and names of files and data sets, of the tokenizer and its template,
 of the options that decide what is read and learned, and of this room's own code. Two processes may make the same
-folder: the first that is done wins, and the other takes what it made.
+folder: the first that is done wins, and the other takes what it made. Folders that nobody has open go when new ones are
+made, once all take more than `MOST_BYTES`: those first that were used longest ago.
 """
 
 from __future__ import annotations
@@ -21,16 +22,20 @@ from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.data.chat import RowTokenizer
-from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
+from qlora_trainer.data.document_store import TOKENS_FILE, DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_sources, sources_named
 from qlora_trainer.data.rows import FileRead, Reading, in_batches
 from qlora_trainer.data.sources import pinned, source_hash
 from qlora_trainer.errors import DataError, StorageError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.sealed_folder import defects, writing
+from qlora_trainer.hardware.unused_folders import remove_unused
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+MOST_BYTES = 20 * 2**30  # of all token folders: four billion tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +87,37 @@ def tokenize_named(
     hashes = _hashes(sources, key)
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
     with writing_told(folder):
-        if folder.is_dir() and defects(folder):
-            _set_aside(folder)
-        if not folder.is_dir():
-            with writing(folder) as temporary:
-                yield from _write(temporary, sources, section, tokenizer)
-                if changed := [name for name, found in _hashes(sources, key).items() if found != hashes[name]]:
-                    raise DataError(
-                        where=f"data.{key} {changed[0]}",
-                        found="content that changed while it was read",
-                        expected="data that stays as it is until it is tokenised",
-                        fix="Start again when whatever writes it is done.",
-                    )
-        return TokenizedFiles(DocumentStore(folder), sources, _joined(list(hashes.values())))
+        yield from _make_if_missing(folder, sources, section, key, tokenizer)
+        try:
+            store = DocumentStore(folder)
+        except FileNotFoundError:  # another process has just removed it as unused, or somebody has emptied the cache
+            yield from _make_if_missing(folder, sources, section, key, tokenizer)
+            store = DocumentStore(folder)
+        remove_unused(folder.parent, most_bytes=MOST_BYTES, lock_name=TOKENS_FILE)
+        return TokenizedFiles(store, sources, _joined(list(hashes.values())))
+
+
+def _make_if_missing(
+    folder: Path,
+    sources: Sequence[DataSource],
+    section: DataSection,
+    key: Literal["train", "eval"],
+    tokenizer: KnownTokenizer,
+) -> Generator[Reading]:
+    if folder.is_dir() and defects(folder):
+        _set_aside(folder)
+    if folder.is_dir():
+        return
+    hashes = _hashes(sources, key)
+    with writing(folder) as temporary:
+        yield from _write(temporary, sources, section, tokenizer)
+        if changed := [name for name, found in _hashes(sources, key).items() if found != hashes[name]]:
+            raise DataError(
+                where=f"data.{key} {changed[0]}",
+                found="content that changed while it was read",
+                expected="data that stays as it is until it is tokenised",
+                fix="Start again when whatever writes it is done.",
+            )
 
 
 @contextmanager

@@ -40,6 +40,7 @@ from qlora_trainer.hardware.trials import (
     row_kernel_error,
     update_error,
 )
+from qlora_trainer.hardware.unused_folders import num_bytes_of
 
 Verdict = Literal["ok", "warn", "bad"]
 
@@ -157,6 +158,10 @@ def _judge_memory(name: str, available_bytes: int, total_bytes: int) -> Finding:
 def _disks() -> Iterator[Finding]:
     try:
         yield _judge_disk("cache folder", cache_folder(), "Set XDG_CACHE_HOME to a larger disk.")
+        value = f"{_gib(num_bytes_of(cache_folder()))} of bases, NF4 weights and tokens"
+        yield Finding(
+            "cache size", value, "ok", f"To empty it: rm -r {cache_folder()} (all is made again when needed)."
+        )
     except StorageError as error:
         yield Finding("cache folder", error.short, "bad", error.fix)
     yield _judge_disk("this folder", Path.cwd(), "Set output.dir to a larger disk.")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 _READ_BYTES = 2**22
-_ABANDONED_SECONDS = 24 * 3600  # a writer adds a file to its folder every few seconds
+_ABANDONED_SECONDS = 24 * 3600  # a writer writes every few seconds
 
 
 def sha256_of(path: Path) -> str:
@@ -61,7 +61,7 @@ def scratch(folder: Path) -> Iterator[Path]:
         OSError: it cannot be made.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
+    remove_abandoned(folder.parent, f".tmp-{folder.name}-*")
     temporary = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
     try:
         yield temporary
@@ -88,10 +88,13 @@ def defects(folder: Path) -> list[str]:
     return reasons
 
 
-def _remove_abandoned(folder: Path) -> None:
-    for temporary in folder.parent.glob(f".tmp-{folder.name}-*"):
+def remove_abandoned(parent: Path, pattern: str) -> None:
+    """Removes the folders of that pattern in which nothing was written for a day: their writers were killed."""
+    for temporary in parent.glob(pattern):
         with suppress(FileNotFoundError):  # another process has removed it
-            if time.time() - temporary.stat().st_mtime > _ABANDONED_SECONDS:
+            # The files, too: a writer of much data opens them all at its start.
+            written = max(path.stat().st_mtime for path in (temporary, *temporary.iterdir()))
+            if time.time() - written > _ABANDONED_SECONDS:
                 shutil.rmtree(temporary, ignore_errors=True)
 
 

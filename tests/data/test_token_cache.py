@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Generator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data import token_cache
+from qlora_trainer.data import document_store, token_cache
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.documents import Documents
 from qlora_trainer.data.rows import BATCH_ROWS, Reading
@@ -226,3 +227,45 @@ def test_data_that_goes_away_is_told(
     monkeypatch.setattr(token_cache, "source_hash", gone)
     with pytest.raises(DataError, match=r"data\.train .*train\.jsonl: found a file that cannot be read \(No such file"):
         drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
+
+
+def test_tokens_that_nobody_used_for_long_go_when_there_are_too_many(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation tried: a store that is open holds no lock."""
+    sections = [DataSection(train=str(data)), DataSection(train=str(data), train_on="all")]
+    stores = []
+    for section in sections:
+        stores.append(drained(tokenize_named(section, "train", tokenizer))[1])
+        for manifest in cache.glob("*/manifest.json"):
+            os.utime(manifest, (0, 0))
+    monkeypatch.setattr(token_cache, "MOST_BYTES", 0)
+    third = drained(tokenize_named(DataSection(train=str(data), train_on="last_assistant"), "train", tokenizer))[1]
+    assert len(list(cache.iterdir())) == 3, "all are open"
+    kept = tokens(stores[1])
+    stores.pop(0)
+    for manifest in cache.glob("*/manifest.json"):
+        os.utime(manifest, (0, 0))
+    again = drained(tokenize_named(sections[1], "train", tokenizer))[1]
+    assert len(list(cache.iterdir())) == 2, "the first is not"
+    assert tokens(again) == kept == tokens(stores[0])
+    assert third.store.num_rows == 2500
+
+
+def test_tokens_that_are_removed_before_they_are_open_are_made_again(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a process that finds them unused at that moment; the first file is open already."""
+    section = DataSection(train=str(data))
+    expected = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
+    [folder] = cache.iterdir()
+    mark_used = vars(document_store)["mark_used"]
+
+    def removed_meanwhile(path: Path, descriptor: int) -> None:
+        mark_used(path, descriptor)
+        monkeypatch.setattr(document_store, "mark_used", mark_used)
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(document_store, "mark_used", removed_meanwhile)
+    assert tokens(drained(tokenize_named(section, "train", tokenizer))[1]) == expected
+    assert [path.name for path in cache.iterdir()] == [folder.name]

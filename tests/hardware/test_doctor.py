@@ -43,7 +43,17 @@ def examined() -> dict[str, Finding]:
 def test_everything_that_training_stands_on_works_here() -> None:
     findings = examined()
 
-    expected = {"python", "system", "processors", "device", "memory", "memory limit", "swap", "cache folder"}
+    expected = {
+        "python",
+        "system",
+        "processors",
+        "device",
+        "memory",
+        "memory limit",
+        "swap",
+        "cache folder",
+        "cache size",
+    }
     expected |= {"this folder", "float32 products", "bfloat16 products", "compute dtype", "NF4", "attention"}
     expected |= {"windowed attention", "AdamW 32 bits", "AdamW 8 bits", "paged AdamW 32 bits", "paged AdamW 8 bits"}
     assert expected | set(PACKAGES) | {"model hub"} == findings.keys()
