@@ -46,11 +46,11 @@ class OriginalWeights:
 
     def linear(self, name: str) -> Tensor:
         """As it is stored."""
-        return self.disk.dense(name)
+        return self.disk.mapped(name)
 
     def dense(self, name: str) -> Tensor:
         """As it is stored."""
-        return self.disk.dense(name)
+        return self.disk.mapped(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +63,12 @@ class DequantizedWeights:
     def linear(self, name: str) -> Tensor:
         """Unpacked to fp32."""
         parts = nf4.checkpoint_names(name, double_quant=self.double_quant)
-        packed = nf4.from_checkpoint(name, {part: self.disk.dense(part) for part in parts})
+        packed = nf4.from_checkpoint(name, {part: self.disk.mapped(part) for part in parts})
         return nf4.dequantize(packed, torch.float32)
 
     def dense(self, name: str) -> Tensor:
         """As the cache stores it, in bf16."""
-        return self.disk.dense(name)
+        return self.disk.mapped(name)
 
 
 def original_weights(folder: Path) -> OriginalWeights:
@@ -114,7 +114,7 @@ class MergedWeights(Mapping[str, Tensor]):
             merged = (self._base.linear(name) if name in self._linears else self._base.dense(name)).to(like.dtype)
         if merged.shape != like.shape:
             raise _broken(name, f"the shape {tuple(merged.shape)}", f"{tuple(like.shape)}, as config.json says")
-        if not torch.isfinite(merged).all():
+        if not _is_finite(merged):
             fix = "Take --dtype bf16, whose largest number is that of fp32, or another adapter."
             raise _broken(name, f"NaN or an infinity in {str(like.dtype).removeprefix('torch.')}", "numbers", fix)
         return merged
@@ -140,6 +140,11 @@ class MergedWeights(Mapping[str, Tensor]):
                 sum_QI *= (magnitude_O[block] / torch.linalg.vector_norm(sum_QI, dim=1)).unsqueeze(1)
             out_OI[block] = sum_QI
         return out_OI
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Some of it at a time: `isfinite` makes several copies."""
+    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(_BLOCK_ELEMENTS))
 
 
 def merged_shapes(

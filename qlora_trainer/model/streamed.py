@@ -37,6 +37,12 @@ class DiskWeights:
         """A copy of one tensor, as it is stored."""
         return self.copied(name, device=torch.device("cpu"), dtype=None)
 
+    def mapped(self, name: str) -> Tensor:
+        """One tensor as it is stored, over pages of its file: they stay resident as long as it does."""
+        with open_weights(self.files[name]) as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
     def copied(self, name: str, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """A copy of one tensor; its file is closed again, so none of the pages stay resident."""
         with open_weights(self.files[name]) as file:
