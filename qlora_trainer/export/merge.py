@@ -31,7 +31,7 @@ from qlora_trainer.export.merged_weights import (
 )
 from qlora_trainer.export.new_folder import new_folder
 from qlora_trainer.export.source import Source, read_source
-from qlora_trainer.hardware.device import DTYPES, choose_compute_dtype, choose_device
+from qlora_trainer.hardware.device import DTYPES, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_trainer.model.adapters import attach_adapters, detach_adapters
 from qlora_trainer.model.base import Base, fetch_weights, read_config, read_tokenizer
 from qlora_trainer.model.load import load_quantized
@@ -191,7 +191,7 @@ def _measure(
     dtype: torch.dtype,
 ) -> Generator[Preparing, None, Measured]:
     device = choose_device()
-    name = choose_compute_dtype(device)
+    name = _compute_dtype(source, device)
     compute_dtype = DTYPES[name]
     batches = micro_batches(held_out.documents, packing=held_out.packing)
     yield Preparing(what="running base and adapter, and the merged model, over held-out rows")
@@ -214,6 +214,14 @@ def _measure(
         merged=merged,
         quantized=compare(original, quantized, batches),
     )
+
+
+def _compute_dtype(source: Source, device: torch.device) -> ComputeDtype:
+    """That of the run, whose held-out loss the reference then has; fp16 is for old GPUs only."""
+    asked = "auto" if source.config is None else source.config.quantization.compute_dtype
+    if asked == "auto" or (asked == "float16" and device.type == "cpu"):
+        return choose_compute_dtype(device)
+    return asked
 
 
 def _require_same_base(source: Source, cache: NF4Cache) -> None:
