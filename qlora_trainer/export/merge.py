@@ -19,7 +19,7 @@ import torch
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export.compare import Comparison, compare, is_worse, micro_batches
-from qlora_trainer.export.held_out import HeldOut, measuring_config, read_held_out
+from qlora_trainer.export.held_out import HeldOut, measured_on, read_documents
 from qlora_trainer.export.merged_folder import plan_shards, write_beside, write_weights
 from qlora_trainer.export.merged_weights import (
     BaseWeights,
@@ -121,7 +121,7 @@ def merge(
     merged_dtype = _DTYPES[dtype]
     source = read_source(target, model=model)
     read_tokenizer(source.base.folder)  # it goes along: a base without one is told now
-    held_out = yield from _held_out(source, data, max_tokens=max_tokens, force=force)
+    held_out = yield from _held_out(target, source, data, max_tokens=max_tokens, force=force)
     yield Preparing(what=f"finding the base {source.base_name}")
     fetched = fetch_weights(source.base)
     double_quant = source.config is None or source.config.quantization.double_quant
@@ -160,17 +160,17 @@ def merge(
 
 
 def _held_out(
-    source: Source, data: str | None, *, max_tokens: int, force: bool
+    target: Path, source: Source, data: str | None, *, max_tokens: int, force: bool
 ) -> Generator[Preparing | Reading, None, HeldOut | None]:
     """What to measure on; None where there is nothing and it is forced."""
     yield Preparing(what="reading the held-out rows")
     try:
-        config = measuring_config(source, data)
+        judged_on = measured_on(target, source, data)
     except ConfigError:
         if force and data is None:
             return None
         raise
-    return (yield from read_held_out(config, source, max_tokens=max_tokens))
+    return (yield from read_documents(judged_on, source, max_tokens=max_tokens))
 
 
 def _weights(base: Base, cache: NF4Cache | None, kind: MergeBase, *, double_quant: bool) -> BaseWeights:

@@ -111,7 +111,7 @@ def evaluate_adapters(
     torch.set_num_threads(num_cpu_threads())
     config = judged_on.config
     tokenizer = known_tokenizer(config, named.base, named.tokenizers[BASE])
-    data, seq_len = yield from _held_out(judged_on, named.base, tokenizer)
+    data, seq_len = yield from read_held_out(judged_on, named.base, tokenizer)
     yield Preparing(what=f"loading the base {named.base.name}")
     asked_dtype = config.quantization.compute_dtype
     with lack_of_memory_told("loading the base"):
@@ -159,10 +159,22 @@ def require_finite(evaluation: Evaluation) -> None:
         )
 
 
-def _held_out(
+def read_held_out(
     judged_on: JudgedOn, base: Base, tokenizer: KnownTokenizer
 ) -> Generator[Reading, None, tuple[TokenizedData, int]]:
-    """The documents, and the longest that is kept."""
+    """Tokenise what is judged on, while yielding how far it is.
+
+    Args:
+        judged_on: of `eval_config`.
+        base: whose positions limit a document.
+        tokenizer: of the base.
+
+    Returns:
+        The documents, and the tokens that the longest of them may have.
+
+    Raises:
+        DataError: no row is left, or the rows are not those of the run.
+    """
     config = judged_on.config
     section, bos_token_id = config.data, tokenizer.tokenizer.bos_token_id
     if section.eval is not None:
