@@ -92,6 +92,11 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
         "per_device_eval_batch_size eval_batch_size per_gpu_eval_batch_size",
     ),
     (Counterpart(("training.learning_rate",)), "lr"),
+    (Counterpart(("training.loraplus_lr_ratio",)), "loraplus_ratio lora_plus_ratio lorap_lr_ratio lora_plus_lr_ratio"),
+    (
+        Counterpart((), "the head and the embedding stay frozen: adapters of the linears are all that is trained"),
+        "modules_to_save lora_modules_to_save additional_target unfreeze_lm_head unfrozen_parameters",
+    ),
     (Counterpart(("training.schedule",)), "lr_scheduler lr_scheduler_type scheduler lr_schedule"),
     (
         Counterpart(("training.warmup_ratio",), "it is a share of all steps, 0 to 1"),

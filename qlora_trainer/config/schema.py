@@ -305,6 +305,12 @@ class TrainingSection(Section):
         description="Documents per optimizer step; memory does not depend on it, see memory.micro_batch_tokens.",
     )
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    loraplus_lr_ratio: float = Field(
+        1.0,
+        gt=0,
+        description="Learning rate of the B matrices (and of DoRA's magnitudes) over learning_rate, which the A "
+        "matrices keep (LoRA+); 1 = one rate for all.",
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after the warm-up: cosine or linear fall to 0, or constant."
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import (
@@ -116,7 +117,7 @@ def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table
     Args:
         fields: of `read_config_fields`.
         linear_names: the linears of the base.
-        table_names: its embeddings and head, which `modules_to_save` may name.
+        table_names: its embeddings and head, which `modules_to_save` may name; empty where it may not.
 
     Raises:
         ConfigError: the fields name something that the base does not have.
@@ -129,6 +130,13 @@ def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table
         chosen = in_layers(targets, numbers, [pattern] if isinstance(pattern, str) else pattern)
         targets = tuple(name for name in targets if name in chosen or name in fields["target_modules"])  # as PEFT does
     saved = fields.get("modules_to_save") or []
+    if saved and not table_names:
+        raise ConfigError(
+            where=ADAPTER_CONFIG_FILE,
+            found=f"modules_to_save = {saved!r}: modules that were trained whole",
+            expected="null: adapters of linears are all that is put on a base here",
+            fix="Merge the adapter into its base with qlora-trainer merge, or choose another one.",
+        )
     return LoraSettings(
         rank=fields["r"],
         alpha=fields["lora_alpha"],

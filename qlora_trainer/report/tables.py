@@ -81,7 +81,7 @@ def step_line(record: StepDone, *, seconds_left: float | None) -> Text:
     parts = (
         f"step {record.step:>{width}}/{record.num_steps}",
         f"loss {format_loss(record.loss)}",
-        f"lr {record.lr:.2e}",
+        f"lr {record.lr:.2e}" + ("" if record.lr_b is None else f" (B {record.lr_b:.2e})"),
         f"{record.tokens_per_second:,.0f} tokens/s",
         f"memory {format_bytes(record.memory_bytes)} (peak {format_bytes(record.peak_bytes)})",
         "" if seconds_left is None else f"{format_clock(seconds_left)} left",

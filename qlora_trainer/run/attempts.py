@@ -152,7 +152,7 @@ def _stepped(
 ) -> tuple[Progress, StepDone]:
     tokens = sum(document.num_tokens for document in documents)
     supervised_tokens = sum(document.num_supervised_tokens for document in documents)
-    memory = read_memory(session.device)
+    memory, ratio = read_memory(session.device), session.config.training.loraplus_lr_ratio
     progress = replace(
         progress,
         step=progress.step + 1,
@@ -166,6 +166,7 @@ def _stepped(
         num_steps=session.knobs.num_steps,
         loss=loss,
         lr=lr,
+        lr_b=None if ratio == 1.0 else lr * ratio,
         grad_norm=grad_norm,
         tokens=tokens,
         supervised_tokens=supervised_tokens,

@@ -54,6 +54,7 @@ FLAGGED_KEYS = frozenset(
         "training.epochs",
         "training.max_steps",
         "training.learning_rate",
+        "training.loraplus_lr_ratio",
         "training.schedule",
         "training.warmup_ratio",
         "training.weight_decay",

@@ -162,8 +162,12 @@ def write_summary(folder: RunFolder, summary: Summary) -> None:
 
 
 def append_step(folder: RunFolder, record: StepDone) -> None:
-    """Append one line to `metrics.jsonl`, with exactly `STEP_KEYS`; a number that is not finite is written as null."""
-    _append(folder.metrics_path, {key: getattr(record, key) for key in STEP_KEYS})
+    """Append one line to `metrics.jsonl`, with `STEP_KEYS`, and `lr_b` where there is one.
+
+    A number that is not finite is written as null.
+    """
+    own_rate = {} if record.lr_b is None else {"lr_b": record.lr_b}
+    _append(folder.metrics_path, {key: getattr(record, key) for key in STEP_KEYS} | own_rate)
 
 
 def append_eval(folder: RunFolder, record: Evaluated) -> None:

@@ -77,6 +77,7 @@ def train(config: RunConfig, *, resume: str | None, allow_change: Collection[str
                 match record:
                     case StepDone():
                         values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
+                        values |= {} if record.lr_b is None else {"lr_b": record.lr_b}
                         trackers.log(values | {"tokens_per_second": record.tokens_per_second}, record.step)
                     case Evaluated():
                         trackers.log({"eval_loss": record.eval_loss}, record.step)

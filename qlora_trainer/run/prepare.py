@@ -308,4 +308,5 @@ def _optimizer_settings(config: RunConfig, knobs: Knobs, paging_folder: Path) ->
         residency=knobs.plan.optimizer_residency,
         weight_decay=config.training.weight_decay,
         paging_folder=paging_folder,
+        rate_ratio=config.training.loraplus_lr_ratio,
     )

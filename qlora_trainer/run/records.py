@@ -149,6 +149,7 @@ class StepDone:
         num_steps: steps of the whole run.
         loss: mean over the supervised tokens of the global batch.
         lr: learning rate of this step.
+        lr_b: that of the B matrices, where they have another one.
         grad_norm: before clipping.
         tokens: tokens of the global batch.
         supervised_tokens: those that contribute to the loss.
@@ -173,6 +174,7 @@ class StepDone:
     memory_bytes: int
     samples_seen: int
     epoch: float
+    lr_b: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
+from qlora_trainer.model.adapters import MAGNITUDE
 
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
 # bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB. The CUDA
@@ -44,12 +46,15 @@ class OptimizerSettings:
         residency: where master and moments live: with the model, or in memory that can be paged out.
         weight_decay: decoupled (Loshchilov & Hutter, 2019).
         paging_folder: where the files of paged state lie on a CPU.
+        rate_ratio: learning rate of the B matrices over that of A (LoRA+, Hayou et al., 2024); of DoRA's magnitudes
+            too, as in PEFT.
     """
 
     bits: Literal[8, 32]
     residency: Literal["device", "paged"]
     weight_decay: float
     paging_folder: Path
+    rate_ratio: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +65,13 @@ class _Piece:
         parameter: a view of the master; bitsandbytes leaves a parameter alone whose `.grad` is None.
         gradient: its gradient.
         state: all that an update writes: its columns of the stacks.
+        rate_ratio: its learning rate over that of the step.
     """
 
     parameter: nn.Parameter
     gradient: Tensor
     state: tuple[Tensor, ...]
+    rate_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +108,8 @@ class AdapterOptimizer:
         self.settings = settings
         self.step_count = 0
         self._parameters = dict(parameters)
-        self._places = _lay_out(self._parameters)
+        # With two rates, what has the other one lies behind all else: a piece then has one rate, and pieces stay large.
+        self._num_at_rate, self._places = _lay_out(self._parameters, has_two_rates=settings.rate_ratio != 1.0)
         self._device = next(iter(self._parameters.values())).device
         last = list(self._places.values())[-1]
         num_elements = _padded(last.first + last.num_elements)
@@ -174,13 +182,13 @@ class AdapterOptimizer:
         Raises:
             Exception: whatever the device raises when memory runs out (see `hardware.memory`).
         """
-        self._adamw.param_groups[0]["lr"] = learning_rate
         is_bad = None
         if must_be_finite is not None:
             is_bad = (must_be_finite * 0.0).sum().isnan()  # three kernels; `isfinite` and `all` take five
             self.gradient.masked_fill_(is_bad, 0.0)  # what the library makes of NaN in 8 bits is not told
         for piece in self._pieces[self._num_updated_pieces :]:
             with _wholly_or_not_at_all(piece.state, is_bad):
+                self._adamw.param_groups[0]["lr"] = learning_rate * piece.rate_ratio
                 self._adamw.state[piece.parameter]["step"] = self.step_count  # a try that failed has counted it
                 piece.parameter.grad = piece.gradient
                 try:
@@ -252,16 +260,19 @@ class AdapterOptimizer:
     def _cut(self) -> tuple[_Piece, ...]:
         num_elements = self._master.numel()
         piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else GPU_PIECE_ELEMENTS
+        border = self._num_at_rate
+        starts = [*range(0, border, piece_elements), *range(border, num_elements, piece_elements)]
         pieces = []
-        for first in range(0, num_elements, piece_elements):
-            elements = slice(first, first + piece_elements)
-            blocks = slice(first // BLOCK_ELEMENTS, (first + piece_elements) // BLOCK_ELEMENTS)
+        for first, end in pairwise([*starts, num_elements]):
+            elements = slice(first, end)
+            blocks = slice(first // BLOCK_ELEMENTS, end // BLOCK_ELEMENTS)
+            rate_ratio = self.settings.rate_ratio if first >= border else 1.0
             parameter = nn.Parameter(self._master[elements], requires_grad=True)
             state = (
                 *(stack_KE[:, elements] for stack_KE in self._stacks),
                 *(stack_KB[:, blocks] for stack_KB in self._scale_stacks),
             )
-            pieces.append(_Piece(parameter, self.gradient[elements], state))
+            pieces.append(_Piece(parameter, self.gradient[elements], state, rate_ratio))
         return tuple(pieces)
 
     def _make_adamw(self) -> Any:
@@ -313,12 +324,23 @@ def num_flat_elements(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(_padded(math.prod(shape)) for shape in shapes)
 
 
-def _lay_out(parameters: Mapping[str, nn.Parameter]) -> dict[str, _Place]:
-    places, first = {}, 0
-    for name, parameter in parameters.items():
+def _lay_out(parameters: Mapping[str, nn.Parameter], *, has_two_rates: bool) -> tuple[int, dict[str, _Place]]:
+    """Where each parameter lies, and how many elements have the learning rate of the step, which come first."""
+    names = list(parameters)
+    if has_two_rates:
+        names.sort(key=_has_own_rate)  # stable
+    places, first, num_at_rate = {}, 0, 0
+    for name in names:
+        parameter = parameters[name]
         places[name] = _Place(first, parameter.numel(), tuple(parameter.shape))
         first = _padded(first + parameter.numel())
-    return places
+        if not (has_two_rates and _has_own_rate(name)):
+            num_at_rate = first
+    return num_at_rate, places
+
+
+def _has_own_rate(name: str) -> bool:
+    return name.endswith((".lora_B", MAGNITUDE))
 
 
 def _padded(num_elements: int) -> int:

@@ -256,6 +256,14 @@ def test_broken_weights_are_refused(content: bytes, tmp_path: Path) -> None:
         read_adapter_folder(folder, linear_names=["q_proj"])
 
 
+def test_modules_that_were_trained_whole_are_refused_where_they_cannot_be_used(tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter", modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"modules_to_save = \['lm_head'\].*qlora-trainer merge"):
+        read_adapter_folder(folder, linear_names=["q_proj"])
+    read = read_adapter_folder(folder, linear_names=["q_proj"], table_names=["model.embed_tokens", "lm_head"])
+    assert read.settings.modules_to_save == ("lm_head",)
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no adapter_model\.safetensors"):
         read_adapter_fields(tmp_path / "nowhere")

@@ -22,7 +22,7 @@ from qlora_trainer.run import answer as answer_module
 from qlora_trainer.run.answer import answer
 from tests.model.peft_oracle import load_adapter, load_oracle, logits
 from tests.model.tiny_models import load_for_training, packed_logits, relative_error, tiny_documents
-from tests.run.tiny_run import run_to_end, tiny_config
+from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint, train_command
 
 SHARED_MEMORY = Path("/dev/shm")  # a tmpfs is what is asked for
@@ -74,6 +74,21 @@ def test_the_rate_warms_up_and_falls_as_asked(tmp_path: Path, base: Path) -> Non
         schedule.step()
     assert rates == pytest.approx(expected)
     assert rates[0] == 0.0
+
+
+def test_b_matrices_have_their_own_rate_and_a_resume_is_exact(tmp_path: Path, base: Path) -> None:
+    options = ("training.loraplus_lr_ratio=8", "lora.use_dora=true", "training.warmup_ratio=0.5")
+    run_to_end(tiny_config(tmp_path, base, *options, f"output.dir={tmp_path / 'whole'}"))
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr_b"] for line in lines] == [8 * line["lr"] for line in lines]
+    cut = tiny_config(tmp_path, base, *options)
+    run_until_step(cut, 3)
+    run_to_end(cut, resume="auto")
+    assert course(tmp_path / "run") == course(tmp_path / "whole")
+    run_to_end(tiny_config(tmp_path, base, *options[1:], f"output.dir={tmp_path / 'plain'}"))
+    assert "lr_b" not in (tmp_path / "plain" / "metrics.jsonl").read_text()
+    plain, own = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "whole")
+    assert not any(torch.equal(plain[name], own[name]) for name in plain if "lora_A" not in name)
 
 
 def test_an_answer_takes_base_and_adapter_as_they_were_trained(

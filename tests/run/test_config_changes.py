@@ -59,7 +59,16 @@ def test_what_changes_the_course_is_refused_or_needs_a_flag() -> None:
     learned = {"chat_template", "train_on", "seq_len", "overlong", "packing"}
     training = {f"training.{key}" for key in ("global_batch_size", "optimizer", "seed")}
     assert model | quantization | lora | {f"data.{key}" for key in read | learned} | training == REFUSED_KEYS
-    course = {"epochs", "max_steps", "learning_rate", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm"}
+    course = {
+        "epochs",
+        "loraplus_lr_ratio",
+        "max_steps",
+        "learning_rate",
+        "schedule",
+        "warmup_ratio",
+        "weight_decay",
+        "max_grad_norm",
+    }
     memory = {f"memory.{key}" for key in ("micro_batch_tokens", "activation_checkpointing", "loss_chunk_tokens")}
     assert {f"training.{key}" for key in course | {"early_stopping_patience"}} | memory == FLAGGED_KEYS
 
