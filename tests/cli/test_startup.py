@@ -125,6 +125,8 @@ def test_a_folder_without_an_adapter_is_told_at_once(work: Path) -> None:
     (work / "unfinished" / "checkpoints").mkdir(parents=True)
     for folder, found in (("full", "no adapter_config.json"), ("unfinished", "a run that has not finished")):
         require_told_at_once(work, ["generate", folder, "--prompt", "2 + 2?"], 2, f"{folder}: found {found}")
+        require_told_at_once(work, ["export", folder, "--to", "x"], 2, f"{folder}: found {found}")
+        require_told_at_once(work, ["merge", folder, "--to", "x"], 2, f"{folder}: found {found}")
 
 
 @pytest.mark.parametrize(

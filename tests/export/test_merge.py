@@ -330,6 +330,34 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path, base: Path, capsys: 
     assert not (tmp_path / "to").exists()
 
 
+def test_a_base_whose_index_leads_out_of_its_folder_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
+    make_adapter(tmp_path / "adapter", folder)
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text()
+    for file_name in ("../model.safetensors", "/etc/passwd", "a\\u0000b"):
+        index.write_text(text.replace("model-00001-of-00003.safetensors", file_name))
+        capsys.readouterr()
+        assert merged_run(tmp_path / "adapter", tmp_path / "to", "--force") == 2
+        assert "weight_map that names" in complaint(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
+def test_a_shard_of_the_base_that_is_cut_short_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
+    make_adapter(tmp_path / "adapter", folder)
+    path = folder / "model-00002-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    capsys.readouterr()
+    assert merged_run(tmp_path / "adapter", tmp_path / "to", "--force") == 2
+    assert "model-00002-of-00003.safetensors" in complaint(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+
+
 def test_numbers_that_a_dtype_does_not_hold_are_refused(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
