@@ -46,6 +46,20 @@ class AttentionShape:
         return not has_window and self.softcap == 0.0 and q_BHTD.shape[-1] == v_BKTD.shape[-1]
 
 
+def working_bytes(q_BHTD: Tensor, longest_document: int, shape: AttentionShape) -> int:
+    """About what attention over the longest document of a row takes on a CPU beside its results, forward or backward.
+
+    Both measured, in fp32: a fused kernel's backward repeats keys and values and has gradients of all heads; in chunks
+    there are up to ten tensors of scores.
+    """
+    rows, heads, _, head_dim = q_BHTD.shape
+    document = q_BHTD[:, :, :longest_document]
+    if shape.is_plain(document, document):
+        return 7 * 4 * rows * heads * longest_document * head_dim
+    num_keys = min(longest_document, QUERY_CHUNK + shape.window) if shape.window else longest_document
+    return 10 * 4 * rows * heads * min(QUERY_CHUNK, longest_document) * num_keys
+
+
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
     """Causal attention; returns (out [B, H, T, D], log-sum-exp [B, H, T] fp32, unused by the CUDA kernel)."""
     if not shape.is_plain(q_BHTD, v_BKTD):

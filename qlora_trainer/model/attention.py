@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from qlora_trainer.hardware.causal_attention import AttentionShape, attend, attend_backward
+from qlora_trainer.hardware.causal_attention import AttentionShape, attend, attend_backward, working_bytes
+from qlora_trainer.hardware.heap import ResidentLimit
+from qlora_trainer.model.linear import NF4Linear
 
 IMPLEMENTATION = "packed"
 
@@ -163,8 +165,18 @@ def attention_forward(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     lengths = [query.shape[2]] if document_lengths is None else list(document_lengths)
+    limit = _resident_limit(module)
+    working = working_bytes(query, max(lengths), AttentionShape(scale, sliding_window or 0, softcap or 0.0))
+    limit.make_room(working)
     out_BTHD, _lse = packed_attention(query, key, value, lengths, scale, sliding_window or 0, softcap or 0.0)
+    if out_BTHD.requires_grad:
+        out_BTHD.register_hook(lambda _grad: limit.make_room(working))
     return out_BTHD, None
+
+
+def _resident_limit(module: nn.Module) -> ResidentLimit:
+    """That of the projections beside it; none where no linear of it is quantized."""
+    return next((part.resident_limit for part in module.modules() if isinstance(part, NF4Linear)), ResidentLimit())
 
 
 AttentionInterface.register(IMPLEMENTATION, attention_forward)

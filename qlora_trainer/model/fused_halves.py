@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.hardware.causal_attention import AttentionShape, working_bytes
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
 from qlora_trainer.model.linear import (
     NF4Linear,
@@ -134,6 +135,7 @@ class _AttentionFunction(torch.autograd.Function):
             kept_heads += [q_inverse, k_inverse]
         for rotated in (q_TnD, k_TnD):
             rotate_(rotated, cos_TD, sin_TD, False)
+        _make_room(half, _by_head(q_TnD, num_rows), document_lengths)
         attended_BTnD, lse_BnT = packed_attention(
             *(_by_head(tensor, num_rows) for tensor in (q_TnD, k_TnD, v_TnD)),
             document_lengths,
@@ -171,6 +173,7 @@ class _AttentionFunction(torch.autograd.Function):
         grad_attended = input_gradient([half.o], [grad_TH], low_grads).view(attended_BTnD.shape)
         attended_TI = attended_BTnD.flatten(2).flatten(0, 1)
         o_grads = parameter_gradients([half.o], attended_TI, [grad_TH], low_out, low_grads)
+        _make_room(half, _by_head(q_TnD, num_rows), ctx.document_lengths)
         grad_heads = packed_attention_backward(
             grad_attended,
             *(_by_head(tensor, num_rows) for tensor in (q_TnD, k_TnD, v_TnD)),
@@ -197,6 +200,12 @@ class _AttentionFunction(torch.autograd.Function):
         )
         grad_x_BTH = None if grad_x_TH is None else grad_x_TH.view(grad_BTH.shape)
         return grad_x_BTH, None, None, None, None, *in_grads, *o_grads
+
+
+def _make_room(half: AttentionHalf, q_BnTD: Tensor, document_lengths: Sequence[int]) -> None:
+    """For attention over the longest document."""
+    shape = AttentionShape(half.scale, half.window, half.softcap)
+    half.o.resident_limit.make_room(working_bytes(q_BnTD, max(document_lengths), shape))
 
 
 class _MlpFunction(torch.autograd.Function):

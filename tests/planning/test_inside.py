@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qlora_trainer.hardware.causal_attention import AttentionShape, attend
+from qlora_trainer.hardware.causal_attention import AttentionShape, attend, working_bytes
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model import attention, row_ops
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
@@ -104,6 +104,22 @@ def test_a_row_operation_takes_nothing_as_a_kernel_and_a_block_without(monkeypat
     assert taken(cpu, 10**9) == taken(cpu, 10**6)
     monkeypatch.setattr(inside, "expects_row_kernels", lambda _device: False)
     assert taken(gpu, 100) >= 4 * 64 * 100
+
+
+@pytest.mark.parametrize("num_tokens", [400, 1500])
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (300, 0.0), (0, 30.0), (100, 30.0)])
+def test_room_is_made_for_what_attention_takes(num_tokens: int, window: int, softcap: float) -> None:
+    """Too little, and the resident set passes the plan (by 100 MB of Gemma 2's 2,500 tokens); too much costs time."""
+    settings = ((num_tokens,), SCALE, window, softcap)
+    qkv = (spec(num_tokens),) * 3
+    out_spec = TensorSpec((1, num_tokens, HEADS, HEAD_SIZE), torch.float32, torch.device("cpu"))
+    lse_spec = TensorSpec((1, HEADS, num_tokens), torch.float32, torch.device("cpu"))
+    taken = bytes_of(Inside(0, ATTENTION[1], (out_spec, *qkv, out_spec, lse_spec, *settings)))
+
+    query = torch.empty(qkv[0].shape, device="meta")
+    asked = working_bytes(query, num_tokens, AttentionShape(SCALE, window, softcap))
+
+    assert 0.9 * taken <= asked <= 2.0 * taken
 
 
 NUM_ROWS, WIDTH = 600, 1024  # two blocks and a part of one
