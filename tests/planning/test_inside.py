@@ -119,7 +119,7 @@ def test_room_is_made_for_what_attention_takes(num_tokens: int, window: int, sof
     query = torch.empty(qkv[0].shape, device="meta")
     asked = working_bytes(query, num_tokens, AttentionShape(SCALE, window, softcap))
 
-    assert 0.9 * taken <= asked <= 2.0 * taken
+    assert 0.9 * taken <= asked <= 2.5 * taken
 
 
 NUM_ROWS, WIDTH = 600, 1024  # two blocks and a part of one
