@@ -32,6 +32,7 @@ TARGETS: dict[str, str | list[str]] = {
     "patterns": ["up_proj", "down_proj"],
     "half": "all-linear",
     "dora": ["q_proj", "o_proj", "down_proj"],
+    "other-dora": "all-linear",
 }
 VARIANTS = {
     "all": LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=()),
@@ -43,6 +44,7 @@ VARIANTS = {
     ),
     "half": LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=()),
     "dora": LoraSettings(rank=3, alpha=6.0, dropout=0.0, targets=(), use_dora=True),
+    "other-dora": LoraSettings(rank=2, alpha=9.0, dropout=0.0, targets=(), use_dora=True, use_rslora=True),
 }
 
 

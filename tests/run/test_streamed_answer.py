@@ -101,13 +101,23 @@ def test_a_flag_cuts_it_at_the_next_token(chat: Chat) -> None:
     require_free(chat)
 
 
-def test_a_reader_that_goes_away_frees_the_model(chat: Chat) -> None:
+def test_a_reader_that_goes_away_frees_the_model(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.adapters.activate("a")
+    made: list[int] = []
+    real: Any = chat.adapters.model.module.generate
+
+    def counted(**named: Any) -> Any:
+        out_BT = real(**named)
+        made.append(out_BT.shape[1] - named["input_ids"].shape[1])
+        return out_BT
+
+    monkeypatch.setattr(chat.adapters.model.module, "generate", counted)
     stop = Event()
     pieces = stream(chat, stop, max_new_tokens=200)
     next(pieces)
     pieces.close()
     require_free(chat)
+    assert 0 < made[0] < 200
     assert not stop.is_set()  # that flag is the caller's
 
 
