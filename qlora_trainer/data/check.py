@@ -1,20 +1,22 @@
 """A look at data before anything is trained on it: every row is read and tokenised, and what is wrong is counted.
 
-Unlike a run, which stops at the first bad row, this goes on to the last.
+Unlike a run, which stops at the first bad row, this goes on to the last; of a stream, which may have no end, to the
+last of its first `MAX_STREAMED_ROWS`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer, TokenizedRow
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
-from qlora_trainer.data.named import iter_named
+from qlora_trainer.data.named import iter_named, iter_sources
 from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
+from qlora_trainer.data.stream import open_stream
 from qlora_trainer.data.token_cache import KnownTokenizer, writing_told
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import cache_folder
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_EXAMPLES = 5
+MAX_STREAMED_ROWS = 100_000  # a minute or two; more of them, where a block of the stream has more
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class Checked:
         warnings: what trains, but perhaps not what was meant.
         num_bad: rows that are bad or refused.
         stop_ids: the tokens that answers, or plain texts, end with.
+        is_beginning: they are a stream, and there may be more rows than were read.
     """
 
     store: DocumentStore
@@ -60,12 +64,13 @@ class Checked:
     warnings: tuple[Problem, ...]
     num_bad: int
     stop_ids: frozenset[int]
+    is_beginning: bool = False
 
 
 def check_named(
     section: DataSection, key: Literal["train", "eval"], tokenizer: KnownTokenizer
 ) -> Generator[Reading, None, Checked]:
-    """Reads and tokenises every row under `key`, while it yields how far it is.
+    """Reads and tokenises every row under `key`, or the first ones of a stream, while it yields how far it is.
 
     Raises:
         DataError: a file cannot be read, or holds no good row.
@@ -74,10 +79,10 @@ def check_named(
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     bad, refused, warned = _Tally(), _Tally(), _Tally()
     files: list[FileRead] = []
+    most_rows = max(MAX_STREAMED_ROWS, section.stream_rows) if key == "train" and section.streaming else None
     with writing_told(cache_folder()), scratch(cache_folder() / "check") as folder:
         with DocumentWriter(folder) as writer:
-            section = section.model_copy(update={"on_bad_row": "skip"})
-            for item in in_batches(iter_named(section, key)):
+            for item in in_batches(_rows(section, key, tokenizer, most_rows)):
                 if isinstance(item, list):
                     tokenized, errors = _tokenized(item, tokenize)
                     for error in errors:
@@ -102,7 +107,18 @@ def check_named(
         warnings=warned.problems,
         num_bad=bad.num_rows + refused.num_rows,
         stop_ids=tokenize.stop_ids_seen,
+        is_beginning=sum(file.num_rows + file.num_bad for file in files) == most_rows,
     )
+
+
+def _rows(
+    section: DataSection, key: Literal["train", "eval"], tokenizer: KnownTokenizer, most_rows: int | None
+) -> Iterator[Row | BadRow | Reading | FileRead]:
+    """Good and bad ones; those of a stream as the run reads them, a hub id without a download."""
+    section = section.model_copy(update={"on_bad_row": "skip"})
+    if most_rows is None:
+        return iter_named(section, key)
+    return iter_sources(open_stream(section, tokenizer).sources, section, most_rows=most_rows)
 
 
 class _Tally:

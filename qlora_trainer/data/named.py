@@ -41,16 +41,17 @@ def iter_named(
 
 
 def iter_sources(
-    sources: Sequence[DataSource], section: DataSection, start: Place = START
+    sources: Sequence[DataSource], section: DataSection, start: Place = START, *, most_rows: int | None = None
 ) -> Iterator[Row | BadRow | Reading | FileRead]:
-    """Yields what `data.rows.iter_files` does from `start` on, read the way that `section` asks.
+    """Yields what `data.rows.iter_files` does from `start` on, up to `most_rows`, read the way that `section` asks.
 
     Raises:
         DataError: see `data.rows.iter_files`.
     """
     stop = section.on_bad_row == "stop"
     columns = section.columns or ()
-    yield from iter_files(sources, row_format=section.format, columns=columns, stop=stop, start=start)
+    row_format = section.format
+    yield from iter_files(sources, row_format=row_format, columns=columns, stop=stop, start=start, most_rows=most_rows)
 
 
 def rows_of(sources: Sequence[DataSource], section: DataSection, numbers: Collection[int]) -> list[Row]:

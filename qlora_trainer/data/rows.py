@@ -191,6 +191,7 @@ def iter_files(
     columns: tuple[tuple[str, str], ...] = (),
     stop: bool = True,
     start: Place = START,
+    most_rows: int | None = None,
 ) -> Iterator[Row | BadRow | Reading | FileRead]:
     """Yields the rows of each file, good and bad, now and then how far it is, and last what was found in it.
 
@@ -202,11 +203,12 @@ def iter_files(
         columns: (our key, their column) pairs; empty takes all columns under their own names.
         stop: whether the first bad row is an error.
         start: where to begin; what lies before it is not counted, and only read as far as it takes to get there.
+        most_rows: ends after that many, good and bad; what was found in the last file is then of a part of it.
 
     Raises:
         DataError: a file cannot be read, holds no good row, or `stop` and a row is bad.
     """
-    index = start.row
+    index, num_left = start.row, most_rows
     for number, path_or_source in enumerate(paths[start.source :], start=start.source):
         source = Path(path_or_source) if isinstance(path_or_source, str) else path_or_source
         path, after = str(source), start.after if number == start.source else 0
@@ -229,6 +231,10 @@ def iter_files(
                 yield row
             if record.number % ROWS_PER_READING == 0:
                 yield Reading(path, index, record.share)
+            if num_left is not None:
+                num_left -= 1
+                if num_left == 0:
+                    break
         if known is None or (index == first and not after):
             raise DataError(
                 where=path,
@@ -237,6 +243,8 @@ def iter_files(
                 fix="Point data.train (or data.eval) to files with rows in them.",
             )
         yield FileRead(path, known.name, index - first, num_bad, tuple(reasons))
+        if num_left == 0:
+            return
 
 
 def _form_of(source: DataSource, columns: tuple[tuple[str, str], ...]) -> Format | None:

@@ -80,12 +80,13 @@ def _set(name: str, found: SetReport, report: DataReport) -> RenderableType:
 def _facts(found: SetReport, report: DataReport) -> list[tuple[str, str]]:
     share = found.num_supervised_tokens / found.num_tokens if found.num_tokens else 0.0
     median, p90, p99, longest = found.percentiles
+    beginning = "the first of a stream (--set data.streaming=false reads all), " if found.is_beginning else ""
     facts = [
         *(
             ("file", f"{file.path}: {counted(file.num_rows, 'row')} of the form {file.format_name}")
             for file in found.files
         ),
-        ("rows", f"{found.num_rows:,}, of which {found.num_bad:,} bad and {found.num_repeated:,} repeated"),
+        ("rows", f"{found.num_rows:,}, {beginning}of which {found.num_bad:,} bad and {found.num_repeated:,} repeated"),
         (
             "documents",
             f"{found.num_documents:,}; {found.num_overlong:,} rows longer than {report.seq_len:,} tokens "

@@ -40,6 +40,7 @@ class SetReport:
         num_empty_answers: rows with an answer without text; they are bad.
         percentiles: tokens of good rows: 50, 90, 99, and 100, the longest.
         histogram: (at most so many tokens, rows), ascending.
+        is_beginning: these are the first rows of a stream, and there may be more.
         errors: what would stop a run.
     """
 
@@ -60,6 +61,7 @@ class SetReport:
     num_empty_answers: int
     percentiles: tuple[int, ...]
     histogram: tuple[tuple[int, int], ...]
+    is_beginning: bool
     errors: tuple[str, ...]
 
     @property
@@ -184,6 +186,7 @@ def _report(
         num_empty_answers=counts.get("empty answer", 0),
         percentiles=length_percentiles(lengths_N),
         histogram=_histogram(lengths_N),
+        is_beginning=checked.is_beginning,
         errors=tuple(errors),
     )
 

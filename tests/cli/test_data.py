@@ -187,6 +187,32 @@ def test_a_config_is_checked_with_its_held_out_files_and_its_batch(
     assert report["train"]["errors"] == ["60 documents for a global batch of 61"]
 
 
+def test_of_a_stream_the_first_rows_are_checked_and_that_is_said(
+    tmp_path: Path, base: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutations tried: all is read; the last batch of rows that were read is not counted."""
+    second = write_rows(tmp_path / "second.jsonl", 40)
+    lines = second.read_text().splitlines()
+    second.write_text("\n".join([*lines[:7], "broken", *lines[7:30], "broken", *lines[30:]]))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model:\n  base: {base}\ndata:\n  train: [{data}, {second}]\n  streaming: true\n  stream_rows: 80\n"
+        "  eval_fraction: 0\ntraining:\n  max_steps: 3\n"
+    )
+    monkeypatch.setattr("qlora_trainer.data.check.MAX_STREAMED_ROWS", 50)
+    report = found(capsys, str(config), exit_code=4)["train"]
+    assert (report["num_rows"], report["num_bad"], report["is_beginning"]) == (80, 1, True)
+    assert [(file["num_rows"], file["num_bad"]) for file in report["files"]] == [(60, 0), (19, 1)]
+    [error] = report["errors"]
+    assert error.startswith(f"1 x bad row ({second}:8: broken JSON")
+    out, _ = called(capsys, str(config), exit_code=4)
+    assert "80, the first of a stream (--set data.streaming=false reads all), of which 1 bad" in " ".join(out.split())
+    monkeypatch.setattr("qlora_trainer.data.check.MAX_STREAMED_ROWS", 103)
+    assert found(capsys, str(config), exit_code=4)["train"]["is_beginning"] is False
+    whole = found(capsys, str(config), "--set", "data.streaming=false", exit_code=4)["train"]
+    assert (whole["num_rows"], whole["is_beginning"]) == (102, False)
+
+
 def test_text_that_the_tokenizer_cannot_give_back_is_a_warning(
     tmp_path: Path, base: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
