@@ -18,8 +18,9 @@ import torch
 
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.export.compare import Comparison, compare, is_worse, micro_batches
+from qlora_trainer.export.compare import is_worse
 from qlora_trainer.export.held_out import HeldOut, measured_on, read_documents
+from qlora_trainer.export.measure import Measured, MergeBase, measure
 from qlora_trainer.export.merged_folder import plan_shards, write_beside, write_weights
 from qlora_trainer.export.merged_weights import (
     BaseWeights,
@@ -31,44 +32,15 @@ from qlora_trainer.export.merged_weights import (
 )
 from qlora_trainer.export.new_folder import new_folder
 from qlora_trainer.export.source import Source, read_source
-from qlora_trainer.hardware.device import DTYPES, ComputeDtype, choose_compute_dtype, choose_device
-from qlora_trainer.model.adapters import attach_adapters, detach_adapters
-from qlora_trainer.model.base import Base, fetch_weights, read_config, read_tokenizer
-from qlora_trainer.model.load import load_quantized
+from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
-from qlora_trainer.model.streamed import stream_model
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage, check_free_space
 from qlora_trainer.run.fingerprints import saved_fingerprints
 from qlora_trainer.run.records import Preparing
 
-MergeBase = Literal["original", "dequantized"]
 MergedDtype = Literal["bf16", "fp16", "fp32"]
 MAX_LOSS_ABOVE = 0.02  # nats by which a merged model may be worse than base and adapter
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """How far models are from each other on the same held-out tokens.
-
-    Attributes:
-        base: which weights the adapter was merged into.
-        dtype: of the merged weights, as torch calls it.
-        compute_dtype: in which all of them were run.
-        num_documents, num_held_out: how many were run, of how many.
-        where: the files they are of.
-        merged: the merged model, against base and adapter as they were trained.
-        quantized: the base in NF4, against the original one; no adapter.
-    """
-
-    base: MergeBase
-    dtype: str
-    compute_dtype: str
-    num_documents: int
-    num_held_out: int
-    where: str
-    merged: Comparison
-    quantized: Comparison
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +115,13 @@ def merge(
             source.weights,
             source.settings,
             shapes,
-            source.parts.linears,
+            source.parts,
         )
         yield from write_weights(temporary, weights, shards, storage)
         unties = unties_head(source.parts, source.settings)
         write_beside(temporary, source, dtype=merged_dtype, unties=unties, storage=storage)
         if held_out is not None and cache is not None:
-            measured = yield from _measure(
+            measured = yield from measure(
                 temporary, source, fetched, cache, held_out, base_kind=base, dtype=merged_dtype
             )
             yield measured
@@ -178,50 +150,6 @@ def _weights(base: Base, cache: NF4Cache | None, kind: MergeBase, *, double_quan
         return original_weights(base.folder)
     assert cache is not None
     return dequantized_weights(cache.folder, double_quant=double_quant)
-
-
-def _measure(
-    folder: Path,
-    source: Source,
-    base: Base,
-    cache: NF4Cache,
-    held_out: HeldOut,
-    *,
-    base_kind: MergeBase,
-    dtype: torch.dtype,
-) -> Generator[Preparing, None, Measured]:
-    device = choose_device()
-    name = _compute_dtype(source, device)
-    compute_dtype = DTYPES[name]
-    batches = micro_batches(held_out.documents, packing=held_out.packing)
-    yield Preparing(what="running base and adapter, and the merged model, over held-out rows")
-    quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device)
-    is_bf16 = all(weight.dtype == torch.bfloat16 for weight in source.weights.values())
-    attach_adapters(quantized, source.settings, source.weights, dtype=torch.bfloat16 if is_bf16 else torch.float32)
-    merged = compare(
-        quantized, stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device), batches
-    )
-    yield Preparing(what="running the base in NF4, and the original one, over held-out rows")
-    detach_adapters(quantized)
-    original = stream_model(base.folder, base.config, compute_dtype=compute_dtype, device=device)
-    return Measured(
-        base=base_kind,
-        dtype=str(dtype).removeprefix("torch."),
-        compute_dtype=name,
-        num_documents=len(held_out.documents),
-        num_held_out=held_out.num_held_out,
-        where=held_out.where,
-        merged=merged,
-        quantized=compare(original, quantized, batches),
-    )
-
-
-def _compute_dtype(source: Source, device: torch.device) -> ComputeDtype:
-    """That of the run, whose held-out loss the reference then has; fp16 is for old GPUs only."""
-    asked = "auto" if source.config is None else source.config.quantization.compute_dtype
-    if asked == "auto" or (asked == "float16" and device.type == "cpu"):
-        return choose_compute_dtype(device)
-    return asked
 
 
 def _require_same_base(source: Source, cache: NF4Cache) -> None:

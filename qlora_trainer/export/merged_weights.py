@@ -89,7 +89,7 @@ class MergedWeights(Mapping[str, Tensor]):
         adapter: by our names.
         settings: what the adapter is.
         shapes: of the result, as `merged_shapes` gives them.
-        linear_names: the linears of the base.
+        parts: of the base.
     """
 
     def __init__(
@@ -98,11 +98,13 @@ class MergedWeights(Mapping[str, Tensor]):
         adapter: Mapping[str, Tensor],
         settings: LoraSettings,
         shapes: Mapping[str, Tensor],
-        linear_names: tuple[str, ...],
+        parts: Parts,
     ) -> None:
         self._base, self._adapter, self._settings, self._shapes = base, adapter, settings, shapes
         self._targets = {f"{name}.weight": name for name in settings.targets}
-        self._linears = {f"{name}.weight" for name in linear_names}
+        self._linears = {f"{name}.weight" for name in parts.linears}
+        # A head that was tied is the input embedding, also where the embedding has become another.
+        self._tied = {f"{parts.head}.weight": f"{parts.embeddings[0]}.weight"} if parts.is_tied else {}
 
     def __getitem__(self, name: str) -> Tensor:
         like = self._shapes[name]
@@ -111,7 +113,8 @@ class MergedWeights(Mapping[str, Tensor]):
         elif name in self._adapter:
             merged = self._adapter[name].to(like.dtype)
         else:
-            merged = (self._base.linear(name) if name in self._linears else self._base.dense(name)).to(like.dtype)
+            stored = self._base.linear(name) if name in self._linears else self._base.dense(self._tied.get(name, name))
+            merged = stored.to(like.dtype)
         if merged.shape != like.shape:
             raise _broken(name, f"the shape {tuple(merged.shape)}", f"{tuple(like.shape)}, as config.json says")
         if not _is_finite(merged):
@@ -152,7 +155,7 @@ def merged_shapes(
 ) -> dict[str, Tensor]:
     """Name -> tensor on meta, of every parameter of the merged model, in the order of the model.
 
-    A tied head of which the adapter has its own weight is no longer tied; see `unties_head`.
+    A tied head is no longer tied where it or its embedding was trained on its own; see `unties_head`.
     """
     kept = {f"{name}.weight" for name in parts.linears} | set(parts.dense_parameters)
     if unties_head(parts, settings):
@@ -165,8 +168,8 @@ def merged_shapes(
 
 
 def unties_head(parts: Parts, settings: LoraSettings) -> bool:
-    """Whether merging gives a head of its own to a model that had none."""
-    return parts.is_tied and parts.head in settings.modules_to_save
+    """Whether merging gives a head of its own to a model that had none: PEFT trains a copy of one of the two."""
+    return parts.is_tied and any(name in settings.modules_to_save for name in (parts.head, parts.embeddings[0]))
 
 
 def _broken(

@@ -12,7 +12,8 @@ from rich.text import Text
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.export.adapter import Exported
 from qlora_trainer.export.compare import Comparison
-from qlora_trainer.export.merge import Measured, Merged
+from qlora_trainer.export.measure import Measured
+from qlora_trainer.export.merge import Merged
 from qlora_trainer.report.formats import counted, format_bytes, format_loss
 from qlora_trainer.run.records import Preparing
 

@@ -17,9 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.errors import ConfigError, StorageError
+from qlora_trainer.export import measure as measuring
 from qlora_trainer.export import merge as module
 from qlora_trainer.export import merged_folder
-from qlora_trainer.export.merge import Measured, Merged, merge
+from qlora_trainer.export.measure import Measured
+from qlora_trainer.export.merge import Merged, merge
 from qlora_trainer.export.merged_folder import plan_shards, write_weights
 from qlora_trainer.export.merged_weights import MergedWeights, dequantized_weights, merged_shapes, original_weights
 from qlora_trainer.export.source import read_source
@@ -96,6 +98,19 @@ def test_a_tied_head_stays_tied(base: Path, tmp_path: Path) -> None:
     assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT says what this test is about
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
+def test_a_tied_head_that_was_trained_on_its_own_is_untied(saved: list[str], base: Path, tmp_path: Path) -> None:
+    """PEFT trains a copy, and leaves the other where it was. Mutation tried: `tie_word_embeddings` kept."""
+    base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama-tied"], base)
+    wrapped = make_adapter(tmp_path / "adapter", base, modules_to_save=saved)
+    with torch.no_grad():
+        expected_TV = logits(wrapped, DOCUMENTS)
+    folder = unmeasured(tmp_path / "adapter", tmp_path / "to")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is False
+    assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
+
+
 def test_sums_are_rounded_once(base: Path, tmp_path: Path) -> None:
     """bf16 holds the fp32 sum, rounded; not a sum of rounded parts."""
     base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
@@ -124,7 +139,7 @@ def test_dequantized_is_what_the_adapter_was_trained_on(double_quant: bool, base
         source.weights,
         source.settings,
         shapes,
-        source.parts.linears,
+        source.parts,
     )
     name = "model.layers.0.self_attn.q_proj"
     update = source.settings.scale_of(name) * source.weights[f"{name}.lora_B"] @ source.weights[f"{name}.lora_A"]
@@ -170,12 +185,13 @@ def _driven(merging: Any) -> tuple[Measured | None, Merged]:
         measured = item if isinstance(item, Measured) else measured
 
 
-@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "dora with patterns"])
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # its head becomes its own
+@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "dora with patterns", "head", "tables"])
 def test_every_variant_is_measured_as_it_was_trained(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its own base and in fp32 a merged model is base and adapter; this is how a wrong reference would show."""
-    monkeypatch.setattr(module, "choose_compute_dtype", lambda device: "float32")
+    monkeypatch.setattr(measuring, "choose_compute_dtype", lambda device: "float32")
     make_adapter(tmp_path / "adapter", base, **VARIANTS[name])
     rows = str(write_rows(tmp_path / "rows.jsonl", 9))
     merging = merge(
@@ -270,7 +286,7 @@ def test_writing_takes_the_memory_of_one_tensor(tmp_path: Path, monkeypatch: pyt
     make_adapter(tmp_path / "adapter", base)
     source = read_source(tmp_path / "adapter", model=None)
     shapes = merged_shapes(source.skeleton, source.parts, source.settings, torch.bfloat16)
-    weights = MergedWeights(original_weights(base), source.weights, source.settings, shapes, source.parts.linears)
+    weights = MergedWeights(original_weights(base), source.weights, source.settings, shapes, source.parts)
     (tmp_path / "to").mkdir()
     written = allocated_by(lambda: list(write_weights(tmp_path / "to", weights, plan_shards(shapes, 60_000), LOCAL)))
     largest = max(tensor.nbytes for tensor in shapes.values())
