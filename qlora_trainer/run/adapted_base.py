@@ -106,6 +106,13 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> P
 
 def _base_named(folder: Path) -> tuple[str, str | None]:
     fields = read_adapter_fields(folder)
+    if fields.get("modules_to_save"):
+        raise ConfigError(
+            where=str(folder),
+            found=f"modules that were trained whole ({', '.join(fields['modules_to_save'])})",
+            expected="an adapter on linears alone: the base's own tables are shared",
+            fix="Merge it with `qlora-trainer merge`, and name the result with --base.",
+        )
     return fields.get("base_model_name_or_path") or "", fields.get("revision")
 
 
