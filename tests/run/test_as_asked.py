@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,11 +15,12 @@ from transformers import get_cosine_schedule_with_warmup
 
 from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.errors import StorageError
+from qlora_trainer.model import adapter_set
 from qlora_trainer.model.adapter_folder import read_adapter_folder
 from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.base import resolve_base
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
-from qlora_trainer.run import answer as answer_module
+from qlora_trainer.run import adapted_base
 from qlora_trainer.run.answer import answer
 from tests.model.peft_oracle import load_adapter, load_oracle, logits
 from tests.model.tiny_models import load_for_training, packed_logits, relative_error, tiny_documents
@@ -98,28 +100,31 @@ def test_an_answer_takes_base_and_adapter_as_they_were_trained(
     run_to_end(tiny_config(tmp_path, base, *options))
     used: dict[str, Any] = {}
 
-    def spy(name: str, *kept: str) -> None:
-        real = getattr(answer_module, name)
+    def spy(module: ModuleType, name: str, num_kept: int) -> None:
+        real = getattr(module, name)
 
         def seen(*arguments: Any, **options: Any) -> Any:
-            used[name] = (*arguments[: len(kept)], options)
+            used[name] = (*arguments[:num_kept], options)
             return real(*arguments, **options)
 
-        monkeypatch.setattr(answer_module, name, seen)
+        monkeypatch.setattr(module, name, seen)
 
-    spy("prepare_nf4_cache")
-    spy("attach_adapters")
-    spy("resolve_base", "name", "revision")
+    spy(adapted_base, "prepare_nf4_cache", 0)
+    spy(adapter_set, "build_adapters", 0)
+    spy(adapted_base, "resolve_base", 2)
     for target in (tmp_path / "run", tmp_path / "run" / "adapter"):
         used.clear()
         answer(target, "What is 3 + 3?", base=None, max_new_tokens=1, temperature=0.0, seed=0)
         assert used["prepare_nf4_cache"] == ({"double_quant": False},)
-        assert used["attach_adapters"] == ({"dtype": torch.float32},)
+        assert used["build_adapters"] == ({"dtype": torch.float32},)
 
     adapter = tmp_path / "run" / "adapter" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"revision": "v1"}))
     answer(tmp_path / "run", "What is 3 + 3?", base=str(base), max_new_tokens=1, temperature=0.0, seed=0)
-    assert used["resolve_base"] == (str(base), {})  # the revision is of the base that the adapter names
+    assert used["resolve_base"] == (
+        str(base),
+        {"with_weights": False},
+    )  # not the revision of another base
 
 
 def test_peft_gives_the_logits_of_a_finished_run(tmp_path: Path, base: Path) -> None:
