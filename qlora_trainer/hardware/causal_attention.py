@@ -162,7 +162,7 @@ class _Chunk:
 
 
 def _chunks(num_tokens: int, window: int) -> Iterator[_Chunk]:
-    for first_query in reversed(range(0, num_tokens, QUERY_CHUNK)):  # the largest first: the others fit its holes
+    for first_query in range(0, num_tokens, QUERY_CHUNK):
         first_key = max(0, first_query - window + 1) if window else 0
         yield _Chunk(first_query, first_key, min(first_query + QUERY_CHUNK, num_tokens))
 
