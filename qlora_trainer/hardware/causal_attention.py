@@ -50,14 +50,15 @@ def working_bytes(q_BHTD: Tensor, longest_document: int, shape: AttentionShape) 
     """About what attention over the longest document of a row takes on a CPU beside its results, forward or backward.
 
     Both measured, in fp32: a fused kernel's backward repeats keys and values and has gradients of all heads; in chunks
-    there are up to ten tensors of scores.
+    there are up to six tensors of scores.
     """
     rows, heads, _, head_dim = q_BHTD.shape
     document = q_BHTD[:, :, :longest_document]
     if shape.is_plain(document, document):
-        return 7 * 4 * rows * heads * longest_document * head_dim
-    num_keys = min(longest_document, QUERY_CHUNK + shape.window) if shape.window else longest_document
-    return 10 * 4 * rows * heads * min(QUERY_CHUNK, longest_document) * num_keys
+        return 8 * 4 * rows * heads * longest_document * head_dim
+    chunks = _chunks(longest_document, shape.window)
+    largest = max((chunk.end - chunk.first_query) * (chunk.end - chunk.first_key) for chunk in chunks)
+    return 4 * rows * heads * (6 if shape.softcap else 5) * largest
 
 
 def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
@@ -169,12 +170,13 @@ def _chunks(num_tokens: int, window: int) -> Iterator[_Chunk]:
 
 def _scores(q_BKGQD: Tensor, k_BKSD: Tensor, shape: AttentionShape, visible_QS: Tensor) -> tuple[Tensor, Tensor | None]:
     """fp32 scores with -inf where a key is not visible, and tanh of the uncapped ones for backward."""
-    scores_BKGQS = torch.matmul(q_BKGQD, k_BKSD.unsqueeze(2).transpose(-1, -2)).float() * shape.scale
+    # In place wherever it can be: these are the largest tensors, and blocks that are freed fit no larger chunk.
+    scores_BKGQS = torch.matmul(q_BKGQD, k_BKSD.unsqueeze(2).transpose(-1, -2)).float().mul_(shape.scale)
     tanh_BKGQS = None
     if shape.softcap:
-        tanh_BKGQS = torch.tanh(scores_BKGQS / shape.softcap)
+        tanh_BKGQS = scores_BKGQS.div_(shape.softcap).tanh_()
         scores_BKGQS = shape.softcap * tanh_BKGQS
-    return scores_BKGQS.masked_fill(~visible_QS, -torch.inf), tanh_BKGQS
+    return scores_BKGQS.masked_fill_(~visible_QS, -torch.inf), tanh_BKGQS
 
 
 def _attend_in_chunks(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
@@ -185,11 +187,15 @@ def _attend_in_chunks(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: Att
     for chunk in _chunks(num_tokens, shape.window):
         queries, keys = slice(chunk.first_query, chunk.end), slice(chunk.first_key, chunk.end)
         visible_QS = chunk.is_visible_QS(shape.window, q_BHTD.device)
-        scores_BKGQS, _ = _scores(q_BKGTD[..., queries, :], k_BKTD[:, :, keys], shape, visible_QS)
-        lse_BKGQ = scores_BKGQS.logsumexp(-1)
-        weights_BKGQS = torch.exp(scores_BKGQS - lse_BKGQ.unsqueeze(-1)).to(v_BKTD.dtype)
+        scores_BKGQS = _scores(q_BKGTD[..., queries, :], k_BKTD[:, :, keys], shape, visible_QS)[0]
+        highest_BKGQ1 = scores_BKGQS.amax(-1, keepdim=True)
+        weights_BKGQS = scores_BKGQS.sub_(highest_BKGQ1).exp_()  # `logsumexp` would make a copy of the scores inside
+        del scores_BKGQS
+        sum_BKGQ1 = weights_BKGQS.sum(-1, keepdim=True)
+        weights_BKGQS = weights_BKGQS.div_(sum_BKGQ1).to(v_BKTD.dtype)
         out_BKGTD[..., queries, :] = torch.matmul(weights_BKGQS, v_BKTD[:, :, keys].unsqueeze(2))
-        lse_BKGT[..., queries] = lse_BKGQ
+        lse_BKGT[..., queries] = sum_BKGQ1.log_().add_(highest_BKGQ1).squeeze(-1)
+        del weights_BKGQS
     return out_BKGTD.flatten(1, 2), lse_BKGT.flatten(1, 2)
 
 
@@ -215,13 +221,17 @@ def _attend_in_chunks_backward(
         k_BKSD, v_BKSD = k_BKTD[:, :, keys], v_BKTD[:, :, keys]
         visible_QS = chunk.is_visible_QS(shape.window, q_BHTD.device)
         scores_BKGQS, tanh_BKGQS = _scores(q_BKGQD, k_BKSD, shape, visible_QS)
-        weights_BKGQS = torch.exp(scores_BKGQS - lse_BKGT[..., queries].unsqueeze(-1))
+        weights_BKGQS = scores_BKGQS.sub_(lse_BKGT[..., queries].unsqueeze(-1)).exp_()
+        del scores_BKGQS
         grad_v_BKTD[:, :, keys] += torch.matmul(weights_BKGQS.transpose(-1, -2), grad_BKGQD.float()).sum(2)
         delta_BKGQ1 = (grad_BKGQD.float() * out_BKGTD[..., queries, :].float()).sum(-1, keepdim=True)
-        grad_weights_BKGQS = torch.matmul(grad_BKGQD, v_BKSD.unsqueeze(2).transpose(-1, -2)).float()
-        grad_scores_BKGQS = weights_BKGQS * (grad_weights_BKGQS - delta_BKGQ1) * shape.scale
+        grad_scores_BKGQS = torch.matmul(grad_BKGQD, v_BKSD.unsqueeze(2).transpose(-1, -2)).float()
+        grad_scores_BKGQS.sub_(delta_BKGQ1).mul_(weights_BKGQS).mul_(shape.scale)
+        del weights_BKGQS
         if tanh_BKGQS is not None:
-            grad_scores_BKGQS *= 1.0 - tanh_BKGQS.square()
+            grad_scores_BKGQS.mul_(tanh_BKGQS.square_().neg_().add_(1.0))
+        del tanh_BKGQS
         grad_q_BKGTD[..., queries, :] = torch.matmul(grad_scores_BKGQS.to(k_BKSD.dtype), k_BKSD.unsqueeze(2))
         grad_k_BKTD[:, :, keys] += torch.matmul(grad_scores_BKGQS.transpose(-1, -2), q_BKGQD.float()).sum(2)
+        del grad_scores_BKGQS
     return grad_q_BKGTD.flatten(1, 2), grad_k_BKTD.to(k_BKTD.dtype), grad_v_BKTD.to(v_BKTD.dtype)
