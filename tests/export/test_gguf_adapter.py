@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from safetensors.torch import load_file
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from qlora_trainer.cli.app import main
+from qlora_trainer.errors import StorageError
 from qlora_trainer.export import gguf_adapter
-from qlora_trainer.export.gguf_adapter import gguf_architecture, gguf_tensors, interleaved
+from qlora_trainer.export.gguf_adapter import gguf_architecture, gguf_tensors, interleaved, write_gguf
+from qlora_trainer.export.portable import portable_adapter
+from qlora_trainer.export.source import read_source
 from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_base
+from qlora_trainer.run.checkpoint.storage import Storage
 from tests.export.made_adapters import PATTERNS, make_adapter
 from tests.model.tiny_bases import CONFIGS, small_config, write_base
+from tests.run.faulty_storage import FailAt, Recording
 from tests.run.told import complaint
 
 THEIRS = {
@@ -161,6 +167,29 @@ def test_a_file_that_is_not_what_was_written_is_found(
         assert main(["export", str(tmp_path / "given"), "--gguf", str(tmp_path / "x.gguf")]) == 5
         assert "reading it back" in complaint(capsys)
     assert sorted(os.listdir(tmp_path)) == ["base", "given"]
+
+
+def test_a_refusal_at_every_operation_leaves_no_file(tmp_path: Path) -> None:
+    make_adapter(tmp_path / "given", write_base(tmp_path / "base", CONFIGS["qwen2"]), target_modules=["q_proj"])
+    source = read_source(tmp_path / "given", model=None)
+    plain = portable_adapter(source.settings, source.weights)
+
+    def write(path: Path, storage: Storage) -> None:
+        path.parent.mkdir()
+        (path.parent / ".tmp-x.gguf").write_text("left by a killed process")
+        write_gguf(path, *plain, config=source.base.config, base_name="base", storage=storage)
+
+    recording = Recording()
+    write(tmp_path / "counted" / "x.gguf", recording)
+    assert os.listdir(tmp_path / "counted") == ["x.gguf"]
+    whole = (tmp_path / "counted" / "x.gguf").read_bytes()
+    assert len(recording.operations) == 5  # free space, the left-over, fsync, rename, fsync of the folder
+    for k in range(len(recording.operations)):
+        path = tmp_path / str(k) / "x.gguf"
+        with pytest.raises(StorageError, match="no space left on device while exporting the adapter"):
+            write(path, FailAt(k, errno.ENOSPC))
+        assert set(os.listdir(path.parent)) <= {"x.gguf"}
+        assert not path.exists() or path.read_bytes() == whole
 
 
 @pytest.mark.slow
