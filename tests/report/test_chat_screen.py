@@ -101,7 +101,7 @@ class Terminal:
         os.write(self.master, text.encode())
 
     def press_ctrl_c_until(self, text: str) -> str:
-        """As a person does: again where nothing happens. Between printing a prompt and reading, Python only notes it."""
+        """As a person does: again where nothing happens. Just before it reads, Python only notes the signal."""
         for _ in range(30):
             os.kill(self.child.pid, signal.SIGINT)
             with suppress(AssertionError):
