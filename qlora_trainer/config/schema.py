@@ -6,143 +6,23 @@ Paths are taken relative to the folder the command is started in.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from qlora_trainer.config.sizes import EXPECTED_SIZE, MAX_SIZE_BYTES, format_size, parse_size_bytes
-
-Auto = Literal["auto"]
-
-
-def _size_bytes(value: object) -> int:
-    if isinstance(value, str):
-        return parse_size_bytes(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MAX_SIZE_BYTES:
-        return value
-    raise ValueError(EXPECTED_SIZE)
-
-
-def _path_text(value: str) -> str:
-    if not value.strip() or "\0" in value:
-        raise ValueError("a path or name that is not empty and has no NUL character")
-    return value
-
-
-def _names(value: object) -> tuple[str, ...]:
-    if isinstance(value, (list, tuple)):
-        names = tuple(name for name in value if isinstance(name, str) and name.strip())
-        if len(names) == len(value) == len(set(names)):
-            return names
-    raise ValueError("a list of different, non-empty names")
-
-
-def _paths(value: object) -> str | tuple[str, ...]:
-    expected = "a path or pattern, or a list of different ones"
-    if isinstance(value, str):
-        return _path_text(value)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(path, str) for path in value):
-        paths = tuple(_path_text(path) for path in value)
-        if len(set(paths)) == len(paths):
-            return paths
-    raise ValueError(expected)
-
-
-def _columns(value: object) -> tuple[tuple[str, str], ...]:
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    if (
-        isinstance(pairs, tuple)
-        and pairs
-        and all(isinstance(ours, str) and isinstance(theirs, str) and theirs for ours, theirs in pairs)
-        and {ours for ours, _ in pairs} <= set(COLUMNS)
-    ):
-        return tuple(sorted(pairs))
-    raise ValueError(f"a mapping from some of {', '.join(COLUMNS)} to names of columns in the file")
-
-
-def _pattern(value: object, expected: str) -> tuple[tuple[str, Any], ...]:
-    pairs = tuple(value.items()) if isinstance(value, Mapping) else value
-    if isinstance(pairs, (list, tuple)) and all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-        names = [name for name, _ in pairs if isinstance(name, str) and name]
-        if len(names) == len(pairs) == len(set(names)):
-            return tuple((name, number) for name, number in pairs)
-    raise ValueError(f"a mapping from different module names to {expected}, such as {{q_proj: 32}}")
-
-
-def _ranks(value: object) -> tuple[tuple[str, int], ...]:
-    found = _pattern(value, "ranks")
-    if all(type(rank) is int and rank >= 1 for _, rank in found):
-        return found
-    raise ValueError("whole numbers from 1 as ranks")
-
-
-def _alphas(value: object) -> tuple[tuple[str, float], ...]:
-    found = _pattern(value, "alphas")
-    if all(type(alpha) in (int, float) and 0 < alpha < inf for _, alpha in found):
-        return found
-    raise ValueError("positive numbers as alphas")
-
-
-def _layers(value: object) -> tuple[int, ...]:
-    if isinstance(value, (list, tuple)):
-        layers = tuple(layer for layer in value if type(layer) is int and layer >= 0)
-        if layers and len(value) == len(set(layers)):
-            return layers
-    raise ValueError("a list of different numbers of layers, from 0")
-
-
-def _target_modules(value: object) -> str | tuple[str, ...]:
-    expected = '"all-linear", a list of different module names or a regular expression'
-    if isinstance(value, str):
-        try:
-            re.compile(value)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"{expected} ({error})") from error
-    if not value or not isinstance(value, (str, list, tuple)):
-        raise ValueError(expected)
-    return value if isinstance(value, str) else _names(value)
-
-
-def _budget_text(value: int | Auto) -> str:
-    return value if isinstance(value, str) else format_size(value)
-
-
-# The keys of all forms of rows (data.formats reads them).
-COLUMNS = (
-    "messages",
-    "tools",
-    "conversations",
-    "prompt",
-    "completion",
-    "question",
-    "answer",
-    "instruction",
-    "input",
-    "output",
-    "system",
-    "text",
+from qlora_trainer.config.values import (
+    AlphaPattern,
+    Auto,
+    Budget,
+    Columns,
+    Layers,
+    Names,
+    Paths,
+    PathText,
+    RankPattern,
+    TargetModules,
 )
-SizeBytes = Annotated[int, BeforeValidator(_size_bytes, json_schema_input_type=int | str)]
-Budget = Annotated[SizeBytes | Auto, PlainSerializer(_budget_text, return_type=str, when_used="json")]
-PathText = Annotated[str, AfterValidator(_path_text)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]  # a tuple, so that a config stays frozen
-Paths = Annotated[str | tuple[str, ...], BeforeValidator(_paths)]
-Columns = Annotated[  # pairs, so that a config stays frozen and can be hashed
-    tuple[tuple[str, str], ...],
-    BeforeValidator(_columns, json_schema_input_type=dict[str, str]),
-    PlainSerializer(dict, return_type=dict[str, str]),
-]
-# Pairs, in which the order is kept (the first that fits decides) also where a file sorts the keys of its mappings.
-RankPattern = Annotated[tuple[tuple[str, int], ...], BeforeValidator(_ranks, json_schema_input_type=dict[str, int])]
-AlphaPattern = Annotated[
-    tuple[tuple[str, float], ...], BeforeValidator(_alphas, json_schema_input_type=dict[str, float])
-]
-Layers = Annotated[tuple[int, ...], BeforeValidator(_layers, json_schema_input_type=list[int])]
-TargetModules = Annotated[str | tuple[str, ...], BeforeValidator(_target_modules)]
 
 
 class Section(BaseModel):
@@ -184,8 +64,10 @@ class LoraSection(Section):
         "auto", description="The update is scaled by alpha / rank; auto = 2 x rank."
     )
     dropout: float = Field(0.0, ge=0, lt=1, description="Share of an adapter's inputs dropped in training.")
-    dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="Dtype of the adapter weights in the model; the optimizer keeps a float32 master."
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Dtype of the adapter weights in the model; the optimizer keeps a float32 master. auto = bfloat16, "
+        "and float32 where float16 is computed in.",
     )
     target_modules: TargetModules = Field(
         "all-linear",
@@ -352,6 +234,27 @@ class MemorySection(Section):
     loss_chunk_tokens: Annotated[int, Field(ge=1)] | Auto = Field(
         "auto", description="Positions whose logits exist at the same time."
     )
+    activation_offload: bool | Annotated[int, Field(ge=0)] | Auto = Field(
+        "auto",
+        description="Keep the input of every recomputed layer in host memory, on a CPU in a file (true), of none "
+        "(false), or of this many, the first ones.",
+    )
+    tile_tokens: Annotated[int, Field(ge=8)] | Literal[0] | Auto = Field(
+        "auto", description="Tokens that MLP and projections of a recomputed layer take at a time; 0 = all at once."
+    )
+    embedding_residency: Literal["auto", "device", "host"] = Field(
+        "auto", description="Where embedding and head live: one of auto, device, host."
+    )
+    optimizer_residency: Literal["auto", "device", "paged", "host"] = Field(
+        "auto",
+        description="Where the optimizer's state lives: one of auto, device, paged, host; auto = as training.optimizer "
+        "says, and on the host where nothing else fits.",
+    )
+    base_residency: Literal["auto", "device", "streamed"] = Field(
+        "auto",
+        description="Where the packed layers live: one of auto, device, streamed; streamed = on the host, on a CPU in "
+        "the mapped NF4 cache, two layers on the device at a time.",
+    )
     paging_dir: PathText | None = Field(
         None, description="Folder on a disk for the file of a paged optimizer on CPU; null = the run folder."
     )
@@ -386,6 +289,7 @@ class RunConfig(Section):
             raise _disagreement("memory.micro_batch_tokens", tokens, f"at least data.seq_len = {seq_len}")
         if self.data.streaming:
             _require_streamable(self.data, self.training)
+        _require_one_residency(self.training.optimizer, self.memory.optimizer_residency)
         patience = self.training.early_stopping_patience
         if patience is not None and self.data.eval is None and self.data.eval_fraction == 0:
             raise _disagreement(
@@ -394,6 +298,15 @@ class RunConfig(Section):
                 "null, or a data.eval or data.eval_fraction to evaluate on",
             )
         return self
+
+
+def _require_one_residency(optimizer: str, residency: str) -> None:
+    """The name of a pinned optimizer says whether it is paged; a residency that is pinned, too, must mean the same."""
+    named = "auto" if optimizer == "auto" else "paged" if optimizer.startswith("paged") else "device"
+    if "auto" in (named, residency) or residency in (named, "host" if named == "device" else named):
+        return
+    expected = f"auto or {named}, which training.optimizer = {optimizer} means"
+    raise _disagreement("memory.optimizer_residency", residency, expected)
 
 
 def _require_streamable(data: DataSection, training: TrainingSection) -> None:

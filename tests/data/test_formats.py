@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from qlora_trainer.config.schema import COLUMNS, DataSection
+from qlora_trainer.config.schema import DataSection
+from qlora_trainer.config.values import COLUMNS
 from qlora_trainer.data.formats import (
     FORMATS,
     TEXT,
