@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
+AdapterDtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BF16_COMPUTE_CAPABILITY = (8, 0)  # Ampere; older cards emulate bf16 (CUDA C programming guide, compute capabilities)
 
@@ -42,8 +43,24 @@ def faster_cpu_dtype() -> ComputeDtype:
     return "bfloat16" if is_bfloat16_faster else "float32"
 
 
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """CUDA's number for the generation of `device`, such as (8, 0); None for a CPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
 def choose_compute_dtype(device: torch.device) -> ComputeDtype:
     """The dtype in which matrices are multiplied: bf16 from sm_80, fp16 on older cards, the faster one on a CPU."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.get_device_capability(device) >= BF16_COMPUTE_CAPABILITY else "float16"
-    return faster_cpu_dtype()
+    capability = compute_capability(device)
+    return faster_cpu_dtype() if capability is None else gpu_compute_dtype(capability)
+
+
+def gpu_compute_dtype(capability: tuple[int, int]) -> ComputeDtype:
+    """What a GPU of that compute capability multiplies in: bf16 where it has it."""
+    return "bfloat16" if capability >= BF16_COMPUTE_CAPABILITY else "float16"
+
+
+def choose_adapter_dtype(asked: AdapterDtype | Literal["auto"], compute_dtype: ComputeDtype) -> AdapterDtype:
+    """What adapters are held in: as asked, else bf16, and fp32 beside fp16, on cards that have no bf16."""
+    if asked != "auto":
+        return asked
+    return "float32" if compute_dtype == "float16" else "bfloat16"

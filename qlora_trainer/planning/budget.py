@@ -11,7 +11,7 @@ import torch
 from qlora_trainer.config.sizes import format_size
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
-from qlora_trainer.hardware.device import BF16_COMPUTE_CAPABILITY, ComputeDtype, choose_compute_dtype, choose_device
+from qlora_trainer.hardware.device import ComputeDtype, choose_compute_dtype, choose_device, gpu_compute_dtype
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
 from qlora_trainer.hardware.gpu_catalogue import LARGEST_NOMINAL_GIB, choose_gpu, nearest_by_name
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
@@ -85,7 +85,7 @@ def gpu_budget(
         host_budget_bytes=host_bytes or NO_LIMIT_BYTES,
         most_bytes=most_bytes,
         most_host_bytes=NO_LIMIT_BYTES,
-        compute_dtype="bfloat16" if gpu.compute_capability >= BF16_COMPUTE_CAPABILITY else "float16",
+        compute_dtype=gpu_compute_dtype(gpu.compute_capability),
         memory=cuda_memory(gpu.compute_capability),
         speed=gpu_speed(gpu),
         device_key=where,

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.input_store import HostInputs, InputStore, NoInputs
+from qlora_trainer.hardware.side_stream import SideStream
 from qlora_trainer.model import nf4
 from qlora_trainer.model.activation_policy import decoder_layers
 from qlora_trainer.model.adapters import adapter_shapes, attach_adapters
@@ -102,6 +104,12 @@ def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.d
     shapes = adapter_shapes(dry.model, settings)
     weights = {name: torch.empty(shape, device=dry.model.device) for name, shape in shapes.items()}
     attach_adapters(dry.model, settings, weights, dtype=dtype)
+
+
+def dry_store(dry: DryModel) -> InputStore:
+    """Where layers' inputs wait: in host memory, which a tracker tells apart, or, of a CPU, in what stands for a file."""
+    device = dry.model.device
+    return NoInputs() if device.type == "cpu" else HostInputs(SideStream(device))
 
 
 @contextmanager

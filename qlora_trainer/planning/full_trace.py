@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 from torch import nn
 
-from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters
+from qlora_trainer.model.offload import keep_least
+from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, dry_store
 from qlora_trainer.planning.inside import bytes_of, inside_bytes
 from qlora_trainer.planning.shallow_trace import full_micro_batch, marking
 from qlora_trainer.planning.timeline import Level, read_levels
@@ -91,6 +91,7 @@ def trace_training(
     document_lengths: Sequence[int],
     rows: int,
     num_recomputed: int,
+    num_offloaded: int = 0,
     loss_chunk_tokens: int,
     alignment_bytes: int,
 ) -> list[Level]:
@@ -102,7 +103,8 @@ def trace_training(
         num_tokens: of the micro-batch, every one supervised.
         document_lengths: that occur in it; how many documents have each does not matter (see `inside`).
         rows: rows of one document each that the micro-batch consists of; 1 when packed.
-        num_recomputed: layers that keep only their input.
+        num_recomputed: layers that keep only their input at most.
+        num_offloaded: of these, layers whose input waits on the host.
         loss_chunk_tokens: as in training.
         alignment_bytes: of the device's allocator.
 
@@ -115,7 +117,7 @@ def trace_training(
         attach_dry_adapters(dry, settings, dtype=adapter_dtype)
         for parameter in trainable_parameters(dry.model).values():
             parameter.grad = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-        recompute_layers(dry.model, num_recomputed)
+        keep_least(dry.model, num_recomputed, num_offloaded, dry_store(dry))
         dry.model.module.train()
         micro_batch = full_micro_batch(num_tokens, document_lengths, device, rows=rows)
         with tracker, marking(tracker, dry.layers, dry.final_norm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from math import prod
 from typing import cast
@@ -28,6 +28,7 @@ from qlora_trainer.planning.plan import (
     micro_batches_per_step,
 )
 from qlora_trainer.planning.planner import MAX_RANKS, Planner
+from qlora_trainer.planning.rungs import first_that_fits, with_levers
 from qlora_trainer.planning.search import Candidate, Space, find, smallest
 
 MAX_ALTERNATIVES = 4
@@ -85,10 +86,13 @@ def make_plan(
 
 def choose(planner: Planner, rank: int) -> Plan:
     """The fastest that fits at a rank, which a trace at full depth confirms; the smallest where nothing does."""
-    space = planner.space(rank, planner.documents.seq_len)
+    settled = planner.space(rank, planner.documents.seq_len)
     slack = 0
     for _ in range(MAX_CONFIRMATIONS):
-        found = find(space, planner.price, planner.estimate, partial(planner.is_within, slack_bytes=slack))
+        fits = partial(planner.is_within, slack_bytes=slack)
+        found, space = first_that_fits(
+            settled, planner.levers(), lambda one: find(one, planner.price, planner.estimate, fits)
+        )
         if not found:
             break
         chosen = planner.confirmed(found[0])
@@ -96,6 +100,7 @@ def choose(planner: Planner, rank: int) -> Plan:
             return _fitting_plan(planner, chosen, [chosen, *found[1:]], space)
         slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
     # Prices that are too low several times in a row say nothing of the smallest plan.
+    space = with_levers(settled, planner.levers())
     least = planner.confirmed(smallest(space, planner.price, planner.estimate))
     if planner.is_within(least.usage):
         return _fitting_plan(planner, least, [least], space)
@@ -117,6 +122,9 @@ def choose_rank(planner: Planner) -> int:
 def _knobs(planner: Planner, candidate: Candidate) -> PlanKnobs:
     layout, pinned = candidate.layout, planner.config.memory.micro_batch_tokens
     tokens = layout.tokens if pinned == "auto" else pinned
+    optimizer = candidate.optimizer
+    if layout.levers.optimizer_on_host:  # what is not on the device need not be paged out of it
+        optimizer = optimizer.removeprefix("paged_")
     return PlanKnobs(
         rank=layout.rank,
         alpha=planner.config.lora.alpha_for(layout.rank),
@@ -126,9 +134,11 @@ def _knobs(planner: Planner, candidate: Candidate) -> PlanKnobs:
             planner.config.training.global_batch_size, layout.seq_len, tokens
         ),
         activation_keep_layers=planner.dry.num_layers - layout.num_recomputed,
-        activation_recompute_layers=layout.num_recomputed,
+        activation_recompute_layers=layout.num_recomputed - layout.num_offloaded,
+        activation_offload_layers=layout.num_offloaded,
         loss_chunk=layout.loss_chunk,
-        optimizer=cast(Optimizer, candidate.optimizer),
+        optimizer=cast(Optimizer, optimizer),
+        **asdict(layout.levers),
     )
 
 
@@ -139,7 +149,7 @@ def _prediction(planner: Planner, candidate: Candidate) -> Prediction:
         allocated_peak_bytes=used.peak_bytes,
         process_peak_bytes=process,
         worst_peak_bytes=memory.worst_bytes(used.peak_bytes, used.paged_bytes),
-        host_peak_bytes=memory.host_peak_bytes(process),
+        host_peak_bytes=planner.needed_host_bytes(used),
         peak_phase=used.peak_phase,
         breakdown=used.breakdown,
         resident=used.resident,
@@ -169,7 +179,7 @@ def _fitting_plan(planner: Planner, chosen: Candidate, found: Sequence[Candidate
 
 def _does_not_fit(planner: Planner, least: Candidate, space: Space) -> Plan:
     process = planner.needed_bytes(least.usage)
-    host = planner.budget.memory.host_peak_bytes(process)
+    host = planner.needed_host_bytes(least.usage)
     missing = max(process - planner.budget.budget_bytes, host - planner.budget.host_budget_bytes)
     return replace(
         _fitting_plan(planner, least, [], space),

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from qlora_trainer.config.levers import BaseResidency, Levers, TableResidency
+
 DEVICE_KEY, HOST_KEY = "memory.budget", "memory.host_budget"
 Optimizer = Literal["adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 
@@ -33,11 +35,11 @@ class PlanKnobs:
         micro_batch_tokens: tokens that go through the model at once, at most.
         micro_batches_per_step: see the function of that name.
         activation_keep_layers: layers whose activations are kept for backward: the last ones.
-        activation_recompute_layers: layers that keep only their input: the first ones.
-        activation_offload_layers: layers whose input waits in host memory; 0, until that lever exists.
+        activation_recompute_layers: layers that keep only their input: those before.
+        activation_offload_layers: layers that do not even keep that: it waits in host memory; before the recomputed.
         loss_chunk: positions whose logits exist at the same time.
         optimizer: width and residency of the AdamW state, as the config names it.
-        embedding_residency: where embedding and head live; "device", until that lever exists.
+        tile_tokens, embedding_residency, nf4_head, optimizer_on_host, base_residency: see `config.levers.Levers`.
     """
 
     rank: int
@@ -50,15 +52,37 @@ class PlanKnobs:
     loss_chunk: int
     optimizer: Optimizer
     activation_offload_layers: int = 0
-    embedding_residency: str = "device"
+    tile_tokens: int = 0
+    embedding_residency: TableResidency = "device"
+    nf4_head: bool = False
+    optimizer_on_host: bool = False
+    base_residency: BaseResidency = "device"
+
+    @property
+    def num_recomputed(self) -> int:
+        """Layers that are computed again in backward, wherever their input waits: the first ones."""
+        return self.activation_recompute_layers + self.activation_offload_layers
 
     @property
     def optimizer_bits(self) -> Literal[8, 32]:
         return optimizer_bits(self.optimizer)
 
     @property
-    def optimizer_residency(self) -> Literal["device", "paged"]:
+    def optimizer_residency(self) -> Literal["device", "paged", "host"]:
+        if self.optimizer_on_host:
+            return "host"
         return "paged" if is_paged(self.optimizer) else "device"
+
+    @property
+    def levers(self) -> Levers:
+        """What is pulled beyond the activations, the loss and the optimizer's width."""
+        return Levers(
+            tile_tokens=self.tile_tokens,
+            embedding_residency=self.embedding_residency,
+            nf4_head=self.nf4_head,
+            optimizer_on_host=self.optimizer_on_host,
+            base_residency=self.base_residency,
+        )
 
     @property
     def micro_batch_size(self) -> float:
@@ -67,7 +91,8 @@ class PlanKnobs:
 
     def as_json(self) -> dict[str, Any]:
         size = self.micro_batch_size
-        return asdict(self) | {
+        named = {name: value for name, value in asdict(self).items() if name != "optimizer_on_host"}
+        return named | {
             "micro_batch_size": int(size) if size == int(size) else size,
             "optimizer_residency": self.optimizer_residency,
         }

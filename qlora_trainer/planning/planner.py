@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Literal
 
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.hardware.device import DTYPES
+from qlora_trainer.hardware.device import DTYPES, choose_adapter_dtype
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.adapters import MAGNITUDE, adapter_shapes
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
@@ -21,7 +22,18 @@ from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training
 from qlora_trainer.planning.plan import is_paged, optimizer_bits
-from qlora_trainer.planning.price import Layout, Prices, Usage, evaluation_level, training_levels, usage
+from qlora_trainer.planning.placed import Placed, place
+from qlora_trainer.planning.price import (
+    Layout,
+    Prices,
+    Usage,
+    evaluation_level,
+    hidden_bytes,
+    training_levels,
+    usage,
+)
+from qlora_trainer.planning.pulled import pulled
+from qlora_trainer.planning.rungs import Lever
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, token_steps
 from qlora_trainer.planning.shallow_trace import trace_step
 from qlora_trainer.planning.throughput import Demand, tokens_per_second
@@ -43,8 +55,9 @@ class Planner:
         packing: whether documents share a row.
         dry: the model on fake tensors.
         settings: of its adapters, at one rank of many.
-        prices: of the parts of a step, for a rank.
-        base: category -> bytes of the model without adapters.
+        adapter_dtype: what they are held in.
+        prices: of the parts of a step, for a rank and what is pulled.
+        placed: where the model without adapters lies, for what is pulled.
         state_of: the optimizer's phases, for so many elements in so many bits.
     """
 
@@ -54,8 +67,9 @@ class Planner:
     packing: bool
     dry: DryModel
     settings: LoraSettings
-    prices: Callable[[int], Prices]
-    base: Mapping[str, int]
+    adapter_dtype: torch.dtype
+    prices: Callable[[int, Levers], Prices]
+    placed: Callable[[Levers], Placed]
     state_of: Callable[[int, Literal[8, 32]], StateTrace]
 
     @classmethod
@@ -72,34 +86,52 @@ class Planner:
         device = (python_accelerator() if budget.kind == "cuda" else None) or torch.device("cpu")
         alignment = budget.memory.alignment_bytes
         pinned = config.quantization.compute_dtype
+        compute_dtype = budget.compute_dtype if pinned == "auto" else pinned
+        adapter_dtype = DTYPES[choose_adapter_dtype(config.lora.dtype, compute_dtype)]
         dry = build_dry_model(
             model_config,
             double_quant=config.quantization.double_quant,
-            compute_dtype=DTYPES[budget.compute_dtype if pinned == "auto" else pinned],
+            compute_dtype=DTYPES[compute_dtype],
             device=device,
             alignment_bytes=alignment,
         )
         rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
         settings = asked_settings(config.lora, rank, list(dry.model.linears))
 
-        def prices_of(rank: int) -> Prices:
+        @lru_cache(maxsize=None)
+        def traced(rank: int, levers: Levers) -> Prices:
             own = replace(settings, rank=rank)
-            return Prices(trace_step(dry, own, adapter_dtype=DTYPES[config.lora.dtype]), budget.memory)
+            with pulled(dry, levers):
+                return Prices(trace_step(dry, own, adapter_dtype=adapter_dtype), budget.memory)
+
+        def prices_of(rank: int, levers: Levers = NO_LEVERS) -> Prices:
+            # Where some ranks are fixed, sizes are no multiples of the others' any more: each rank is traced for
+            # itself. Where the base and the optimizer live changes nothing of what a step makes.
+            levers = replace(levers, base_residency="device", optimizer_on_host=False)
+            return traced(rank if settings.rank_pattern else settings.rank, levers)
 
         def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
             return trace_state(
                 num_elements,
                 bits=bits,
-                adapter_dtype=DTYPES[config.lora.dtype],
+                adapter_dtype=adapter_dtype,
                 device=device,
                 alignment_bytes=alignment,
             )
 
-        base = {name: sum(map(budget.memory.aligned, sizes)) for name, sizes in dry.resident.items()}
-        # Where some ranks are fixed, sizes are no multiples of the others' any more: each rank is traced for itself.
-        traced = lru_cache(maxsize=None)(prices_of)
-        prices = traced if settings.rank_pattern else _always(traced(rank))
-        return cls(config, budget, documents, packing, dry, settings, prices, base, lru_cache(maxsize=64)(state_of))
+        prices_of(rank)  # traced now, so that the process is as large as it will be when it is asked for its size
+        return cls(
+            config=config,
+            budget=budget,
+            documents=documents,
+            packing=packing,
+            dry=dry,
+            settings=settings,
+            adapter_dtype=adapter_dtype,
+            prices=prices_of,
+            placed=lru_cache(maxsize=None)(partial(place, dry, budget.memory)),
+            state_of=lru_cache(maxsize=64)(state_of),
+        )
 
     def space(self, rank: int, seq_len: int) -> Space:
         """What may vary: everything that the config leaves open."""
@@ -115,7 +147,9 @@ class Planner:
         policy = memory.activation_checkpointing
         asked = self.config.training.optimizer
         # Only where the state lives is decided here: 8 bits would learn something else, and are never chosen unasked.
-        decided = "paged_adamw_32bit" if self.budget.kind == "cuda" else "adamw_32bit"
+        is_paged_by_default = self.budget.kind == "cuda" and memory.optimizer_residency == "auto"
+        decided = "paged_adamw_32bit" if is_paged_by_default or memory.optimizer_residency == "paged" else "adamw_32bit"
+        offload = memory.activation_offload
         return Space(
             rank=rank,
             seq_len=seq_len,
@@ -124,28 +158,45 @@ class Planner:
             loss_chunks=chunk_steps(tokens[-1]) if chunk == "auto" else (chunk,),
             recompute=(0, num_layers) if policy == "auto" else (_pinned(policy, num_layers),) * 2,
             optimizer=decided if asked == "auto" else asked,
+            offload=(0, 0) if offload == "auto" else (_pinned(offload, num_layers),) * 2,
+            levers=Levers(
+                tile_tokens=0 if memory.tile_tokens == "auto" else memory.tile_tokens,
+                embedding_residency="host" if memory.embedding_residency == "host" else "device",
+                optimizer_on_host=memory.optimizer_residency == "host",
+                base_residency="streamed" if memory.base_residency == "streamed" else "device",
+            ),
         )
+
+    def levers(self) -> tuple[Lever, ...]:
+        """What may be pulled beyond a `space`, in the order of giving up: what the config leaves open, and runs."""
+        memory = self.config.memory
+        found = []
+        if memory.activation_offload == "auto":
+            found.append(Lever("offload", self.dry.num_layers))
+        return tuple(found)
 
     def price(self, layout: Layout, optimizer: str) -> Usage:
         """What a layout takes, put together from the parts of a step."""
-        levels = {str(level.label): level for level in training_levels(self.prices(layout.rank), layout)}
+        levels = {str(level.label): level for level in training_levels(self.prices(layout.rank, layout.levers), layout)}
         return self._usage(layout, optimizer, levels)
 
     def confirmed(self, candidate: Candidate) -> Candidate:
         """The same knobs, traced at full depth."""
         layout = candidate.layout
         rest = layout.tokens % layout.seq_len
-        traced = trace_training(
-            self.dry,
-            replace(self.settings, rank=layout.rank),
-            adapter_dtype=DTYPES[self.config.lora.dtype],
-            num_tokens=layout.tokens,
-            document_lengths=(layout.seq_len, rest) if rest else (layout.seq_len,),
-            rows=layout.rows,
-            num_recomputed=layout.num_recomputed,
-            loss_chunk_tokens=layout.loss_chunk,
-            alignment_bytes=self.budget.memory.alignment_bytes,
-        )
+        with pulled(self.dry, layout.levers):
+            traced = trace_training(
+                self.dry,
+                replace(self.settings, rank=layout.rank),
+                adapter_dtype=self.adapter_dtype,
+                num_tokens=layout.tokens,
+                document_lengths=(layout.seq_len, rest) if rest else (layout.seq_len,),
+                rows=layout.rows,
+                num_recomputed=layout.num_recomputed,
+                num_offloaded=layout.num_offloaded,
+                loss_chunk_tokens=layout.loss_chunk,
+                alignment_bytes=self.budget.memory.alignment_bytes,
+            )
         levels: dict[str, Level] = {}
         for level in traced:
             phase = str(level.label[0]) if isinstance(level.label, tuple) else str(level.label)
@@ -158,20 +209,28 @@ class Planner:
         shapes = self.shapes(layout.rank)
         state = self.state_of(num_flat_elements(shapes.values()), optimizer_bits(optimizer))
         aligned = self.budget.memory.aligned
-        resident = dict(self.base)
+        placed = self.placed(layout.levers)
+        resident = dict(placed.device)
         # What is fp32 is its own master: it lies in the optimizer's buffer. Beside a magnitude is a norm.
-        in_16_bits = [shape for shape in shapes.values() if len(shape) == 2 and self.config.lora.dtype != "float32"]
+        in_16_bits = [shape for shape in shapes.values() if len(shape) == 2 and self.adapter_dtype != torch.float32]
         norms = [shape for name, shape in shapes.items() if name.endswith(MAGNITUDE)]
         resident["adapter"] = sum(aligned(2 * prod(shape)) for shape in in_16_bits)
         resident["adapter"] += sum(aligned(4 * prod(shape)) for shape in norms)
         resident["gradient"] = sum(map(aligned, state.gradient))
         resident["optimizer"] = sum(map(aligned, state.optimizer))
-        if is_paged(optimizer):
-            resident["optimizer"] -= state.pageable_bytes
+        paged_bytes = state.pageable_bytes if is_paged(optimizer) else 0
+        resident["optimizer"] -= paged_bytes
         resident["other"] = resident.get("other", 0) + self.budget.memory.workspace_bytes
-        evaluation = {"eval": evaluation_level(self.prices(layout.rank), layout)}
-        used = usage(resident, self.dry.load_peak_bytes, {**levels, **evaluation}, state)
-        return replace(used, paged_bytes=state.pageable_bytes if is_paged(optimizer) else 0)
+        evaluation = {"eval": evaluation_level(self.prices(layout.rank, layout.levers), layout)}
+        used = usage(resident, placed.load_peak_bytes, {**levels, **evaluation}, state)
+        host_bytes = placed.host_bytes + self._offloaded_bytes(layout)
+        return replace(used, paged_bytes=paged_bytes, host_bytes=host_bytes)
+
+    def _offloaded_bytes(self, layout: Layout) -> int:
+        """Of layers' inputs on the host: nothing on a CPU, where they are in a file."""
+        if self.budget.kind == "cpu":
+            return 0
+        return layout.num_offloaded * hidden_bytes(self.prices(layout.rank, layout.levers), layout)
 
     def estimate(self, layout: Layout) -> float:
         """Tokens a second, for documents of the data stretched to the layout's length."""
@@ -182,12 +241,12 @@ class Planner:
             self.documents.shortest_tokens * stretch,
             self.documents.std_tokens * stretch,
         )
-        return tokens_per_second(self.prices(layout.rank), layout, demand, self.budget.speed)
+        return tokens_per_second(self.prices(layout.rank, layout.levers), layout, demand, self.budget.speed)
 
     def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:
         """Whether both budgets hold that, and `slack_bytes` more."""
         process = self.budget.memory.process_bytes(used.peak_bytes + slack_bytes, used.paged_bytes)
-        host = self.budget.memory.host_peak_bytes(process)
+        host = self.budget.memory.host_peak_bytes(process) + used.host_bytes
         return process <= self.budget.budget_bytes and host <= self.budget.host_budget_bytes
 
     def is_well_within(self, used: Usage) -> bool:
@@ -198,17 +257,17 @@ class Planner:
         """What the device is expected to show."""
         return self.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
 
+    def needed_host_bytes(self, used: Usage) -> int:
+        """Resident memory of the process on the host; on a CPU that is the device's."""
+        return self.budget.memory.host_peak_bytes(self.needed_bytes(used)) + used.host_bytes
+
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything that is trained."""
         return adapter_shapes(self.dry.model, replace(self.settings, rank=rank))
 
 
-def _always(prices: Prices) -> Callable[[int], Prices]:
-    return lambda _rank: prices
-
-
 def _pinned(policy: bool | int, num_layers: int) -> int:
-    """How many layers `memory.activation_checkpointing` wants recomputed."""
+    """How many layers `memory.activation_checkpointing` wants recomputed, or `memory.activation_offload` offloaded."""
     if isinstance(policy, bool):
         return num_layers if policy else 0
     return min(policy, num_layers)

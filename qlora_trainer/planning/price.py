@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
 from qlora_trainer.planning.full_trace import StateTrace
 from qlora_trainer.planning.inside import LOSS, bytes_of, resized
@@ -31,8 +32,10 @@ class Layout:
         tokens: of a micro-batch, all of it supervised.
         seq_len: of its longest document.
         rows: documents that attention sees at once, 1 when packed.
-        num_recomputed: layers that keep only their input, the first ones.
+        num_recomputed: layers that keep only their input at most, the first ones.
         loss_chunk: positions in a chunk of the loss.
+        num_offloaded: of the recomputed layers those whose input waits on the host, the first ones.
+        levers: what else is pulled.
     """
 
     rank: int
@@ -41,6 +44,8 @@ class Layout:
     rows: int
     num_recomputed: int
     loss_chunk: int
+    num_offloaded: int = 0
+    levers: Levers = NO_LEVERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class Usage:
         breakdown: category -> bytes at that moment.
         resident: category -> bytes between two steps.
         paged_bytes: optimizer state beyond all that, which torch's allocator does not see; counted as resident.
+        host_bytes: what the levers keep on the host, where that is other memory than the device.
     """
 
     phases: Mapping[str, int]
@@ -60,6 +66,7 @@ class Usage:
     breakdown: Mapping[str, int]
     resident: Mapping[str, int]
     paged_bytes: int = 0
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -102,9 +109,7 @@ class Prices:
 def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     """The peak of each part of a training step, beyond base, adapters, gradients and optimizer."""
     parts = prices.parts
-    policies: list[Policy] = [
-        "recompute" if index < layout.num_recomputed else "keep" for index in range(len(parts.kinds))
-    ]
+    policies = [policy_of(layout, index) for index in range(len(parts.kinds))]
     layers = [parts.of_layer(index, policy) for index, policy in enumerate(policies)]
     order: list[tuple[str, Segment]] = [("forward", parts.embed[policies[0]])]
     order += [("forward", layer.forward) for layer in layers]
@@ -121,11 +126,19 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
         level = level + own.net
         if number == len(layers) and is_input_kept and layout.num_recomputed < len(layers):
             # The first layer's input, which a recomputed one keeps and the loss behind a kept one counts as let go of.
-            level[CATEGORIES.index("saved_activation")] += _hidden_bytes(prices, layout)
+            level[CATEGORIES.index("saved_activation")] += hidden_bytes(prices, layout)
     return list(levels.values())
 
 
-def _hidden_bytes(prices: Prices, layout: Layout) -> int:
+def policy_of(layout: Layout, index: int) -> Policy:
+    """What the layer of that number keeps: the first ones least, whose activations wait longest."""
+    if index < layout.num_offloaded:
+        return "offload"
+    return "recompute" if index < layout.num_recomputed else "keep"
+
+
+def hidden_bytes(prices: Prices, layout: Layout) -> int:
+    """Of the hidden states of a micro-batch: what goes into a layer."""
     hidden, head = prices.parts.head_spec
     return prices.memory.aligned(layout.tokens * head.shape[1] * hidden.dtype.itemsize)
 

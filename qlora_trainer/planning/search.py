@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.step.batch import ROW_MULTIPLE
 
@@ -29,6 +30,8 @@ class Space:
         loss_chunks: ascending.
         recompute: fewest and most layers that may be recomputed.
         optimizer: settled, as the config names it.
+        offload: fewest and most of the recomputed layers whose input may wait on the host.
+        levers: settled; other sets of levers are other spaces (see `rungs`).
     """
 
     rank: int
@@ -38,6 +41,20 @@ class Space:
     loss_chunks: tuple[int, ...]
     recompute: tuple[int, int]
     optimizer: str
+    offload: tuple[int, int] = (0, 0)
+    levers: Levers = NO_LEVERS
+
+    @property
+    def num_policies(self) -> int:
+        """How many ways there are to hold the layers' activations, from the least memory to the most."""
+        fewest, most = self.recompute
+        return 1 + most - fewest + min(self.offload[1], most) - min(self.offload[0], most)
+
+    def policy(self, index: int) -> tuple[int, int]:
+        """(recomputed, offloaded) layers of the `index`-th way: first fewer are offloaded, then more are kept."""
+        low, high = (min(bound, self.recompute[1]) for bound in self.offload)
+        num_recomputed = self.recompute[1] - max(0, index - (high - low))
+        return num_recomputed, min(num_recomputed, max(low, high - index))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +86,11 @@ def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage
 
 def smallest(space: Space, price: Pricer, estimate: Estimator) -> Candidate:
     """The knobs that need least: everything given up that may be."""
-    layout = layout_of(space, space.tokens[0], space.loss_chunks[0], space.recompute[1])
+    layout = layout_of(space, space.tokens[0], space.loss_chunks[0], *space.policy(0))
     return Candidate(layout, space.optimizer, price(layout, space.optimizer), estimate(layout))
 
 
-def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int) -> Layout:
+def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int, num_offloaded: int = 0) -> Layout:
     """One point of the space."""
     return Layout(
         rank=space.rank,
@@ -82,6 +99,8 @@ def layout_of(space: Space, tokens: int, loss_chunk: int, num_recomputed: int) -
         rows=space.rows_of(tokens),
         num_recomputed=num_recomputed,
         loss_chunk=min(loss_chunk, tokens),
+        num_offloaded=num_offloaded,
+        levers=space.levers,
     )
 
 
@@ -121,20 +140,19 @@ def largest_that(is_fine: Callable[[int], bool], values: Sequence[int]) -> int |
 
 
 def _fitting(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]) -> Iterator[Candidate]:
-    fewest, most = space.recompute
-    kept = range(most - fewest + 1)  # layers kept beyond those that must be
+    policies = range(space.num_policies)
     for loss_chunk in space.loss_chunks:
         for tokens in space.tokens:
             if loss_chunk > tokens and loss_chunk != space.loss_chunks[0]:
                 continue
 
-            def is_fine(num_kept: int, tokens: int = tokens, loss_chunk: int = loss_chunk) -> bool:
-                return fits(price(layout_of(space, tokens, loss_chunk, most - num_kept), space.optimizer))
+            def is_fine(policy: int, tokens: int = tokens, loss_chunk: int = loss_chunk) -> bool:
+                return fits(price(layout_of(space, tokens, loss_chunk, *space.policy(policy)), space.optimizer))
 
-            num_kept = largest_that(is_fine, kept)
-            if num_kept is None:
+            policy = largest_that(is_fine, policies)
+            if policy is None:
                 break  # more tokens need more
-            layout = layout_of(space, tokens, loss_chunk, most - num_kept)
+            layout = layout_of(space, tokens, loss_chunk, *space.policy(policy))
             yield Candidate(layout, space.optimizer, price(layout, space.optimizer), estimate(layout))
 
 

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, layer_kinds, only_layers
+from qlora_trainer.model.offload import keep_least
+from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, dry_store, layer_kinds, only_layers
 from qlora_trainer.planning.inside import ATTENTION, LOSS, inside_bytes
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Probe, Segment, choose_probe, read_segments
 from qlora_trainer.planning.tracker import StorageTracker, TensorSpec
@@ -26,7 +26,7 @@ from qlora_trainer.planning.work import NO_WORK, WorkSum, sum_work
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
 
-Policy = Literal["recompute", "keep"]
+Policy = Literal["offload", "recompute", "keep"]
 _ATTENTION_PASSES = dict(zip(ATTENTION, (1.0, 2.5), strict=True))  # backward is 2.5 forwards (Dao, 2023)
 
 
@@ -98,11 +98,10 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
     layers: dict[tuple[int, Policy, bool], LayerParts] = {}
     embed: dict[Policy, Segment] = {}
     loss: dict[Policy, Segment] = {}
-    policies: tuple[Policy, ...] = ("recompute", "keep")
+    policies: tuple[Policy, ...] = ("offload", "recompute", "keep")
     dropped: dict[Policy, int] = {}
     for policy in policies:
-        num_recomputed = len(indices) if policy == "recompute" else 0
-        traced = _trace(dry, settings, indices, num_recomputed, probe, adapter_dtype)
+        traced = _trace(dry, settings, indices, policy, probe, adapter_dtype)
         embed[policy], loss[policy] = traced.segments["embed"], traced.segments["loss"]
         dropped[policy] = traced.dropped_bytes
         for place, index in enumerate(indices):
@@ -164,7 +163,7 @@ def _trace(
     dry: DryModel,
     settings: LoraSettings,
     indices: Sequence[int],
-    num_recomputed: int,
+    policy: Policy,
     probe: Probe,
     adapter_dtype: torch.dtype,
 ) -> _Traced:
@@ -176,7 +175,8 @@ def _trace(
         attach_dry_adapters(dry, replace(probed, targets=targets), dtype=adapter_dtype)
         for parameter in trainable_parameters(dry.model).values():
             parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        recompute_layers(dry.model, num_recomputed)
+        num_recomputed = 0 if policy == "keep" else len(indices)
+        keep_least(dry.model, num_recomputed, num_recomputed if policy == "offload" else 0, dry_store(dry))
         dry.model.module.train()
         micro_batch = full_micro_batch(probe.tokens, (probe.tokens,), dry.model.device)
         with tracker, marking(tracker, chosen, dry.final_norm):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_trainer.hardware.gpu_catalogue import Gpu
-from qlora_trainer.planning.price import Layout, Prices
+from qlora_trainer.planning.price import Layout, Prices, policy_of
 from qlora_trainer.planning.tracker import TensorSpec
 from qlora_trainer.planning.work import WorkSum
 
@@ -94,12 +94,11 @@ def tokens_per_second(prices: Prices, layout: Layout, demand: Demand, speed: Spe
 
 def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed: Speed) -> float:
     parts = prices.parts
-    num_kept = len(parts.kinds) - layout.num_recomputed
     total = _part_seconds(parts.embed_work, layout, tokens, speed) + _part_seconds(
         parts.loss_work, layout, tokens, speed
     )
     for index in range(len(parts.kinds)):
-        own = parts.of_layer(index, "recompute" if index < len(parts.kinds) - num_kept else "keep")
+        own = parts.of_layer(index, policy_of(layout, index))
         total += _part_seconds(own.forward_work, layout, tokens, speed)
         total += _part_seconds(own.backward_work, layout, tokens, speed)
         attention_flops = own.attention_passes * tokens * _attention_flops_per_token(own.query_spec, demand)

@@ -65,7 +65,8 @@ FLAGGED_KEYS = frozenset(
         "memory.loss_chunk_tokens",
     }
 )
-# They change what is written, where and when; a budget may change the micro-batches, which is told by the new plan.
+# They change what is written, where and when, or where something lives in the meantime; a budget may change the
+# micro-batches, which is told by the new plan.
 LOGGED_KEYS = frozenset(
     {
         "data.max_dropped_share",
@@ -74,6 +75,11 @@ LOGGED_KEYS = frozenset(
         "training.eval_every",
         "memory.budget",
         "memory.host_budget",
+        "memory.activation_offload",
+        "memory.tile_tokens",
+        "memory.embedding_residency",
+        "memory.optimizer_residency",
+        "memory.base_residency",
         "memory.paging_dir",
         "output.dir",
         "output.trackers",
@@ -89,6 +95,11 @@ PLANNED_KEYS = frozenset(
         "memory.micro_batch_tokens",
         "memory.activation_checkpointing",
         "memory.loss_chunk_tokens",
+        "memory.activation_offload",
+        "memory.tile_tokens",
+        "memory.embedding_residency",
+        "memory.optimizer_residency",
+        "memory.base_residency",
     }
 )
 

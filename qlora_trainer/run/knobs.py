@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.hardware.device import ComputeDtype, choose_compute_dtype, num_cpu_threads
+from qlora_trainer.hardware.device import AdapterDtype, ComputeDtype, choose_adapter_dtype, choose_compute_dtype, num_cpu_threads
 from qlora_trainer.planning.plan import PlanKnobs
 
 CHECKPOINTS_PER_RUN = 10
@@ -27,10 +27,12 @@ class MachineKnobs:
 
     Attributes:
         compute_dtype: name of the dtype of activations and products.
+        adapter_dtype: of the one that adapters are held in.
         num_threads: CPU threads; their number changes the order of sums.
     """
 
     compute_dtype: ComputeDtype
+    adapter_dtype: AdapterDtype
     num_threads: int
 
 
@@ -63,6 +65,7 @@ class Knobs:
         """What took the place of `auto` (and of `max`), by dotted key of the config."""
         return {
             "quantization.compute_dtype": self.machine.compute_dtype,
+            "lora.dtype": self.machine.adapter_dtype,
             "lora.rank": self.plan.rank,
             "lora.alpha": self.plan.alpha,
             "data.seq_len": self.plan.seq_len,
@@ -71,15 +74,22 @@ class Knobs:
             "training.eval_every": self.eval_every,
             "memory.micro_batch_tokens": self.plan.micro_batch_tokens,
             "memory.loss_chunk_tokens": self.plan.loss_chunk,
-            "memory.activation_checkpointing": self.plan.activation_recompute_layers,
+            "memory.activation_checkpointing": self.plan.num_recomputed,
+            "memory.activation_offload": self.plan.activation_offload_layers,
+            "memory.tile_tokens": self.plan.tile_tokens,
+            "memory.embedding_residency": self.plan.embedding_residency,
+            "memory.optimizer_residency": self.plan.optimizer_residency,
+            "memory.base_residency": self.plan.base_residency,
         }
 
 
 def decide_machine_knobs(config: RunConfig, device: torch.device) -> MachineKnobs:
     """Take what the config pins, decide the rest for `device`."""
-    dtype = config.quantization.compute_dtype
+    asked = config.quantization.compute_dtype
+    compute_dtype = choose_compute_dtype(device) if asked == "auto" else asked
     return MachineKnobs(
-        compute_dtype=choose_compute_dtype(device) if dtype == "auto" else dtype,
+        compute_dtype=compute_dtype,
+        adapter_dtype=choose_adapter_dtype(config.lora.dtype, compute_dtype),
         num_threads=num_cpu_threads(),
     )
 
@@ -118,8 +128,9 @@ def machine_knobs_of(saved: Mapping[str, Any]) -> MachineKnobs:
 
 
 def plan_knobs_of(saved: Mapping[str, Any]) -> PlanKnobs:
-    """The same of the memory."""
-    return PlanKnobs(**{field.name: saved["plan"][field.name] for field in fields(PlanKnobs)})
+    """The same of the memory; what an older version did not have was off."""
+    plan = saved["plan"]
+    return PlanKnobs(**{field.name: plan[field.name] for field in fields(PlanKnobs) if field.name in plan})
 
 
 def knobs_of(saved: Mapping[str, Any]) -> Knobs:

@@ -181,7 +181,7 @@ def test_pins_are_kept(policy: str, num_recomputed: int, budget_bytes: int) -> N
     assert (knobs.micro_batch_tokens, knobs.loss_chunk) == (511, 48)
     assert knobs.micro_batches_per_step == 3
     assert (knobs.optimizer, knobs.optimizer_residency) == ("paged_adamw_8bit", "paged")
-    assert knobs.activation_recompute_layers == num_recomputed
+    assert knobs.num_recomputed == num_recomputed
     assert knobs.activation_keep_layers == 2 - num_recomputed
     assert plan.gave_up == ()
 
@@ -483,6 +483,9 @@ KNOBS = {
     "optimizer",
     "optimizer_residency",
     "embedding_residency",
+    "tile_tokens",
+    "nf4_head",
+    "base_residency",
 }
 PREDICTED = {
     "allocated_peak_bytes",

@@ -204,14 +204,10 @@ def test_an_fp32_adapter_is_its_own_master(planners: Callable[[str, str], Planne
     layout = layout_of(planner.space(RANK, SEQ_LEN), 256, 64, NUM_LAYERS)
     num_elements = sum(math.prod(shape) for shape in planner.shapes(RANK).values())
     in_16_bits = planner.price(layout, "adamw_32bit").resident
-    wide = replace(planner, config=planner.config.model_copy(update={"lora": lora_in_fp32(planner)}))
+    wide = replace(planner, adapter_dtype=torch.float32)
     in_32_bits = wide.price(layout, "adamw_32bit").resident
     assert (in_16_bits["adapter"], in_32_bits["adapter"]) == (2 * num_elements, 0)
     assert in_16_bits["gradient"] == in_32_bits["gradient"] == 4 * num_flat_elements(planner.shapes(RANK).values())
-
-
-def lora_in_fp32(planner: Planner) -> object:
-    return planner.config.lora.model_copy(update={"dtype": "float32"})
 
 
 BYTES = st.integers(0, 2**40)

@@ -1,0 +1,15 @@
+"""Makes a model trade time for memory as a plan has decided."""
+
+from __future__ import annotations
+
+from qlora_trainer.config.levers import Levers
+from qlora_trainer.model.quantized import QuantizedModel
+
+
+def pull_levers(model: QuantizedModel, levers: Levers) -> None:
+    """Bring the model into the state that `levers` describe, whatever state it is in; nothing it computes changes.
+
+    Args:
+        model: loaded, or on fake tensors.
+        levers: what is to be pulled from now on.
+    """
