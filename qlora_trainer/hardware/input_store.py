@@ -12,9 +12,10 @@ import errno
 import math
 import os
 import tempfile
+import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -93,6 +94,28 @@ class HostInputs:
         return kept[: tensor.numel()].view(tensor.shape)
 
 
+class _UnnamedFile:
+    """A file that is gone when nobody has it any more."""
+
+    def __init__(self, folder: Path) -> None:
+        with tempfile.TemporaryFile(dir=folder, prefix=".inputs-") as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def write(self, data: memoryview) -> None:
+        done = 0
+        while done < len(data):  # the kernel takes 2 GiB at a time at most
+            done += os.pwrite(self._descriptor, data[done:], done)
+
+    def read(self, data: memoryview) -> None:
+        done = 0
+        while done < len(data):
+            num_bytes = os.preadv(self._descriptor, [data[done:]], done)
+            if num_bytes == 0:
+                raise OSError(errno.EIO, f"a file of layers' inputs ends at {done} of {len(data)} bytes")
+            done += num_bytes
+
+
 @dataclass(slots=True)
 class FileInputs:
     """For a CPU: one file without a name for each number.
@@ -101,7 +124,7 @@ class FileInputs:
     """
 
     folder: Path
-    _files: dict[int, IO[bytes]] = field(default_factory=dict)
+    _files: dict[int, _UnnamedFile] = field(default_factory=dict)
     _forms: dict[int, _Form] = field(default_factory=dict)
 
     def put(self, number: int, tensor: Tensor) -> None:
@@ -114,8 +137,8 @@ class FileInputs:
         try:
             if number not in self._files:
                 require_on_disk(self.folder)
-                self._files[number] = tempfile.TemporaryFile(dir=self.folder, prefix=".inputs-")  # noqa: SIM115
-            _write(self._files[number].fileno(), _bytes_of(tensor.detach().contiguous()))
+                self._files[number] = _UnnamedFile(self.folder)
+            self._files[number].write(_bytes_of(tensor.detach().contiguous()))
         except OSError as error:
             raise StorageError(
                 where=str(self.folder),
@@ -126,7 +149,7 @@ class FileInputs:
 
     def take(self, number: int) -> Tensor:
         tensor = self._forms[number].empty()
-        _read(self._files[number].fileno(), _bytes_of(tensor))
+        self._files[number].read(_bytes_of(tensor))
         return tensor
 
 
@@ -150,18 +173,3 @@ def input_store(device: torch.device, folder: Path) -> InputStore:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.flatten().view(torch.uint8).numpy().data
-
-
-def _write(descriptor: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):  # the kernel takes 2 GiB at a time at most
-        done += os.pwrite(descriptor, data[done:], done)
-
-
-def _read(descriptor: int, data: memoryview) -> None:
-    done = 0
-    while done < len(data):
-        num_bytes = os.preadv(descriptor, [data[done:]], done)
-        if num_bytes == 0:
-            raise OSError(errno.EIO, f"a file of layer inputs ends at {done} of {len(data)} bytes")
-        done += num_bytes

@@ -19,7 +19,7 @@ Legend: T tokens (all leading dimensions flattened), I in_features, O out_featur
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,13 @@ from torch import Tensor, nn
 from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model import nf4
 from qlora_trainer.model.lora_adapter import LoraAdapter
+
+
+class Turn(Protocol):
+    """What a linear asks before its packed weight is read, if that is not always there (see `base_stream`)."""
+
+    def take(self) -> None:
+        """Returns when the weight is there, or what will be queued on the device comes after it."""
 
 
 class NF4Linear(nn.Module):
@@ -51,6 +58,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.adapter: LoraAdapter | None = None
+        self.turn: Turn | None = None
         self.resident_limit = resident_limit or ResidentLimit()
         self.register_buffer("bias", bias_O, persistent=False)
         for name in ("packed", "absmax", "nested_absmax", "offset", "code"):
@@ -58,6 +66,9 @@ class NF4Linear(nn.Module):
 
     @property
     def weight(self) -> nf4.NF4Weight:
+        """To be used at once and not kept: where layers are streamed, another one's weight takes its place."""
+        if self.turn is not None:
+            self.turn.take()
         shape = (self.out_features, self.in_features)
         return nf4.NF4Weight(self.packed, self.absmax, self.nested_absmax, self.offset, self.code, shape)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from qlora_trainer.config.levers import Levers
+from qlora_trainer.model.activation_policy import tile_layers
+from qlora_trainer.model.base_stream import stream_base
 from qlora_trainer.model.quantized import QuantizedModel
 
 
@@ -13,3 +15,5 @@ def pull_levers(model: QuantizedModel, levers: Levers) -> None:
         model: loaded, or on fake tensors.
         levers: what is to be pulled from now on.
     """
+    tile_layers(model, levers.tile_tokens)
+    stream_base(model, is_streamed=levers.base_residency == "streamed")
