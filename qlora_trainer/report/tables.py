@@ -173,6 +173,8 @@ def skipped_line(record: StepSkipped) -> Text:
     """That a step changed nothing, and the rows it was about."""
     rows = printable(", ".join(map(str, record.rows)), 200)
     found = f"loss {record.loss}, gradient norm {record.grad_norm} on rows {rows}"
+    if record.is_overflow:
+        found = f"gradients beyond fp16 at a loss scale of {record.loss_scale:,.0f}, which is halved"
     return Text(f"step {record.step} skipped, no weight was changed: {found}", style="yellow")
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -61,7 +61,7 @@ def step_or_revise(
 
     Raises:
         DoesNotFitError: memory runs out with one document, too.
-        DivergedError: `MAX_SKIPPED_IN_A_ROW` such steps in a row.
+        DivergedError: `MAX_SKIPPED_IN_A_ROW` such steps in a row, overflows of fp16 gradients not counted.
     """
     step = progress.step
     while True:
@@ -73,16 +73,10 @@ def step_or_revise(
         yield revised
     rate = _learning_rate(session, step)
     session = yield from _update_or_revise(session, rate, step, loss_and_norm)
-    loss, grad_norm = loss_and_norm.tolist()  # the one wait for the device, when all of the step is under way
-    skipped = None
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        session.optimizer.forget_update()
-        rows = tuple(document.index for document in documents)
-        skipped = StepSkipped(
-            step=step + 1, loss=loss, grad_norm=grad_norm, rows=rows, num_in_a_row=progress.skipped_in_a_row + 1
-        )
+    found = _read(session, loss_and_norm)
+    skipped = None if found.is_finite else _skipped(session, progress, documents, found)
     seconds = time.perf_counter() - start
-    progress, done = _stepped(session, progress, documents, seconds, skipped, loss=loss, lr=rate, grad_norm=grad_norm)
+    progress, done = _stepped(session, progress, documents, seconds, skipped, found, lr=rate)
     if skipped is not None:
         append_skipped(session.folder, skipped)
     append_step(session.folder, done)
@@ -93,6 +87,48 @@ def step_or_revise(
     return session, progress
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the host gets to know of a step."""
+
+    loss: float
+    grad_norm: float
+    loss_scale: float | None
+
+    @property
+    def is_finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def is_overflow(self) -> bool:
+        """Gradients left the range of fp16, which a smaller scale cures. At 1 there is no scale that could be."""
+        return not self.is_finite and math.isfinite(self.loss) and self.loss_scale is not None and self.loss_scale > 1
+
+
+def _read(session: Session, loss_and_norm: Tensor) -> _Found:
+    """The one wait for the device, when all of the step is under way; the scaler knows of the step then."""
+    if session.scaler is None:
+        loss, grad_norm = loss_and_norm.tolist()
+        return _Found(loss, grad_norm, None)
+    numbers = torch.cat((loss_and_norm, session.scaler.scale.view(1)))
+    session.scaler.update(loss_and_norm)
+    return _Found(*numbers.tolist())
+
+
+def _skipped(session: Session, progress: Progress, documents: Sequence[Document], found: _Found) -> StepSkipped:
+    """A step that changed nothing is taken back."""
+    session.optimizer.forget_update()
+    return StepSkipped(
+        step=progress.step + 1,
+        loss=found.loss,
+        grad_norm=found.grad_norm,
+        rows=tuple(document.index for document in documents),
+        num_in_a_row=progress.skipped_in_a_row + (not found.is_overflow),
+        is_overflow=found.is_overflow,
+        loss_scale=found.loss_scale,
+    )
+
+
 def _accumulate(session: Session, documents: Sequence[Document], step: int) -> Tensor:
     """Loss and gradient norm of a step, fp32 [2], on the device; the gradients, clipped, are the optimizer's."""
     session.optimizer.zero_gradients()
@@ -101,7 +137,10 @@ def _accumulate(session: Session, documents: Sequence[Document], step: int) -> T
         _micro_batches(session, documents, step=step),
         num_supervised_tokens=sum(document.num_supervised_tokens for document in documents),
         loss_chunk_tokens=session.knobs.plan.loss_chunk,
+        loss_scale=None if session.scaler is None else session.scaler.scale,
     )
+    if session.scaler is not None:
+        session.scaler.unscale_(session.optimizer.gradient)
     grad_norm = session.optimizer.clip_gradients(session.config.training.max_grad_norm)
     return torch.stack((loss, grad_norm))
 
@@ -145,10 +184,9 @@ def _stepped(
     documents: Sequence[Document],
     seconds: float,
     skipped: StepSkipped | None,
+    found: _Found,
     *,
-    loss: float,
     lr: float,
-    grad_norm: float,
 ) -> tuple[Progress, StepDone]:
     tokens = sum(document.num_tokens for document in documents)
     supervised_tokens = sum(document.num_supervised_tokens for document in documents)
@@ -164,10 +202,11 @@ def _stepped(
     done = StepDone(
         step=progress.step,
         num_steps=session.knobs.num_steps,
-        loss=loss,
+        loss=found.loss,
         lr=lr,
         lr_b=None if ratio == 1.0 else lr * ratio,
-        grad_norm=grad_norm,
+        grad_norm=found.grad_norm,
+        loss_scale=found.loss_scale,
         tokens=tokens,
         supervised_tokens=supervised_tokens,
         seconds=seconds,
@@ -186,7 +225,7 @@ def _require_some_finite(skipped: StepSkipped) -> None:
     Raises:
         DivergedError: `MAX_SKIPPED_IN_A_ROW` in a row; the weights are as they were before the first of them.
     """
-    if skipped.num_in_a_row < MAX_SKIPPED_IN_A_ROW:
+    if skipped.is_overflow or skipped.num_in_a_row < MAX_SKIPPED_IN_A_ROW:
         return
     rows = ", ".join(map(str, skipped.rows))
     numbers = f"loss {skipped.loss}, gradient norm {skipped.grad_norm}"

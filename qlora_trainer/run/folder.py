@@ -40,8 +40,9 @@ STEP_KEYS = (
     "samples_seen",
     "epoch",
 )
+OPTIONAL_STEP_KEYS = ("lr_b", "loss_scale")
 EVAL_KEYS = ("step", "eval_loss", "eval_tokens", "seconds")
-SKIPPED_KEYS = ("step", "loss", "grad_norm", "rows")
+SKIPPED_KEYS = ("step", "loss", "grad_norm", "rows", "is_overflow", "loss_scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +163,11 @@ def write_summary(folder: RunFolder, summary: Summary) -> None:
 
 
 def append_step(folder: RunFolder, record: StepDone) -> None:
-    """Append one line to `metrics.jsonl`, with `STEP_KEYS`, and `lr_b` where there is one.
+    """Append one line to `metrics.jsonl`, with `STEP_KEYS`, and of `OPTIONAL_STEP_KEYS` those that there are.
 
     A number that is not finite is written as null.
     """
-    own_rate = {} if record.lr_b is None else {"lr_b": record.lr_b}
+    own_rate = {key: getattr(record, key) for key in OPTIONAL_STEP_KEYS if getattr(record, key) is not None}
     _append(folder.metrics_path, {key: getattr(record, key) for key in STEP_KEYS} | own_rate)
 
 

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.hardware.device import AdapterDtype, ComputeDtype, choose_adapter_dtype, choose_compute_dtype, num_cpu_threads
+from qlora_trainer.hardware.device import (
+    AdapterDtype,
+    ComputeDtype,
+    choose_adapter_dtype,
+    choose_compute_dtype,
+    num_cpu_threads,
+)
 from qlora_trainer.planning.plan import PlanKnobs
 
 CHECKPOINTS_PER_RUN = 10

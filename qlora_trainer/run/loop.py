@@ -78,6 +78,7 @@ def train(config: RunConfig, *, resume: str | None, allow_change: Collection[str
                     case StepDone():
                         values = {"loss": record.loss, "lr": record.lr, "grad_norm": record.grad_norm}
                         values |= {} if record.lr_b is None else {"lr_b": record.lr_b}
+                        values |= {} if record.loss_scale is None else {"loss_scale": record.loss_scale}
                         trackers.log(values | {"tokens_per_second": record.tokens_per_second}, record.step)
                     case Evaluated():
                         trackers.log({"eval_loss": record.eval_loss}, record.step)
@@ -139,6 +140,7 @@ def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
                 "epoch": session.batches.epoch(progress.step),
                 "seed": session.config.training.seed,
                 "stream": session.batches.state(progress.step),
+                "loss_scaler": None if session.scaler is None else session.scaler.state_dict(),
                 "best_step": None if progress.best_eval_loss is None else progress.best_step,
                 "progress": progress.as_json(),
                 "plan": session.knobs.as_json(),

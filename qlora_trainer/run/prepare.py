@@ -51,6 +51,7 @@ from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipp
 from qlora_trainer.run.rehearsal import rehearse
 from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, version_notes, with_best
 from qlora_trainer.run.session import Session, packs
+from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
 
@@ -105,10 +106,10 @@ def prepare(
     yield Preparing(what="loading the NF4 base")
     model = load_quantized(base, cache, compute_dtype=DTYPES[machine.compute_dtype], device=device)
     lora = _lora_settings(config, model, knobs)
-    attach_new_adapters(model, lora, dtype=DTYPES[config.lora.dtype], seed=config.training.seed)
+    attach_new_adapters(model, lora, dtype=DTYPES[machine.adapter_dtype], seed=config.training.seed)
     recompute_layers(model, knobs.plan.activation_recompute_layers)
     model.module.train()
-    optimizer = AdapterOptimizer(trainable_parameters(model), _optimizer_settings(config, knobs, paging_folder))
+    optimizer, scaler = _optimizer_and_scaler(config, model, knobs, paging_folder)
     release_free_memory()
     preparing_peak_bytes = forget_peak(device)
     if device.type == "cpu":
@@ -116,8 +117,8 @@ def prepare(
         model.resident_limit.limit_bytes = knobs.predicted_peak_bytes - UNASKED_BYTES
     _require_disk_space(folder, model, optimizer)
     yield Preparing(what="rehearsing the largest step")
-    knobs = yield from _rehearse(config, model, optimizer, lora, knobs, packing=packs(config, base))
-    _set_state(optimizer, loaded, initial)
+    knobs = yield from _rehearse(config, model, optimizer, scaler, lora, knobs, packing=packs(config, base))
+    _set_state(optimizer, scaler, loaded, initial)
     if resume is not None:
         rewind(folder, loaded)
     asked = config.model_dump(mode="json")
@@ -134,6 +135,7 @@ def prepare(
         model=model,
         lora=lora,
         optimizer=optimizer,
+        scaler=scaler,
         knobs=knobs,
         knobs_at_start=knobs,
         plan=plan,
@@ -177,10 +179,12 @@ def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None
         )
 
 
-def _set_state(optimizer: AdapterOptimizer, loaded: Loaded | None, initial: AdapterFolder | None) -> None:
+def _set_state(
+    optimizer: AdapterOptimizer, scaler: LossScaler | None, loaded: Loaded | None, initial: AdapterFolder | None
+) -> None:
     """What is trained on from here: a checkpoint's state, an adapter's weights, or the new adapter that is there."""
     if loaded is not None:
-        restore(load_checkpoint(loaded.path), optimizer)
+        restore(load_checkpoint(loaded.path), optimizer, scaler)
     elif initial is not None:
         optimizer.reset(initial.weights)
 
@@ -270,6 +274,7 @@ def _rehearse(
     config: RunConfig,
     model: QuantizedModel,
     optimizer: AdapterOptimizer,
+    scaler: LossScaler | None,
     lora: LoraSettings,
     knobs: Knobs,
     *,
@@ -285,6 +290,7 @@ def _rehearse(
             rehearse(
                 model,
                 optimizer,
+                scaler,
                 lora,
                 knobs.plan,
                 packing=packing,
@@ -302,11 +308,15 @@ def _rehearse(
         knobs = revised
 
 
-def _optimizer_settings(config: RunConfig, knobs: Knobs, paging_folder: Path) -> OptimizerSettings:
-    return OptimizerSettings(
+def _optimizer_and_scaler(
+    config: RunConfig, model: QuantizedModel, knobs: Knobs, paging_folder: Path
+) -> tuple[AdapterOptimizer, LossScaler | None]:
+    settings = OptimizerSettings(
         bits=knobs.plan.optimizer_bits,
         residency=knobs.plan.optimizer_residency,
         weight_decay=config.training.weight_decay,
         paging_folder=paging_folder,
         rate_ratio=config.training.loraplus_lr_ratio,
     )
+    scaler = LossScaler(model.device) if knobs.machine.compute_dtype == "float16" else None
+    return AdapterOptimizer(trainable_parameters(model), settings), scaler

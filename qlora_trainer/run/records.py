@@ -159,6 +159,7 @@ class StepDone:
         memory_bytes: memory in use now, likewise.
         samples_seen: documents since step 0.
         epoch: passes over the training data so far.
+        loss_scale: what gradients were multiplied by to be fp16, where they are.
     """
 
     step: int
@@ -175,6 +176,7 @@ class StepDone:
     samples_seen: int
     epoch: float
     lr_b: float | None = None
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +187,10 @@ class StepSkipped:
         step: as the `StepDone` before it.
         loss, grad_norm: what was found.
         rows: of the documents of its global batch, 0-based in their file.
-        num_in_a_row: such steps up to this one.
+        num_in_a_row: such steps up to this one, overflows not counted.
+        is_overflow: the gradients were too large for fp16 at the scale of the loss, which is halved: no sign that the
+            run diverges.
+        loss_scale: of this step, where fp16 is computed in.
     """
 
     step: int
@@ -193,6 +198,8 @@ class StepSkipped:
     grad_norm: float
     rows: tuple[int, ...]
     num_in_a_row: int
+    is_overflow: bool = False
+    loss_scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from qlora_trainer.planning.plan import PlanKnobs
 from qlora_trainer.run.checkpoint.tensors import lay_out, render
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import Document
+from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.state import first_non_finite
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
@@ -26,6 +27,7 @@ _LEARNING_RATE = 1e-4  # any that is not 0: the update must really happen
 def rehearse(
     model: QuantizedModel,
     optimizer: AdapterOptimizer,
+    scaler: LossScaler | None,
     lora: LoraSettings,
     knobs: PlanKnobs,
     *,
@@ -36,7 +38,7 @@ def rehearse(
     """Go through everything a step, an evaluation and a save do, at full size; nothing of it stays.
 
     Args:
-        model, optimizer, lora: new, or about to be given a checkpoint's state.
+        model, optimizer, scaler, lora: new, or about to be given a checkpoint's state; the scaler is left as it is.
         knobs: of the plan.
         packing, max_grad_norm: as in training.
         seed: that the adapters are drawn from.
@@ -48,8 +50,14 @@ def rehearse(
         micro_batch = worst_micro_batch(knobs, packing=packing)
         optimizer.zero_gradients()
         accumulate_gradients(
-            model, [micro_batch], num_supervised_tokens=micro_batch.num_tokens, loss_chunk_tokens=knobs.loss_chunk
+            model,
+            [micro_batch],
+            num_supervised_tokens=micro_batch.num_tokens,
+            loss_chunk_tokens=knobs.loss_chunk,
+            loss_scale=None if scaler is None else scaler.scale,
         )
+        if scaler is not None:
+            scaler.unscale_(optimizer.gradient)
         norm = optimizer.clip_gradients(max_grad_norm)
         optimizer.update(_LEARNING_RATE, norm)
         evaluate(model, [micro_batch], loss_chunk_tokens=knobs.loss_chunk)

@@ -18,6 +18,7 @@ from qlora_trainer.run.config_changes import Change, changes_between, merged, re
 from qlora_trainer.run.folder import RunFolder, cut_logs, named_checkpoint
 from qlora_trainer.run.knobs import knobs_of
 from qlora_trainer.run.session import Progress
+from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer
 
 
@@ -36,7 +37,16 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
         StorageError: none of the checkpoints is whole.
     """
     path = named_checkpoint(folder, resume)
-    return newest_verified(folder.checkpoints_path) if path is None else load_checkpoint(path)
+    loaded = newest_verified(folder.checkpoints_path) if path is None else load_checkpoint(path)
+    return None if loaded is None else _with_adapter_dtype(loaded)
+
+
+def _with_adapter_dtype(loaded: Loaded) -> Loaded:
+    """A checkpoint from when `lora.dtype` could not be `auto` has it in its config only."""
+    plans = {name: loaded.state[name] for name in ("plan", "plan_at_start") if name in loaded.state}
+    dtype = {"adapter_dtype": loaded.state["config"]["lora"]["dtype"]}
+    told = {name: {**plan, "machine": {**dtype, **plan["machine"]}} for name, plan in plans.items()}
+    return replace(loaded, state={**loaded.state, **told})
 
 
 def with_best(folder: RunFolder, loaded: Loaded) -> tuple[Loaded, tuple[str, ...]]:
@@ -129,18 +139,20 @@ def _asked_before(loaded: Loaded) -> dict[str, Any]:
         ) from error
 
 
-def restore(loaded: Loaded, optimizer: AdapterOptimizer) -> None:
+def restore(loaded: Loaded, optimizer: AdapterOptimizer, scaler: LossScaler | None) -> None:
     """Put master weights and moments into the optimizer's own buffers; the adapters are rounded from them.
 
     Raises:
-        StorageError: the saved state is not of this optimizer.
+        StorageError: the saved state is not of this optimizer, or has none of a loss scaler where there is one.
     """
     try:
         optimizer.load_state_dict(loaded.optimizer)
+        if scaler is not None:
+            scaler.load_state_dict(loaded.state.get("loss_scaler") or {})
     except ValueError as error:
         raise StorageError(
             where=str(loaded.path),
-            found=f"optimizer state of another run ({error})",
+            found=f"optimizer or loss scaler of another run ({error})",
             expected="the state this run saved",
             fix="Resume the run that the checkpoint belongs to.",
         ) from error

@@ -21,6 +21,7 @@ from qlora_trainer.run.checkpoint.load import Loaded
 from qlora_trainer.run.config_changes import Change
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.knobs import Knobs
+from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer
 
 
@@ -36,7 +37,8 @@ class Progress:
         best_eval_loss, best_step: of the evaluations after the first step.
         evals_without_better: evaluations since the best one.
         evaluated_step: the step of the last evaluation; -1 for none.
-        skipped_in_a_row: last steps whose loss or gradients were not finite, and that changed no weight.
+        skipped_in_a_row: last steps whose loss or gradients were not finite, and that changed no weight; those whose
+            gradients were too large for fp16 at the scale of the loss are not counted.
     """
 
     step: int = 0
@@ -72,6 +74,7 @@ class Session:
         changes: what this resume asks otherwise than the run was asked before.
         notes: what else is not as it was when the run was interrupted.
         fingerprints: hashes of base, tokenizer, data and config; the config is compared by key, not by its hash.
+        scaler: of the loss, where fp16 is computed in.
         knobs: in force; revised when memory runs out.
         knobs_at_start: before this process's first step, as `config.yaml` shows them.
         plan: what the knobs were decided by; None where a resumed run keeps the knobs it began with.
@@ -95,6 +98,7 @@ class Session:
     model: QuantizedModel
     lora: LoraSettings
     optimizer: AdapterOptimizer
+    scaler: LossScaler | None
     knobs: Knobs
     knobs_at_start: Knobs
     plan: Plan | None

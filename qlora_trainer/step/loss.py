@@ -27,7 +27,13 @@ UPCAST_ELEMENTS = 2**22  # of the projection at once: 16 MiB in fp32
 
 
 def chunked_cross_entropy(
-    hidden_NH: Tensor, targets_N: Tensor, head: FrozenHead, logit_shape: LogitShape, *, chunk_tokens: int
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    head: FrozenHead,
+    logit_shape: LogitShape,
+    *,
+    chunk_tokens: int,
+    gradient_scale: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of all N positions, in nats: a 0-dim fp32 tensor, differentiable in `hidden_NH`.
 
@@ -37,6 +43,8 @@ def chunked_cross_entropy(
         head: frozen output projection.
         logit_shape: scale and soft cap.
         chunk_tokens: C; the largest temporaries are one or two fp32 [C, V].
+        gradient_scale: what the gradient, not the loss, is multiplied by before it is rounded to the compute dtype:
+            0-dim fp32, on the same device. None for 1.
     """
     needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
     loss: Tensor
@@ -49,6 +57,7 @@ def chunked_cross_entropy(
         logit_shape.softcap,
         chunk_tokens,
         needs_gradient,
+        gradient_scale,
     )
     return loss
 
@@ -108,6 +117,7 @@ def loss_and_gradient(
     softcap: float,
     chunk_tokens: int,
     needs_gradient: bool,
+    gradient_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed)."""
     loss = hidden_NH.new_zeros((), dtype=torch.float32)
@@ -133,6 +143,8 @@ def loss_and_gradient(
                 grad_CV.mul_(tanh_CV.square_().neg_().add_(1.0))
             if scale != 1.0:
                 grad_CV.mul_(scale)
+            if gradient_scale is not None:
+                grad_CV.mul_(gradient_scale)
             _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), weight_VH, upcast)
             del grad_CV
         del tanh_CV  # before the next chunk's is made
@@ -180,6 +192,7 @@ def _(
     softcap: float,
     chunk_tokens: int,
     needs_gradient: bool,
+    gradient_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     return hidden_NH.new_empty((), dtype=torch.float32), grad_NH
@@ -192,7 +205,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
     (grad_NH,) = ctx.saved_tensors
-    return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, None, None, None, None
+    return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, None, None, None, None, None
 
 
 loss_and_gradient.register_autograd(_backward, setup_context=_save_for_backward)

@@ -19,6 +19,7 @@ def accumulate_gradients(
     *,
     num_supervised_tokens: int,
     loss_chunk_tokens: int,
+    loss_scale: Tensor | None = None,
 ) -> Tensor:
     """Forward and backward over a global batch; gradients add up in the parameters' `.grad`.
 
@@ -28,16 +29,24 @@ def accumulate_gradients(
         num_supervised_tokens: of the whole global batch, what the summed loss is divided by, so that the cut does not
             change the gradient.
         loss_chunk_tokens: see `chunked_cross_entropy`.
+        loss_scale: of fp16 (`step.loss_scaler`), 0-dim fp32: gradients are those of the loss times that.
 
     Returns:
         Mean cross-entropy of the global batch's supervised tokens in nats, 0-dim fp32, detached.
     """
     refresh_norms(model)  # once for all micro-batches: no weight changes between them
     total = torch.zeros((), dtype=torch.float32, device=model.device)
+    gradient_scale = None if loss_scale is None else loss_scale / num_supervised_tokens
     for micro_batch in micro_batches:
-        loss_sum = summed_loss(model, micro_batch.to(model.device), loss_chunk_tokens=loss_chunk_tokens)
+        loss_sum = summed_loss(
+            model,
+            micro_batch.to(model.device),
+            loss_chunk_tokens=loss_chunk_tokens,
+            gradient_scale=gradient_scale,
+        )
         loss = loss_sum / num_supervised_tokens
-        loss.backward()
+        # With a scale both factors are in the gradient already, before it was rounded.
+        (loss if gradient_scale is None else loss_sum).backward()
         total += loss.detach()
     return total
 
@@ -57,11 +66,21 @@ def evaluate(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss
     return total
 
 
-def summed_loss(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_tokens: int) -> Tensor:
-    """Sum of the cross-entropies of a micro-batch's supervised tokens, 0-dim fp32, differentiable."""
+def summed_loss(
+    model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_tokens: int, gradient_scale: Tensor | None = None
+) -> Tensor:
+    """Sum of the cross-entropies of a micro-batch's supervised tokens, 0-dim fp32, differentiable.
+
+    `gradient_scale` is that of `chunked_cross_entropy`.
+    """
     hidden_NH = supervised_states(model, micro_batch, loss_chunk_tokens=loss_chunk_tokens)
     return chunked_cross_entropy(
-        hidden_NH, micro_batch.targets_N, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens
+        hidden_NH,
+        micro_batch.targets_N,
+        model.head,
+        model.logit_shape,
+        chunk_tokens=loss_chunk_tokens,
+        gradient_scale=gradient_scale,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from qlora_trainer.hardware import device as device_module
 from qlora_trainer.hardware.device import (
     DTYPES,
+    choose_adapter_dtype,
     choose_compute_dtype,
     choose_device,
     faster_cpu_dtype,
@@ -39,6 +41,20 @@ def test_a_gpu_computes_in_bf16_from_sm_80_on(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
 
     assert choose_compute_dtype(GPU) == expected
+
+
+@pytest.mark.parametrize(
+    "asked, compute_dtype, expected",
+    [
+        ("auto", "bfloat16", "bfloat16"),
+        ("auto", "float32", "bfloat16"),
+        ("auto", "float16", "float32"),
+        ("bfloat16", "float16", "bfloat16"),
+        ("float32", "bfloat16", "float32"),
+    ],
+)
+def test_adapters_are_bf16_where_the_device_has_it(asked: Any, compute_dtype: Any, expected: str) -> None:
+    assert choose_adapter_dtype(asked, compute_dtype) == expected
 
 
 @pytest.mark.parametrize("faster", ["float32", "bfloat16"])

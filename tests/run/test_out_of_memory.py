@@ -140,7 +140,13 @@ def test_an_update_that_never_finds_memory_is_told(session: Session, monkeypatch
 
 def rehearsed(session: Session) -> Generator[PlanRevised, None, Knobs]:
     return prepare._rehearse(
-        session.config, session.model, session.optimizer, session.lora, session.knobs, packing=session.packs
+        session.config,
+        session.model,
+        session.optimizer,
+        session.scaler,
+        session.lora,
+        session.knobs,
+        packing=session.packs,
     )
 
 

@@ -91,7 +91,9 @@ def test_a_gpu_is_capped_at_what_the_plan_counts_with(
     free = replace(gpu_budget("rtx-4060", None), budget_bytes=5 * 2**30)
     monkeypatch.setattr(prepare, "choose_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(
-        prepare, "decide_machine_knobs", lambda *_: MachineKnobs(compute_dtype="float32", num_threads=1)
+        prepare,
+        "decide_machine_knobs",
+        lambda *_: MachineKnobs(compute_dtype="float32", adapter_dtype="bfloat16", num_threads=1),
     )
     monkeypatch.setattr(
         plans, "machine_budget", lambda asked, host, dtype: replace(free, budget_bytes=asked or 5 * 2**30)
