@@ -130,7 +130,12 @@ def stream_base(model: QuantizedModel, *, is_streamed: bool) -> None:
         ValueError: weights of a model on a CPU are in no mapped file.
     """
     layers = [linears for linears in linears_of_layers(model) if linears]
-    _settle(layers, model.device)
+    _settle(layers)
+    streamed = {id(linear) for linears in layers for linear in linears} if is_streamed else set()
+    for linear in model.linears.values():
+        for name, tensor in linear.named_buffers(recurse=False):
+            if id(linear) not in streamed or name not in PARTS:
+                setattr(linear, name, tensor.to(model.device))
     if not is_streamed:
         return
     stream: LayerStream
@@ -168,21 +173,27 @@ def layer_bytes(linears: Sequence[NF4Linear]) -> int:
     return first + _aligned(getattr(linear, name).nbytes)
 
 
-def _settle(layers: Sequence[Sequence[NF4Linear]], device: torch.device) -> None:
-    """What was streamed is all on the device again."""
+def part_bytes(linears: Sequence[NF4Linear], names: Sequence[str]) -> int:
+    """What some of the `PARTS` of a layer take of a buffer."""
+    return sum(_aligned(getattr(linear, name).nbytes) for linear, name, _ in _places(linears) if name in names)
+
+
+def _settle(layers: Sequence[Sequence[NF4Linear]]) -> None:
+    """What was streamed through buffers is on the host, all of it."""
     for linears in layers:
         turn = linears[0].turn
         if isinstance(turn, LayerTurn) and isinstance(turn.stream, BufferedLayers):
             _lay_over(linears, turn.stream.host[turn.index])
-            for linear, name, _ in _places(linears):
-                setattr(linear, name, getattr(linear, name).to(device))
         for linear in linears:
             linear.turn = None
 
 
 def _mapped(layers: Sequence[Sequence[NF4Linear]]) -> MappedLayers:
     tensors = [[getattr(linear, name) for linear, name, _ in _places(linears)] for linears in layers]
-    return MappedLayers([file_spans(own) for own in tensors])
+    spans = [file_spans(own) for own in tensors]
+    for own in spans:
+        give_back(own)  # what loading has touched
+    return MappedLayers(spans)
 
 
 def _places(linears: Sequence[NF4Linear]) -> list[tuple[NF4Linear, str, int]]:

@@ -57,6 +57,7 @@ class AttentionHalf:
         q_norm, k_norm: of each head (Qwen 3), or None.
         head_dim: D.
         scale, window, softcap: see `hardware.causal_attention.AttentionShape`.
+        tile_tokens: see `model.attention.packed_attention`.
     """
 
     norm: Norm
@@ -70,6 +71,7 @@ class AttentionHalf:
     scale: float
     window: int
     softcap: float
+    tile_tokens: int
 
     @property
     def inputs(self) -> tuple[NF4Linear, ...]:
@@ -142,6 +144,7 @@ class _AttentionFunction(torch.autograd.Function):
             half.scale,
             half.window,
             half.softcap,
+            half.tile_tokens,
         )
         (out_TH,), low_out = multiply([half.o], attended_BTnD.flatten(2).flatten(0, 1), added_TO=x_TH)
         if kept_heads:  # rotated ones are made again of them
@@ -183,6 +186,7 @@ class _AttentionFunction(torch.autograd.Function):
             half.scale,
             half.window,
             half.softcap,
+            half.tile_tokens,
         )
         del grad_attended, attended_TI, q_TnD, k_TnD
         grad_q, grad_k, grad_v = (grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in grad_heads)

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_trainer.model.fused_halves import AttentionHalf, MlpHalf, Norm, attention_half, mlp_half
 from qlora_trainer.model.row_ops import GELU, GELU_TANH, SILU
+from qlora_trainer.model.tiled import TiledMlp, is_token_wise, tiled_mlp_half
 
 # Class of a layer -> what its norms add to their weights.
 NORM_OFFSETS = {
@@ -35,6 +37,10 @@ class FusedLayer(GradientCheckpointingLayer):
         layer: whose modules it takes over.
         norm_offset: what its norms add to their weights.
         activation: of the gate.
+
+    Attributes:
+        tile_tokens: that the MLP takes at a time where the layer is recomputed, or keeps nothing; 0 for all at once.
+        is_computed_again: whether it runs for what it keeps: nobody reads what it returns.
     """
 
     def __init__(self, layer: nn.Module, *, norm_offset: float, activation: str) -> None:
@@ -43,6 +49,8 @@ class FusedLayer(GradientCheckpointingLayer):
             self.add_module(name, part)
         self._norm_offset = norm_offset
         self._activation = activation
+        self.tile_tokens = 0
+        self.is_computed_again = False
 
     def forward(
         self,
@@ -58,8 +66,11 @@ class FusedLayer(GradientCheckpointingLayer):
             return self._by_its_modules(hidden_states, **kwargs)
         cos_TD, sin_TD = (_row_for_each(table, hidden_states) for table in position_embeddings)
         lengths = [hidden_states.shape[1]] if document_lengths is None else document_lengths
-        hidden_states = attention_half(hidden_states, self._attention(), cos_TD, sin_TD, lengths)
-        return mlp_half(hidden_states, self._mlp())
+        tile_tokens = self.tile_tokens if self.gradient_checkpointing or not torch.is_grad_enabled() else 0
+        hidden_states = attention_half(hidden_states, self._attention(tile_tokens), cos_TD, sin_TD, lengths)
+        if not tile_tokens:
+            return mlp_half(hidden_states, self._mlp())
+        return tiled_mlp_half(hidden_states, self._mlp(), tile_tokens, is_output_read=not self.is_computed_again)
 
     def _by_its_modules(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         own: Any = self
@@ -68,7 +79,7 @@ class FusedLayer(GradientCheckpointingLayer):
         out: Tensor = hidden_states + own.mlp(own.post_attention_layernorm(hidden_states))
         return out
 
-    def _attention(self) -> AttentionHalf:
+    def _attention(self, tile_tokens: int) -> AttentionHalf:
         own: Any = self.self_attn
         return AttentionHalf(
             norm=self._norm(self.input_layernorm),
@@ -82,6 +93,7 @@ class FusedLayer(GradientCheckpointingLayer):
             scale=own.scaling,
             window=_window(own),
             softcap=0.0,
+            tile_tokens=tile_tokens,
         )
 
     def _mlp(self) -> MlpHalf:
@@ -103,6 +115,15 @@ def fuse_layers(module: PreTrainedModel) -> None:
         offset = NORM_OFFSETS.get(type(layer).__name__)
         if offset is not None and isinstance(layer, GradientCheckpointingLayer):
             module.set_submodule(name, FusedLayer(layer, norm_offset=offset, activation=activation))
+
+
+def make_tileable(module: PreTrainedModel) -> None:
+    """Put a `TiledMlp` in the place of the MLP of every other layer that one can stand for; linears are packed."""
+    for layer in module.modules():
+        if isinstance(layer, GradientCheckpointingLayer) and not isinstance(layer, FusedLayer):
+            mlp = getattr(layer, "mlp", None)
+            if isinstance(mlp, nn.Module) and is_token_wise(mlp):
+                layer.mlp = TiledMlp(layer, mlp)
 
 
 def _window(attention: Any) -> int:

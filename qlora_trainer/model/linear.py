@@ -18,7 +18,8 @@ Legend: T tokens (all leading dimensions flattened), I in_features, O out_featur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -58,6 +59,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.adapter: LoraAdapter | None = None
+        self.unpacked: dict[tuple[str, torch.dtype], Tensor] | None = None  # see `unpacked_once`
         self.turn: Turn | None = None
         self.resident_limit = resident_limit or ResidentLimit()
         self.register_buffer("bias", bias_O, persistent=False)
@@ -75,7 +77,7 @@ class NF4Linear(nn.Module):
     def make_room(self, num_tokens: int, itemsize: int) -> None:
         """Before a product and what the model does with it until the next one."""
         activation_elements = num_tokens * max(self.in_features, self.out_features)
-        weight_elements = self.in_features * self.out_features
+        weight_elements = 0 if self.unpacked else self.in_features * self.out_features
         self.resident_limit.make_room(itemsize * (weight_elements + 3 * activation_elements))
 
     def extra_repr(self) -> str:
@@ -112,6 +114,18 @@ class _LinearFunction(torch.autograd.Function):
         return grad_x_TI, None, *parameter_grads
 
 
+@contextmanager
+def unpacked_once(linears: Sequence[NF4Linear]) -> Iterator[None]:
+    """Until the end, each weight is unpacked at its first use only: for a pass over tiles of tokens."""
+    for linear in linears:
+        linear.unpacked = {}
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.unpacked = None
+
+
 def adapter_parameters(linears: Iterable[NF4Linear]) -> list[Tensor | None]:
     """A, B and magnitude of each, None for what is not there: so autograd functions take and answer them."""
     found: list[Tensor | None] = []
@@ -136,7 +150,7 @@ def multiply(
         x_TI: in the compute dtype.
         added_TO: what is added to the output, where there is one linear.
     """
-    low_ranks = _low_ranks(linears, x_TI)
+    low_ranks = first_products(linears, x_TI)
     outs = [_multiply_one(linear, x_TI, added_TO) for linear in linears]
     adapted = _adapted(linears, outs)
     for (adapter, out_TO), low_TR in zip(adapted, low_ranks, strict=True):
@@ -165,20 +179,34 @@ def _multiply_one(linear: NF4Linear, x_TI: Tensor, added_TO: Tensor | None) -> T
 def _scaled_weight(linear: NF4Linear, dtype: torch.dtype) -> Tensor:
     """The weight that multiplies the whole input: with DoRA and no dropout, each row in the length it is given."""
     adapter = linear.adapter
-    row_scale_O = None if adapter is None or adapter.drops else adapter.row_scale()
-    return nf4.dequantize(linear.weight, dtype, row_scale_O)
+    if adapter is None or adapter.drops or adapter.lora_magnitude_vector is None:
+        return _unpacked(linear, dtype)
+    return _unpacked(linear, dtype, "scaled")
+
+
+def _unpacked(linear: NF4Linear, dtype: torch.dtype, form: str = "plain") -> Tensor:
+    """The dense weight: "plain", "scaled" by DoRA's factors of its rows, or the "change" that they make."""
+    held = linear.unpacked
+    if held is not None and (form, dtype) in held:
+        return held[form, dtype]
+    row_scale_O = None if form == "plain" or linear.adapter is None else linear.adapter.row_scale()
+    if row_scale_O is not None and form == "change":
+        row_scale_O = row_scale_O - 1.0
+    weight_OI = nf4.dequantize(linear.weight, dtype, row_scale_O)
+    if held is not None:
+        held[form, dtype] = weight_OI
+    return weight_OI
 
 
 def _dropped_part(linear: NF4Linear, x_TI: Tensor) -> tuple[Tensor, Tensor] | None:
     """With DoRA and dropout, what is left of the input and the weight that multiplies only that: PEFT's definition,
     W x + (scale - 1) W drop(x) + scale B A drop(x), lets dropout reach the change of length, not W itself."""
     adapter = linear.adapter
-    row_scale_O = adapter.row_scale() if adapter is not None and adapter.drops else None
-    if adapter is None or row_scale_O is None:
+    if adapter is None or adapter.lora_magnitude_vector is None or not adapter.drops:
         return None
     factors_TI = adapter.draw_dropout(x_TI.shape[0], x_TI.dtype)
     assert factors_TI is not None
-    return factors_TI.mul_(x_TI), nf4.dequantize(linear.weight, x_TI.dtype, row_scale_O - 1.0)
+    return factors_TI.mul_(x_TI), _unpacked(linear, x_TI.dtype, "change")
 
 
 def low_rank_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) -> Tensor | None:
@@ -244,7 +272,7 @@ def _gradient_of_magnitude(
     if adapter is None or adapter.norm_O is None:
         return None
     linear.make_room(x_TI.shape[0], x_TI.itemsize)
-    weight_OI = nf4.dequantize(linear.weight, x_TI.dtype)
+    weight_OI = _unpacked(linear, x_TI.dtype)
     out_TO = nn.functional.linear(x_TI if factors_TI is None else x_TI * factors_TI, weight_OI)
     del weight_OI
     out_TO.addmm_(low_TR, adapter.lora_B.to(x_TI.dtype).t(), alpha=adapter.scale)
@@ -271,14 +299,14 @@ def input_gradient(linears: Sequence[NF4Linear], grads: Sequence[Tensor], low_gr
         adapters, adapted, low_grads_TS.split(ranks, dim=1), factors, strict=True
     ):
         added_TI = torch.mm(low_TR, adapter.lora_A.to(low_TR.dtype))
-        row_scale_O = None if own is None else adapter.row_scale()
-        if row_scale_O is not None:
-            added_TI.addmm_(grad_TO, nf4.dequantize(linear.weight, grad_TO.dtype, row_scale_O - 1.0))
+        if own is not None and adapter.lora_magnitude_vector is not None:
+            added_TI.addmm_(grad_TO, _unpacked(linear, grad_TO.dtype, "change"))
         grad_x_TI += added_TI if own is None else added_TI.mul_(own)
     return grad_x_TI
 
 
-def _low_ranks(linears: Sequence[NF4Linear], x_TI: Tensor) -> list[Tensor]:
+def first_products(linears: Sequence[NF4Linear], x_TI: Tensor) -> list[Tensor]:
+    """The low-rank activations [T, R] of those that have an adapter."""
     adapters = [linear.adapter for linear in linears if linear.adapter is not None]
     if not adapters:
         return []

@@ -19,9 +19,11 @@ class DropoutKeys:
 
     Attributes:
         row_keys_T: int64 [T], one key a token, made from (seed, step, document, position); None switches dropout off.
+        tokens: those of them that go through the linears at present; None for all.
     """
 
     row_keys_T: Tensor | None = None
+    tokens: slice | None = None
 
 
 class LoraAdapter(nn.Module):
@@ -82,9 +84,11 @@ class LoraAdapter(nn.Module):
 
     def draw_dropout(self, num_tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Factors [T, I] that are 0 or 1 / (1 - p), the same at every call for one micro-batch; None for no dropout."""
-        row_keys_T = self.keys.row_keys_T
-        if not self.drops or row_keys_T is None:
+        if not self.drops or self.keys.row_keys_T is None:
             return None
+        row_keys_T, tokens = self.keys.row_keys_T, self.keys.tokens
+        if tokens is not None:
+            row_keys_T = row_keys_T[tokens]
         if row_keys_T.numel() != num_tokens:
             raise ValueError(f"{row_keys_T.numel()} dropout keys for {num_tokens} tokens")
         return dropout_factors(row_keys_T, self.layer_key, self.lora_A.shape[1], self.dropout, dtype)

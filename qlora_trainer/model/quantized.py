@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.heap import ResidentLimit
+from qlora_trainer.model.final_norm import FinalNorm, replace_final_norm
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
-from qlora_trainer.model.fused_layer import fuse_layers
+from qlora_trainer.model.fused_layer import fuse_layers, make_tileable
 from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_adapter import DropoutKeys
 from qlora_trainer.model.nf4 import NF4Weight
@@ -94,6 +96,7 @@ class QuantizedModel:
         device: where the weights are.
         dropout_keys: shared by all adapters.
         resident_limit: shared by all linears; nothing is done about it until it is given a number.
+        final_norm: behind the last layer; None where there is none.
     """
 
     module: PreTrainedModel
@@ -104,10 +107,16 @@ class QuantizedModel:
     device: torch.device
     dropout_keys: DropoutKeys
     resident_limit: ResidentLimit
+    final_norm: FinalNorm | None = None
 
 
 def assemble(
-    module: PreTrainedModel, weights: WeightSource, *, compute_dtype: torch.dtype, device: torch.device
+    module: PreTrainedModel,
+    weights: WeightSource,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    levers: Levers = NO_LEVERS,
 ) -> QuantizedModel:
     """Put `weights` into a skeleton; each tensor goes to `device` as it is taken.
 
@@ -117,7 +126,8 @@ def assemble(
         module: as `build_skeleton` returned it, its buffers real; it becomes the model.
         weights: where every parameter comes from.
         compute_dtype: dtype of activations and matrix products.
-        device: where everything goes.
+        device: where everything goes, but for what `levers` keep elsewhere.
+        levers: what `pull_levers` will be asked for.
 
     Raises:
         ConfigError: the architecture is not one that can be trained (see `find_parts`).
@@ -127,12 +137,23 @@ def assemble(
     linears, resident_limit = {}, ResidentLimit()
     for name in parts.linears:
         packed = weights.nf4(f"{name}.weight")
-        linears[name] = NF4Linear(packed, dense.pop(f"{name}.bias", None), resident_limit).to(device)
+        linears[name] = NF4Linear(packed, dense.pop(f"{name}.bias", None), resident_limit)
+        if levers.base_residency == "device":
+            linears[name].to(device)
         module.set_submodule(name, linears[name])
     head = put_dense(module, parts, dense, compute_dtype=compute_dtype, device=device, resident_limit=resident_limit)
     fuse_layers(module)
+    make_tileable(module)
     return QuantizedModel(
-        module, linears, head, LogitShape.of(module.config), compute_dtype, device, DropoutKeys(), resident_limit
+        module,
+        linears,
+        head,
+        LogitShape.of(module.config),
+        compute_dtype,
+        device,
+        DropoutKeys(),
+        resident_limit,
+        replace_final_norm(module),
     )
 
 

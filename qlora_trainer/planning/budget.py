@@ -136,6 +136,8 @@ def cpu_budget(
             unpacked_elements=measured.unpacked_elements,
             launch_seconds=measured.launch_seconds,
             weight_passes=3,
+            link_bytes=measured.file_bytes,
+            link_overlaps=False,
         ),
         device_key=where,
         asked_bytes=ram_bytes,

@@ -18,6 +18,7 @@ from qlora_trainer.hardware.side_stream import SideStream
 from qlora_trainer.model import nf4
 from qlora_trainer.model.activation_policy import decoder_layers
 from qlora_trainer.model.adapters import adapter_shapes, attach_adapters
+from qlora_trainer.model.final_norm import owner_of_layers
 from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
@@ -96,7 +97,7 @@ def build_dry_model(
         _tag(model, tracker)
     # find_parts has refused models whose layers are none of transformers' own.
     layers = tuple(decoder_layers(model))
-    return DryModel(model, fake_mode, layers, _final_norm(model, layers), _resident(tracker), tracker.peak_bytes)
+    return DryModel(model, fake_mode, layers, _final_norm(model), _resident(tracker), tracker.peak_bytes)
 
 
 def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.dtype) -> None:
@@ -107,7 +108,7 @@ def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.d
 
 
 def dry_store(dry: DryModel) -> InputStore:
-    """Where layers' inputs wait: in host memory, which a tracker tells apart, or, of a CPU, in what stands for a file."""
+    """Where layers' inputs wait: in host memory, which a tracker tells apart; of a CPU, in what stands for a file."""
     device = dry.model.device
     return NoInputs() if device.type == "cpu" else HostInputs(SideStream(device))
 
@@ -115,7 +116,7 @@ def dry_store(dry: DryModel) -> InputStore:
 @contextmanager
 def only_layers(dry: DryModel, indices: Sequence[int]) -> Iterator[list[nn.Module]]:
     """For a while, the model consists of these of its layers."""
-    parent, name = _owner_of_layers(dry.model, dry.layers)
+    parent, name = owner_of_layers(dry.model.module)
     config: Any = dry.model.module.base_model.config
     all_layers = getattr(parent, name)
     before = {"num_hidden_layers": config.num_hidden_layers, **_per_layer_fields(config, dry.num_layers)}
@@ -150,29 +151,20 @@ def _per_layer_fields(config: Any, num_layers: int) -> dict[str, Any]:
     }
 
 
-def _owner_of_layers(model: QuantizedModel, layers: Sequence[nn.Module]) -> tuple[nn.Module, str]:
-    for part in model.module.modules():
-        for name, child in part.named_children():
-            if isinstance(child, nn.ModuleList) and len(child) == len(layers) and child[0] is layers[0]:
-                return part, name
-    raise RuntimeError(f"{type(model.module).__name__} keeps its layers in no list")
+def _final_norm(model: QuantizedModel) -> nn.Module:
+    """What comes after the last layer.
 
-
-def _final_norm(model: QuantizedModel, layers: Sequence[nn.Module]) -> nn.Module:
-    """The last norm beside the list of layers.
-
-    By its class: its name differs (norm, final_layernorm, ln_f), and not every norm has a weight.
+    Raises:
+        ConfigError: nothing does.
     """
-    owner, _ = _owner_of_layers(model, layers)
-    norms = [child for child in owner.children() if "norm" in type(child).__name__.lower()]
-    if not norms:
+    if model.final_norm is None:
         raise ConfigError(
             where=f"model type {model.module.config.model_type!r}",
             found="no norm after its layers",
             expected="a decoder that ends with a norm, by which a plan knows where the loss begins",
             fix="Choose another base, or report this model type.",
         )
-    return norms[-1]
+    return model.final_norm
 
 
 def _hold_frequencies(skeleton: PreTrainedModel) -> None:

@@ -4,28 +4,53 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
+from qlora_trainer.config.levers import Levers
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.plan import HOST_KEY, WouldFit, optimizer_bits
 from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import Layout
+from qlora_trainer.planning.rungs import pulled_levers
 from qlora_trainer.planning.search import MIN_LOSS_CHUNK, Candidate, Space, layout_of, token_steps
 
 _MIN_SEQ_LEN = 64
+# What a lever gives up, in words.
+_LEVER_WORDS = {
+    "tile_tokens": "recomputed layers take {:,} tokens at a time",
+    "embedding_residency": "embedding and head live on the {}",
+    "nf4_head": "the head is stored in NF4",
+    "optimizer_on_host": "the optimizer's state lives on the host",
+    "base_residency": "the base is {} from the host",
+}
 _GIB = 2**30
 
 
-def gave_up(chosen: Candidate, space: Space) -> tuple[str, ...]:
-    """In words, the least first: what is smaller than it could be if there were more memory."""
+def gave_up(chosen: Candidate, space: Space, asked: Levers) -> tuple[str, ...]:
+    """In words, the least first: what is smaller than it could be if there were more memory, and where it went.
+
+    Args:
+        chosen: the plan.
+        space: in which it was found, or that of what the config settles.
+        asked: what the config pulls itself.
+    """
     words = []
     layout = chosen.layout
     if layout.tokens < space.tokens[-1]:
         words.append(f"micro-batches of {layout.tokens:,} tokens instead of {space.tokens[-1]:,}")
     num_given_up = layout.num_recomputed - space.recompute[0]
+    num_offloaded = layout.num_offloaded - min(space.offload[0], layout.num_recomputed)
     if num_given_up:
         words.append(
             f"{num_given_up} {'layer recomputes its' if num_given_up == 1 else 'layers recompute their'} activations"
         )
+    if num_offloaded:
+        words.append(f"the input of {num_offloaded} {'layer waits' if num_offloaded == 1 else 'layers waits'} on the host")
+    words += [
+        _LEVER_WORDS[name].format(value)
+        for name, value in pulled_levers(layout.levers, num_offloaded=0).items()
+        if name not in pulled_levers(asked, num_offloaded=0)
+    ]
     return tuple(words)
 
 
@@ -41,6 +66,8 @@ def would_fit(least: Candidate, planner: Planner, *, process_bytes: int, host_by
     found: list[WouldFit | None] = [
         _micro_batch(layout, optimizer, planner),
         _recompute(layout, optimizer, planner),
+        _offload(layout, optimizer, planner),
+        *(_lever(name, value, layout, optimizer, planner) for name, value in planner.pullable().items()),
         _loss_chunk(layout, optimizer, planner),
         _optimizer(layout, optimizer, planner),
         _seq_len(layout, optimizer, planner),
@@ -107,6 +134,24 @@ def _recompute(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | N
     every = replace(layout, num_recomputed=planner.dry.num_layers)
     before = _asked(planner.config.memory.activation_checkpointing, layout.num_recomputed)
     return _tried(every, optimizer, planner, "memory.activation_checkpointing", before, "true")
+
+
+def _offload(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
+    if layout.num_offloaded == layout.num_recomputed:
+        return None
+    every = replace(layout, num_offloaded=layout.num_recomputed)
+    before = _asked(planner.config.memory.activation_offload, layout.num_offloaded)
+    return _tried(every, optimizer, planner, "memory.activation_offload", before, "true")
+
+
+def _lever(name: str, value: Any, layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
+    """One that is pinned where it is; what is left to the plan is pulled already."""
+    if getattr(layout.levers, name) == value:
+        return None
+    key, after = ("optimizer_residency", "host") if name == "optimizer_on_host" else (name, value)
+    pulled = replace(layout, levers=replace(layout.levers, **{name: value}))
+    before = getattr(planner.config.memory, key)
+    return _tried(pulled, optimizer, planner, f"memory.{key}", before, after)
 
 
 def _loss_chunk(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:

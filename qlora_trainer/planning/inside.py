@@ -15,6 +15,7 @@ from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_insi
 from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
 from qlora_trainer.model import attention, row_ops
+from qlora_trainer.planning.timeline import Probe
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
 
@@ -103,33 +104,55 @@ def _one_of_each(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*tensors, lengths, *arguments[len(axes) + 1 :])
 
 
-def resized(inside: Inside, probe_tokens: int, *, tokens: int, seq_len: int, rows: int, loss_chunk: int) -> Inside:
+def resized(
+    inside: Inside, probe: Probe, *, tokens: int, tile: int, seq_len: int, rows: int, loss_chunk: int
+) -> Inside:
     """The same operation at other sizes; attention sees one document at a time.
 
     Args:
-        inside: recorded at `probe_tokens` tokens in one document.
+        inside: recorded at `probe`, its tokens in one document.
+        probe: where it was traced.
         tokens: of the micro-batch.
+        tile: tokens of a tile, where there are tiles.
         seq_len: of the longest document.
         rows: documents that attention sees at once: 1 when packed.
         loss_chunk: positions in a chunk of the loss.
     """
     if inside.op == LOSS:
-        arguments = list(_with_tokens(inside.arguments, probe_tokens, tokens))
+        arguments = list(_with_tokens(inside.arguments, probe.tokens, tokens))
+        if probe.has_tile:
+            arguments = list(_with_tokens(tuple(arguments), probe.tile, min(tile, tokens)))
         arguments[_CHUNK_ARGUMENT] = loss_chunk
         return Inside(inside.index, inside.op, tuple(arguments))
     if inside.op in ROW_OPS:
-        return Inside(inside.index, inside.op, _with_rows(inside.arguments, probe_tokens, tokens))
-    return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe_tokens, seq_len, rows))
+        return Inside(inside.index, inside.op, _with_rows(inside.arguments, probe, tokens, tile))
+    changed = _with_tokens(inside.arguments, probe.tokens, seq_len, rows)
+    if inside.op in ATTENTION and probe.has_tile:
+        changed = (*changed[: _tile_argument(inside.op)], tile)
+    return Inside(inside.index, inside.op, changed)
 
 
-def _with_rows(arguments: tuple[Any, ...], probe_tokens: int, tokens: int) -> tuple[Any, ...]:
+def _tile_argument(op: str) -> int:
+    """Place of `tile_tokens`, the last argument: behind tensors, lengths, scale, window and cap."""
+    return len(_TOKEN_AXES[op]) + 4
+
+
+def _with_rows(arguments: tuple[Any, ...], probe: Probe, tokens: int, tile: int) -> tuple[Any, ...]:
     """A row is a token, or a head of one."""
     return tuple(
-        TensorSpec((value.shape[0] // probe_tokens * tokens, *value.shape[1:]), value.dtype, value.device)
+        TensorSpec((_num_rows(value.shape[0], probe, tokens, tile), *value.shape[1:]), value.dtype, value.device)
         if isinstance(value, TensorSpec) and len(value.shape) > 1
         else value
         for value in arguments
     )
+
+
+def _num_rows(traced: int, probe: Probe, tokens: int, tile: int) -> int:
+    if traced % probe.tokens == 0:
+        return traced // probe.tokens * tokens
+    if probe.has_tile and traced % probe.tile == 0:
+        return traced // probe.tile * min(tile, tokens)
+    return traced  # the few tokens that are left for a last tile
 
 
 def _with_tokens(arguments: tuple[Any, ...], probe_tokens: int, tokens: int, rows: int = 1) -> tuple[Any, ...]:

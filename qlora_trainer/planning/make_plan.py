@@ -28,7 +28,7 @@ from qlora_trainer.planning.plan import (
     micro_batches_per_step,
 )
 from qlora_trainer.planning.planner import MAX_RANKS, Planner
-from qlora_trainer.planning.rungs import first_that_fits, with_levers
+from qlora_trainer.planning.rungs import fastest_that_fits, with_levers
 from qlora_trainer.planning.search import Candidate, Space, find, smallest
 
 MAX_ALTERNATIVES = 4
@@ -90,9 +90,8 @@ def choose(planner: Planner, rank: int) -> Plan:
     slack = 0
     for _ in range(MAX_CONFIRMATIONS):
         fits = partial(planner.is_within, slack_bytes=slack)
-        found, space = first_that_fits(
-            settled, planner.levers(), lambda one: find(one, planner.price, planner.estimate, fits)
-        )
+        search = partial(find, price=planner.price, estimate=planner.estimate, fits=fits)
+        found, space = fastest_that_fits(settled, planner.levers(), search)
         if not found:
             break
         chosen = planner.confirmed(found[0])
@@ -169,7 +168,7 @@ def _fitting_plan(planner: Planner, chosen: Candidate, found: Sequence[Candidate
         knobs=_knobs(planner, chosen),
         predicted=_prediction(planner, chosen),
         trainable_parameters=sum(map(prod, planner.shapes(chosen.layout.rank).values())),
-        gave_up=gave_up(chosen, space),
+        gave_up=gave_up(chosen, space, planner.space(chosen.layout.rank, chosen.layout.seq_len).levers),
         alternatives=tuple(
             Alternative(knobs=_knobs(planner, one), predicted=_prediction(planner, one))
             for one in _different(found)[1 : MAX_ALTERNATIVES + 1]

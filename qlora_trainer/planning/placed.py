@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from qlora_trainer.config.levers import Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
+from qlora_trainer.model.base_stream import NUM_BUFFERS, PARTS, layer_bytes, linears_of_layers, part_bytes
+from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.planning.dry_model import DryModel
 
 
@@ -18,11 +21,13 @@ class Placed:
         device: category -> bytes on the device, rounded.
         host_bytes: of what waits on the host, where that is other memory than the device.
         load_peak_bytes: most of the device while it is loaded.
+        streamed_bytes: of what passes through the device, each time all layers have their turn.
     """
 
     device: Mapping[str, int]
     host_bytes: int
     load_peak_bytes: int
+    streamed_bytes: int = 0
 
 
 def place(dry: DryModel, memory: DeviceMemory, levers: Levers) -> Placed:
@@ -34,4 +39,33 @@ def place(dry: DryModel, memory: DeviceMemory, levers: Levers) -> Placed:
         levers: what is pulled.
     """
     device = {name: sum(map(memory.aligned, sizes)) for name, sizes in dry.resident.items()}
-    return Placed(device, host_bytes=0, load_peak_bytes=dry.load_peak_bytes)
+    placed = Placed(device, host_bytes=0, load_peak_bytes=dry.load_peak_bytes)
+    return _with_streamed_base(dry, memory, placed) if levers.base_residency == "streamed" else placed
+
+
+def _with_streamed_base(dry: DryModel, memory: DeviceMemory, placed: Placed) -> Placed:
+    """Two buffers as large as the largest layer; on a CPU the pages of one layer."""
+    layers = [linears for linears in linears_of_layers(dry.model) if linears]
+    largest = max(layers, key=layer_bytes)
+    device = dict(placed.device)
+    for name, parts in (("base", PARTS[:1]), ("quant_state", PARTS[1:])):
+        device[name] -= sum(_bytes_of(linears, parts, memory) for linears in layers)
+    if memory.kind == "cpu":
+        device["base"] += part_bytes(largest, PARTS[:1]) + 2 * mmap.PAGESIZE * len(largest)
+        device["quant_state"] += part_bytes(largest, PARTS[1:])
+    else:
+        device["base"] += NUM_BUFFERS * part_bytes(largest, PARTS[:1])
+        device["quant_state"] += NUM_BUFFERS * (memory.aligned(layer_bytes(largest)) - part_bytes(largest, PARTS[:1]))
+    streamed_bytes = sum(layer_bytes(linears) for linears in layers)
+    return replace(
+        placed,
+        device=device,
+        host_bytes=placed.host_bytes + (0 if memory.kind == "cpu" else streamed_bytes),
+        load_peak_bytes=placed.load_peak_bytes - sum(placed.device.values()) + sum(device.values()),
+        streamed_bytes=streamed_bytes,
+    )
+
+
+def _bytes_of(linears: Sequence[NF4Linear], names: Sequence[str], memory: DeviceMemory) -> int:
+    tensors = (getattr(linear, name) for linear in linears for name in names)
+    return sum(memory.aligned(tensor.nbytes) for tensor in tensors if tensor is not None)

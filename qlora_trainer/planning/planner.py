@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedConfig
@@ -15,14 +15,15 @@ from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device import DTYPES, choose_adapter_dtype
 from qlora_trainer.hardware.python_accelerator import python_accelerator
+from qlora_trainer.model.activation_policy import can_tile
 from qlora_trainer.model.adapters import MAGNITUDE, adapter_shapes
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training
-from qlora_trainer.planning.plan import is_paged, optimizer_bits
 from qlora_trainer.planning.placed import Placed, place
+from qlora_trainer.planning.plan import is_paged, optimizer_bits
 from qlora_trainer.planning.price import (
     Layout,
     Prices,
@@ -41,6 +42,9 @@ from qlora_trainer.planning.timeline import Level
 from qlora_trainer.step.optimizer import num_flat_elements
 
 PRICE_MARGIN = 0.02  # by which a trace at full depth may exceed a price
+# Of a tile that the planner proposes: large enough that its products are as fast as those of all tokens.
+TILE_TOKENS = 1024
+TRACED_TILES = 2  # as many as it takes to have one after another
 MAX_RANKS = (8, 16, 32, 64, 128, 256)  # that `lora.rank: max` may take
 
 
@@ -98,7 +102,7 @@ class Planner:
         rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
         settings = asked_settings(config.lora, rank, list(dry.model.linears))
 
-        @lru_cache(maxsize=None)
+        @cache
         def traced(rank: int, levers: Levers) -> Prices:
             own = replace(settings, rank=rank)
             with pulled(dry, levers):
@@ -107,7 +111,9 @@ class Planner:
         def prices_of(rank: int, levers: Levers = NO_LEVERS) -> Prices:
             # Where some ranks are fixed, sizes are no multiples of the others' any more: each rank is traced for
             # itself. Where the base and the optimizer live changes nothing of what a step makes.
-            levers = replace(levers, base_residency="device", optimizer_on_host=False)
+            # One trace is good for tiles of any size.
+            tile_tokens = TILE_TOKENS if levers.tile_tokens else 0
+            levers = replace(levers, base_residency="device", optimizer_on_host=False, tile_tokens=tile_tokens)
             return traced(rank if settings.rank_pattern else settings.rank, levers)
 
         def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
@@ -170,10 +176,18 @@ class Planner:
     def levers(self) -> tuple[Lever, ...]:
         """What may be pulled beyond a `space`, in the order of giving up: what the config leaves open, and runs."""
         memory = self.config.memory
-        found = []
-        if memory.activation_offload == "auto":
-            found.append(Lever("offload", self.dry.num_layers))
-        return tuple(found)
+        offload = [Lever("offload", self.dry.num_layers)] if memory.activation_offload == "auto" else []
+        open_keys = {
+            "tile_tokens": memory.tile_tokens,
+            "base_residency": memory.base_residency,
+        }
+        others = [Lever(name, value) for name, value in self.pullable().items() if open_keys[name] == "auto"]
+        return (*offload, *others)
+
+    def pullable(self) -> dict[str, Any]:
+        """The fields of `Levers` that this model can be run with on this device, and what they become."""
+        tiles = {"tile_tokens": TILE_TOKENS} if can_tile(self.dry.model) else {}
+        return {**tiles, "base_residency": "streamed"}
 
     def price(self, layout: Layout, optimizer: str) -> Usage:
         """What a layout takes, put together from the parts of a step."""
@@ -182,9 +196,24 @@ class Planner:
 
     def confirmed(self, candidate: Candidate) -> Candidate:
         """The same knobs, traced at full depth."""
-        layout = candidate.layout
+        layout, optimizer = candidate.layout, candidate.optimizer
+        shorter = _with_few_tiles(layout)
+        levels = self._traced_levels(shorter)
+        if shorter == layout:
+            return replace(candidate, usage=self._usage(layout, optimizer, levels))
+        # Tiles are alike, and a million tokens have a thousand: what a trace adds to the price of two is added to all.
+        prices = self.prices(layout.rank, layout.levers)
+        priced = {str(level.label): level.peak_bytes for level in training_levels(prices, shorter)}
+        scaled = {
+            phase: _scaled(level, max(1.0, levels[phase].peak_bytes / max(1, priced[phase])))
+            for phase, level in ((str(level.label), level) for level in training_levels(prices, layout))
+        }
+        return replace(candidate, usage=self._usage(layout, optimizer, scaled))
+
+    def _traced_levels(self, layout: Layout) -> dict[str, Level]:
+        """Phase -> its highest level. Whether layers are streamed changes nothing that a step makes: it is left out."""
         rest = layout.tokens % layout.seq_len
-        with pulled(self.dry, layout.levers):
+        with pulled(self.dry, replace(layout.levers, base_residency="device")):
             traced = trace_training(
                 self.dry,
                 replace(self.settings, rank=layout.rank),
@@ -203,7 +232,7 @@ class Planner:
             phase = "forward" if phase == "embed" else phase
             if phase not in levels or level.peak_bytes > levels[phase].peak_bytes:
                 levels[phase] = level
-        return replace(candidate, usage=self._usage(layout, candidate.optimizer, levels))
+        return levels
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
         shapes = self.shapes(layout.rank)
@@ -241,7 +270,9 @@ class Planner:
             self.documents.shortest_tokens * stretch,
             self.documents.std_tokens * stretch,
         )
-        return tokens_per_second(self.prices(layout.rank, layout.levers), layout, demand, self.budget.speed)
+        streamed_bytes = self.placed(layout.levers).streamed_bytes
+        prices, speed = self.prices(layout.rank, layout.levers), self.budget.speed
+        return tokens_per_second(prices, layout, demand, speed, streamed_bytes=streamed_bytes)
 
     def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:
         """Whether both budgets hold that, and `slack_bytes` more."""
@@ -264,6 +295,19 @@ class Planner:
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Name -> shape of everything that is trained."""
         return adapter_shapes(self.dry.model, replace(self.settings, rank=rank))
+
+
+def _with_few_tiles(layout: Layout) -> Layout:
+    """The same with `TRACED_TILES` tiles of tokens at most, in one document."""
+    tokens = TRACED_TILES * layout.levers.tile_tokens
+    if not tokens or tokens >= layout.tokens or layout.rows > 1:
+        return layout
+    return replace(layout, tokens=tokens, seq_len=min(layout.seq_len, tokens))
+
+
+def _scaled(level: Level, factor: float) -> Level:
+    at_peak = {name: round(num_bytes * factor) for name, num_bytes in level.at_peak.items()}
+    return Level(level.label, sum(at_peak.values()), at_peak)
 
 
 def _pinned(policy: bool | int, num_layers: int) -> int:

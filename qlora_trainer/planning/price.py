@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +17,7 @@ from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
 from qlora_trainer.planning.full_trace import StateTrace
 from qlora_trainer.planning.inside import LOSS, bytes_of, resized
-from qlora_trainer.planning.shallow_trace import Policy, StepParts
+from qlora_trainer.planning.shallow_trace import LayerParts, Policy, StepParts
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Level, Outline, Segment, outline
 from qlora_trainer.planning.tracker import CATEGORIES, Inside
 
@@ -79,16 +80,17 @@ class Prices:
 
     parts: StepParts
     memory: DeviceMemory
-    _outlines: dict[tuple[int, int, int, int, int, int], Outline] = field(default_factory=dict)
+    _outlines: dict[tuple[int, int, int, int, int, int, int], Outline] = field(default_factory=dict)
 
     def outline(self, segment: Segment, layout: Layout) -> Outline:
         """A part at given sizes; what only depends on them is worked out once."""
         chunk = layout.loss_chunk if any(inside.op == LOSS for _, inside in segment.insides) else 0
-        key = (id(segment), layout.rank, layout.tokens, layout.seq_len, layout.rows, chunk)
+        key = (id(segment), layout.rank, layout.tokens, layout.seq_len, layout.rows, chunk, layout.levers.tile_tokens)
         if key not in self._outlines:
             sizes = segment.sizes(
                 layout.tokens,
                 layout.rank,
+                tile=layout.levers.tile_tokens,
                 alignment_bytes=self.memory.alignment_bytes,
                 inside_bytes=lambda inside: bytes_of(self._resized(inside, layout)),
             )
@@ -98,8 +100,9 @@ class Prices:
     def _resized(self, inside: Inside, layout: Layout) -> Inside:
         return resized(
             inside,
-            self.parts.probe.tokens,
+            self.parts.probe,
             tokens=layout.tokens,
+            tile=layout.levers.tile_tokens,
             seq_len=layout.seq_len,
             rows=layout.rows,
             loss_chunk=layout.loss_chunk,
@@ -109,25 +112,45 @@ class Prices:
 def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     """The peak of each part of a training step, beyond base, adapters, gradients and optimizer."""
     parts = prices.parts
-    policies = [policy_of(layout, index) for index in range(len(parts.kinds))]
-    layers = [parts.of_layer(index, policy) for index, policy in enumerate(policies)]
-    order: list[tuple[str, Segment]] = [("forward", parts.embed[policies[0]])]
-    order += [("forward", layer.forward) for layer in layers]
-    order.append(("loss", parts.loss[policies[-1]]))
-    order += [("backward", layer.backward) for layer in reversed(layers)]
-    is_input_kept = layout.num_recomputed > 0 and layers[0].backward is not EMPTY_SEGMENT and parts.drops_input
+    runs = layer_runs(parts, layout)
+    first, last = runs[0], runs[-1]
+    order: list[tuple[str, Segment, int]] = [("forward", parts.embed[first.policy], 1)]
+    order += [("forward", run.parts.forward, run.num_layers) for run in runs]
+    order.append(("loss", parts.loss[last.policy], 1))
+    order += [("backward", run.parts.backward, run.num_layers) for run in reversed(runs)]
+    is_input_kept = layout.num_recomputed > 0 and first.parts.backward is not EMPTY_SEGMENT and parts.drops_input
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
-    for number, (phase, segment) in enumerate(order):
+    for phase, segment, number in order:
         own = prices.outline(segment, layout)
-        peak = int(level.sum()) + own.peak_bytes
-        if phase not in levels or peak > levels[phase].peak_bytes:
-            levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (level + own.at_peak).tolist(), strict=True)))
-        level = level + own.net
-        if number == len(layers) and is_input_kept and layout.num_recomputed < len(layers):
+        if phase == "loss" and is_input_kept and last.policy == "keep":
             # The first layer's input, which a recomputed one keeps and the loss behind a kept one counts as let go of.
             level[CATEGORIES.index("saved_activation")] += hidden_bytes(prices, layout)
+        # Of equal layers one after the other, the first or the last reaches the most.
+        top = level + own.net * (number - 1 if own.net.sum() > 0 else 0)
+        peak = int(top.sum()) + own.peak_bytes
+        if phase not in levels or peak > levels[phase].peak_bytes:
+            levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (top + own.at_peak).tolist(), strict=True)))
+        level = level + own.net * number
     return list(levels.values())
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """Layers one after the other that are alike in kind and policy."""
+
+    policy: Policy
+    parts: LayerParts
+    num_layers: int
+
+
+def layer_runs(parts: StepParts, layout: Layout) -> list[LayerRun]:
+    """The layers of the whole model, in order; the first one, whose input needs no gradient, is a run of its own."""
+    each = ((policy_of(layout, index), kind, index == 0) for index, kind in enumerate(parts.kinds))
+    return [
+        LayerRun(policy, parts.layers[kind, policy, is_first], len(list(alike)))
+        for (policy, kind, is_first), alike in groupby(each)
+    ]
 
 
 def policy_of(layout: Layout, index: int) -> Policy:

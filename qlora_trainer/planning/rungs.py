@@ -1,8 +1,8 @@
 """Which levers are tried, and in which order: none first, then one alone, then more of them together.
 
-What a set of levers costs in time is the roofline's to say, so among sets of one size the fastest is taken; a larger
-set is not looked at while a smaller one fits. From a set of several that fits, what is not needed is left out again,
-the most expensive first.
+What a set of levers costs in time is the roofline's to say: one lever alone may be faster than to recompute without it.
+Several together are not looked at while fewer fit. From a set of several that fits, what is not needed is left out
+again, the most expensive first.
 """
 
 from __future__ import annotations
@@ -34,28 +34,35 @@ class Lever:
         return replace(space, levers=replace(space.levers, **{self.name: self.value}))
 
 
+# By how much a lever must be faster than none where none is needed: a chosen figure, as estimates are no better.
+MIN_GAIN = 0.05
+
 Found = list[Candidate]
 Search = Callable[[Space], Found]
 
 
-def first_that_fits(space: Space, levers: Sequence[Lever], search: Search) -> tuple[Found, Space]:
-    """What fits with the fewest and cheapest levers, fastest first, and the space that it was found in.
+def fastest_that_fits(space: Space, levers: Sequence[Lever], search: Search) -> tuple[Found, Space]:
+    """What fits with the fewest levers, fastest first, and the space that it was found in.
 
     Args:
         space: with what is settled.
-        levers: that may be pulled, the cheapest first.
+        levers: that may be pulled, in the order of giving up.
         search: what fits of a space, fastest first.
 
     Returns:
         Nothing and the space with all levers pulled, if nothing fits.
     """
     found = search(space)
-    if found or not levers:
+    if not levers or (found and _keeps_all(found[0], space)):
         return found, space
-    alone = [(search(one), one) for one in (lever.pulled(space) for lever in levers)]
-    fitting = [(own, one) for own, one in alone if own]
-    if fitting:
-        return max(fitting, key=lambda pair: pair[0][0].tokens_per_second)
+    best, best_space = found, space
+    for lever in levers:
+        one = lever.pulled(space)
+        own = search(one)
+        if own and (not best or _speed(own) > _speed(best) * ((1 + MIN_GAIN) if best is found else 1)):
+            best, best_space = own, one
+    if best:
+        return best, best_space
     for number in range(2, len(levers) + 1):
         found = search(with_levers(space, levers[:number]))
         if found:
@@ -78,11 +85,19 @@ def pulled_levers(levers: Levers, *, num_offloaded: int) -> dict[str, Any]:
     return found | ({"offload": num_offloaded} if num_offloaded else {})
 
 
+def _keeps_all(one: Candidate, space: Space) -> bool:
+    return (one.layout.num_recomputed, one.layout.num_offloaded) == space.policy(space.num_policies - 1)
+
+
+def _speed(found: Found) -> float:
+    return found[0].tokens_per_second
+
+
 def _without_needless(space: Space, levers: Sequence[Lever], found: Found, search: Search) -> tuple[Found, Space]:
     kept = list(levers)
     for lever in reversed(levers[:-1]):  # the last one was the one that made it fit
         fewer = [one for one in kept if one is not lever]
         again = search(with_levers(space, fewer))
-        if again and again[0].tokens_per_second >= found[0].tokens_per_second:
+        if again and _speed(again) >= _speed(found):
             kept, found = fewer, again
     return found, with_levers(space, kept)

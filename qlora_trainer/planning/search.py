@@ -80,6 +80,8 @@ Estimator = Callable[[Layout], float]
 
 def find(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]) -> list[Candidate]:
     """What fits, fastest first; empty if nothing does."""
+    if not fits(smallest(space, price, estimate).usage):
+        return []
     found = _fitting(space, price, estimate, fits)
     return sorted(found, key=lambda one: (-one.tokens_per_second, one.usage.peak_bytes))
 

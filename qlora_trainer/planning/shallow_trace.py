@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.model.activation_policy import tile_layers, tile_tokens_of
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.offload import keep_least
@@ -87,13 +88,17 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
         settings: of the adapters. One rank for all does not matter; where a pattern gives some another, they are traced
             as they are, and the parts are those of this rank alone.
         adapter_dtype: what the adapters are held in.
+
+    Where layers take tokens in tiles, of whatever size, they are traced at tiles of the probe's.
     """
     names = layer_kinds_with_targets(dry, settings)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(names))}
     kinds = tuple(numbers[name] for name in names)
     probe = choose_probe(size for sizes in dry.resident.values() for size in sizes)
-    if settings.rank_pattern:
-        probe = replace(probe, has_rank=False)
+    tile_tokens = tile_tokens_of(dry.model)
+    probe = replace(probe, has_rank=not settings.rank_pattern, has_tile=tile_tokens > 0)
+    if probe.has_tile:
+        tile_layers(dry.model, probe.tile)
     indices = [0, *(next(i for i in range(1, len(kinds)) if kinds[i] == kind) for kind in dict.fromkeys(kinds[1:]))]
     layers: dict[tuple[int, Policy, bool], LayerParts] = {}
     embed: dict[Policy, Segment] = {}
@@ -106,6 +111,8 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
         dropped[policy] = traced.dropped_bytes
         for place, index in enumerate(indices):
             layers[kinds[index], policy, index == 0] = traced.layer(place)
+    evaluation = (_trace_evaluation(dry, indices, probe),)
+    tile_layers(dry.model, tile_tokens)
     return StepParts(
         probe=probe,
         embed=embed,
@@ -114,7 +121,7 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
         loss_work=traced.work["loss"],
         layers=layers,
         kinds=kinds,
-        evaluation=(_trace_evaluation(dry, indices, probe),),
+        evaluation=evaluation,
         head_spec=traced.head_spec,
         drops_input=dropped["keep"] > dropped["recompute"],
     )

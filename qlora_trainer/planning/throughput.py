@@ -10,13 +10,15 @@ import math
 from dataclasses import dataclass
 
 from qlora_trainer.hardware.gpu_catalogue import Gpu
-from qlora_trainer.planning.price import Layout, Prices, policy_of
+from qlora_trainer.planning.price import Layout, Prices, hidden_bytes, layer_runs
 from qlora_trainer.planning.tracker import TensorSpec
 from qlora_trainer.planning.work import WorkSum
 
 # Shares of the data sheet's figures that a training step reaches, and the cost of starting a kernel; the same for every
 # card and model: least squares over 14 published runs on an A100 (benchmarks/published_memory.py, docs/log.md).
 GPU_PRODUCT_SHARE, GPU_BANDWIDTH_SHARE, GPU_LAUNCH_SECONDS = 0.75, 0.79, 14e-6
+# Copies from pinned memory reach 80 to 90 % of what PCIe carries (see `hardware.gpu_catalogue`).
+GPU_LINK_SHARE = 0.8
 # Causal attention is half of a full product, and its kernels reach about this share of the product rate.
 ATTENTION_SHARE = 0.5
 
@@ -31,6 +33,8 @@ class Speed:
         unpacked_elements: weights dequantized.
         launch_seconds: of starting one operation.
         weight_passes: how often a product moves its weight; CPU libraries read it, pack it and read that.
+        link_bytes: between host and device, in one direction; on a CPU between a file and memory.
+        link_overlaps: what goes over the link goes beside the work.
     """
 
     flops: float
@@ -38,6 +42,8 @@ class Speed:
     unpacked_elements: float
     launch_seconds: float
     weight_passes: int
+    link_bytes: float
+    link_overlaps: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +83,33 @@ def gpu_speed(gpu: Gpu) -> Speed:
         unpacked_elements=bandwidth / 2.52,  # half a byte read, two bytes written
         launch_seconds=GPU_LAUNCH_SECONDS,
         weight_passes=1,
+        link_bytes=gpu.host_link_gbps * 1e9 * GPU_LINK_SHARE,
+        link_overlaps=True,
     )
 
 
-def tokens_per_second(prices: Prices, layout: Layout, demand: Demand, speed: Speed) -> float:
+def tokens_per_second(
+    prices: Prices, layout: Layout, demand: Demand, speed: Speed, *, streamed_bytes: int = 0
+) -> float:
     """Tokens trained on in a second.
 
     A micro-batch costs a part that does not depend on its tokens (unpacking every weight, launches) and a part that
     does, so a global batch costs the first once for each of its micro-batches.
+
+    Args:
+        prices, layout, demand, speed: of the parts, of the step, of the data and of the device.
+        streamed_bytes: of the base that pass through the device in a forward, and again in a backward.
     """
     tokens = demand.global_batch_size * demand.mean_tokens
     num_micro_batches = max(1, -(-demand.usual_batch_tokens // demand.filled_tokens(layout.tokens)))
     fixed, full = (_seconds(prices, layout, number, demand, speed) for number in (0, layout.tokens))
-    return float(tokens / (num_micro_batches * fixed + tokens * (full - fixed) / layout.tokens))
+    work = num_micro_batches * fixed + tokens * (full - fixed) / layout.tokens
+    over_link = 2 * (
+        num_micro_batches * streamed_bytes
+        + tokens * layout.num_offloaded * hidden_bytes(prices, layout) / layout.tokens  # out and back
+    )
+    link = over_link / speed.link_bytes
+    return float(tokens / (max(work, link) if speed.link_overlaps else work + link))
 
 
 def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed: Speed) -> float:
@@ -97,23 +117,24 @@ def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed:
     total = _part_seconds(parts.embed_work, layout, tokens, speed) + _part_seconds(
         parts.loss_work, layout, tokens, speed
     )
-    for index in range(len(parts.kinds)):
-        own = parts.of_layer(index, policy_of(layout, index))
-        total += _part_seconds(own.forward_work, layout, tokens, speed)
-        total += _part_seconds(own.backward_work, layout, tokens, speed)
+    for run in layer_runs(parts, layout):
+        own = run.parts
+        each = _part_seconds(own.forward_work, layout, tokens, speed)
+        each += _part_seconds(own.backward_work, layout, tokens, speed)
         attention_flops = own.attention_passes * tokens * _attention_flops_per_token(own.query_spec, demand)
-        total += attention_flops / (speed.flops * ATTENTION_SHARE)
+        total += run.num_layers * (each + attention_flops / (speed.flops * ATTENTION_SHARE))
     total += _loss_seconds(prices, layout, tokens, speed)
     return total
 
 
 def _part_seconds(work: WorkSum, layout: Layout, tokens: int, speed: Speed) -> float:
     flops, moved = work.at(tokens, layout.rank)
+    launches = work.launches + work.tile_launches * (-(-tokens // max(1, layout.levers.tile_tokens)))
     return (
         flops / speed.flops
         + moved / speed.bytes
         + work.unpacked_elements / speed.unpacked_elements
-        + work.launches * speed.launch_seconds
+        + launches * speed.launch_seconds
     )
 
 

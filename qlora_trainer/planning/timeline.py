@@ -1,12 +1,14 @@
-"""Timelines with sizes that are functions of tokens and rank, so that one trace prices every candidate.
+"""Timelines with sizes that are functions of tokens, tile and rank, so that one trace prices every candidate.
 
 A trace is made at probe values for tokens (T) and rank (R) that are large primes. A storage whose size is a multiple of
-the probe grows with it, so each size is known as `factor * T^0|1 * R^0|1`. Sizes are rounded, added up and compared
-only afterwards, for the values of a candidate: a maximum of lines is no line, so the maximum is taken last.
+the probe grows with it, so each size is known as `factor * T^0|1 * R^0|1`. Where layers take tokens in tiles, a tile is
+a prime number of them, too, and the last one next to nothing: no larger than the others. Sizes are rounded, added up
+and compared only afterwards, for the values of a candidate: a maximum of lines is no line, so it is taken last.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,6 +19,8 @@ from qlora_trainer.planning.tracker import CATEGORIES, Inside, StorageTracker
 
 PROBE_PRIMES = (1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069, 1087, 1091, 1093, 1097, 1103, 1109, 1117)
 
+LARGEST_REST = 8  # tokens in the last tile of a trace
+
 InsideBytes = Callable[[Inside], int]
 
 
@@ -25,11 +29,21 @@ class Probe:
     """Values to trace at; no size that does not depend on them is a multiple of either.
 
     Where `has_rank` is false, the rank is not probed: sizes are those of the adapters that were traced.
+
+    Attributes:
+        tile: tokens of a tile, where there are tiles; two at least, and a few tokens more, are `tokens`.
     """
 
     tokens: int
     rank: int
+    tile: int = 1
     has_rank: bool = True
+    has_tile: bool = False
+
+    @property
+    def num_tiles(self) -> int:
+        """The last one, of a few tokens, included."""
+        return -(-self.tokens // self.tile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +51,25 @@ class Segment:
     """A part of the work, as events in order.
 
     Attributes:
-        factor: signed bytes over the powers of tokens and rank.
-        has_tokens, has_rank: whether the size grows with them.
+        factor: signed bytes over the powers of tokens, tile and rank.
+        has_tokens, has_tile, has_rank: whether the size grows with them; with one of the first two at most.
         category: index into `CATEGORIES`.
         insides: (position, what a kernel allocates inside itself there); the factor of both its events is 0.
     """
 
     factor: NDArray[np.int64]
     has_tokens: NDArray[np.bool_]
+    has_tile: NDArray[np.bool_]
     has_rank: NDArray[np.bool_]
     category: NDArray[np.int8]
     insides: tuple[tuple[int, Inside], ...]
 
-    def sizes(self, tokens: int, rank: int, *, alignment_bytes: int, inside_bytes: InsideBytes) -> NDArray[np.int64]:
+    def sizes(
+        self, tokens: int, rank: int, *, tile: int, alignment_bytes: int, inside_bytes: InsideBytes
+    ) -> NDArray[np.int64]:
         """Signed bytes of each event, rounded as the allocator does."""
         sizes = self.factor * np.where(self.has_tokens, tokens, 1) * np.where(self.has_rank, rank, 1)
+        sizes *= np.where(self.has_tile, min(tile, tokens), 1)
         for position, inside in self.insides:
             num_bytes = inside_bytes(inside)
             sizes[position], sizes[position + 1] = num_bytes, -num_bytes
@@ -63,6 +81,7 @@ class Segment:
 
 EMPTY_SEGMENT = Segment(
     np.zeros(0, dtype=np.int64),
+    np.zeros(0, dtype=np.bool_),
     np.zeros(0, dtype=np.bool_),
     np.zeros(0, dtype=np.bool_),
     np.zeros(0, dtype=np.int8),
@@ -110,7 +129,16 @@ def choose_probe(sizes: Iterable[int]) -> Probe:
     free = [prime for prime in PROBE_PRIMES if not (fixed % prime == 0).any()]
     if len(free) < 2:
         raise RuntimeError("no prime is left that is not a factor of the model's own sizes")
-    return Probe(tokens=free[-1], rank=free[0])
+    tile = next(
+        tile
+        for tile in range(free[-1] // 2, LARGEST_REST, -1)
+        if 0 < free[-1] % tile <= LARGEST_REST and _is_prime(tile) and not (fixed % tile == 0).any()
+    )
+    return Probe(tokens=free[-1], rank=free[0], tile=tile)
+
+
+def _is_prime(number: int) -> bool:
+    return all(number % factor for factor in range(2, math.isqrt(number) + 1))
 
 
 def read_segments(tracker: StorageTracker, probe: Probe) -> dict[object, Segment]:
@@ -130,8 +158,10 @@ def read_segments(tracker: StorageTracker, probe: Probe) -> dict[object, Segment
     _mark_saved(num_bytes, allocation, category, part, is_backward)
     inside_at = {inside.index: inside for inside in tracker.insides}
     has_tokens = num_bytes % probe.tokens == 0
+    has_tile = (num_bytes % probe.tile == 0) & ~has_tokens & probe.has_tile
     has_rank = (num_bytes % probe.rank == 0) & probe.has_rank
     factor = num_bytes // np.where(has_tokens, probe.tokens, 1) // np.where(has_rank, probe.rank, 1)
+    factor //= np.where(has_tile, probe.tile, 1)
     segments: dict[object, Segment] = {}
     for (start, label), end in zip(events.marks, starts[1:], strict=True):
         kept = np.flatnonzero(is_device[start:end]) + start
@@ -140,7 +170,7 @@ def read_segments(tracker: StorageTracker, probe: Probe) -> dict[object, Segment
         own = factor[kept].copy()
         for place, _ in insides:
             own[place] = own[place + 1] = 0
-        segments[label] = Segment(own, has_tokens[kept], has_rank[kept], category[kept], insides)
+        segments[label] = Segment(own, has_tokens[kept], has_tile[kept], has_rank[kept], category[kept], insides)
     return segments
 
 

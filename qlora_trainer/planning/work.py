@@ -28,13 +28,15 @@ class WorkSum:
         flops: of matrix products, factors of the four monomials.
         moved_bytes: read and written by everything else, likewise.
         unpacked_elements: weights that were dequantized.
-        launches: operations that compute.
+        launches: operations that compute, those in tiles left out.
+        tile_launches: of them, in each tile.
     """
 
     flops: NDArray[np.float64]
     moved_bytes: NDArray[np.float64]
     unpacked_elements: int
     launches: int
+    tile_launches: float = 0.0
 
     def at(self, tokens: int, rank: int) -> tuple[float, float]:
         """(FLOPs, bytes) for these values."""
@@ -58,6 +60,7 @@ def sum_work(tracker: StorageTracker, probe: Probe) -> dict[object, WorkSum]:
 
 def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
     flops, moved_bytes, unpacked_elements = np.zeros(4), np.zeros(4), 0
+    num_in_tiles = _num_in_tiles(part, probe)
     for work in part:
         if work.op == _UNPACK:
             unpacked_elements += 2 * work.moved[0]  # two weights a packed byte
@@ -66,10 +69,28 @@ def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
         elif work.op in ROW_OPS or not work.op.startswith(_OURS):  # attention and loss: see `throughput`
             for num_bytes in work.moved:
                 _add(moved_bytes, num_bytes, probe)
-    return WorkSum(flops, moved_bytes, unpacked_elements, len(part))
+    return WorkSum(
+        flops, moved_bytes, unpacked_elements, len(part) - num_in_tiles, tile_launches=num_in_tiles / probe.num_tiles
+    )
+
+
+def _num_in_tiles(part: Sequence[Work], probe: Probe) -> int:
+    """How many operations there are from the first one on a tile to the last."""
+    if not probe.has_tile:
+        return 0
+    of_tiles = [number for number, work in enumerate(part) if any(_is_of_tile(size, probe) for size in work.moved)]
+    return of_tiles[-1] - of_tiles[0] + 1 if of_tiles else 0
+
+
+def _is_of_tile(number: int, probe: Probe) -> bool:
+    return probe.has_tile and number % probe.tile == 0 and number % probe.tokens != 0
 
 
 def _add(factors: NDArray[np.float64], number: int, probe: Probe) -> None:
+    if _is_of_tile(number, probe):  # all tiles together are all tokens
+        has_rank = probe.has_rank and number % probe.rank == 0
+        factors[1 + 2 * int(has_rank)] += number / probe.tokens / (probe.rank if has_rank else 1)
+        return
     has_tokens = number % probe.tokens == 0
     has_rank = probe.has_rank and number % probe.rank == 0
     factor = number // (probe.tokens if has_tokens else 1) // (probe.rank if has_rank else 1)

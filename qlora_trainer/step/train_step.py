@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.model.dora import refresh_norms
+from qlora_trainer.model.final_norm import FinalNorm, deferred
 from qlora_trainer.model.quantized import QuantizedModel, hidden_states
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.loss import chunked_cross_entropy, largest_bytes
+from qlora_trainer.step.tiled_loss import tiled_cross_entropy
 
 
 def accumulate_gradients(
@@ -73,6 +75,8 @@ def summed_loss(
 
     `gradient_scale` is that of `chunked_cross_entropy`.
     """
+    if model.final_norm is not None and model.final_norm.tile_tokens:
+        return _tiled_loss(model, micro_batch, model.final_norm, loss_chunk_tokens, gradient_scale)
     hidden_NH = supervised_states(model, micro_batch, loss_chunk_tokens=loss_chunk_tokens)
     return chunked_cross_entropy(
         hidden_NH,
@@ -84,14 +88,36 @@ def summed_loss(
     )
 
 
+def _tiled_loss(
+    model: QuantizedModel, micro_batch: MicroBatch, norm: FinalNorm, chunk_tokens: int, gradient_scale: Tensor | None
+) -> Tensor:
+    with deferred(norm):
+        hidden_TH = _all_states(model, micro_batch).flatten(0, 1)
+    tile_TH = hidden_TH[: norm.tile_tokens]
+    model.resident_limit.make_room(largest_bytes(tile_TH, model.head, model.logit_shape, chunk_tokens=chunk_tokens))
+    return tiled_cross_entropy(
+        hidden_TH,
+        micro_batch.source_positions_N,
+        micro_batch.targets_N,
+        norm,
+        model.head,
+        model.logit_shape,
+        tile_tokens=norm.tile_tokens,
+        chunk_tokens=chunk_tokens,
+        gradient_scale=gradient_scale,
+    )
+
+
 def supervised_states(model: QuantizedModel, micro_batch: MicroBatch, *, loss_chunk_tokens: int) -> Tensor:
     """What the head sees at the supervised positions, [N, H] in the compute dtype; there is room for their loss."""
-    model.dropout_keys.row_keys_T = micro_batch.row_keys_T
-    hidden_BTH = hidden_states(
-        model, micro_batch.input_ids_BT, micro_batch.position_ids_BT, micro_batch.document_lengths
-    )
+    hidden_BTH = _all_states(model, micro_batch)
     hidden_NH = hidden_BTH.flatten(0, 1).index_select(0, micro_batch.source_positions_N)
     model.resident_limit.make_room(
         largest_bytes(hidden_NH, model.head, model.logit_shape, chunk_tokens=loss_chunk_tokens)
     )
     return hidden_NH
+
+
+def _all_states(model: QuantizedModel, micro_batch: MicroBatch) -> Tensor:
+    model.dropout_keys.row_keys_T = micro_batch.row_keys_T
+    return hidden_states(model, micro_batch.input_ids_BT, micro_batch.position_ids_BT, micro_batch.document_lengths)

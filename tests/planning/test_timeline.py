@@ -163,7 +163,11 @@ def test_a_segment_at_any_size_is_what_a_replay_gives(
     assert list(segments) == list(range(len(parts)))
     for number, segment in enumerate(segments.values()):
         sizes = segment.sizes(
-            tokens, rank, alignment_bytes=alignment, inside_bytes=lambda one: inside_of(one.arguments[0], tokens)
+            tokens,
+            rank,
+            tile=0,
+            alignment_bytes=alignment,
+            inside_bytes=lambda one: inside_of(one.arguments[0], tokens),
         )
         found = outline(segment, sizes)
         expected = replay(script, alignment, starts[number], starts[number + 1], first=starts[number])
@@ -228,13 +232,13 @@ def test_a_part_without_events_raises_nothing() -> None:
     tracker = StorageTracker()
     tracker.mark("only")
     segment = read_segments(tracker, PROBE)["only"]
-    found = outline(segment, segment.sizes(5, 5, alignment_bytes=512, inside_bytes=lambda _: 1))
+    found = outline(segment, segment.sizes(5, 5, tile=0, alignment_bytes=512, inside_bytes=lambda _: 1))
     assert (found.peak_bytes, int(found.net.sum()), int(found.at_peak.sum())) == (0, 0, 0)
 
 
 def test_a_part_that_only_drops_lowers_the_level() -> None:
     segment = read_segments(crossing(("forward", 0), ("backward", 0)), PROBE)["backward", 0]
-    found: Outline = outline(segment, segment.sizes(100, 1, alignment_bytes=512, inside_bytes=lambda _: 0))
+    found: Outline = outline(segment, segment.sizes(100, 1, tile=0, alignment_bytes=512, inside_bytes=lambda _: 0))
     assert (found.peak_bytes, int(found.net.sum()), int(found.at_peak.sum())) == (0, -1024, 0)
 
 
@@ -264,6 +268,6 @@ def test_probes_are_primes_that_no_power_of_two_or_usual_size_has() -> None:
 def test_a_size_is_taken_apart_as_it_was_put_together(size: Size) -> None:
     script = Script.play([], [[Made(size, OTHER, True)]], PROBE.tokens, PROBE.rank)
     segment = read_segments(script.tracker, PROBE)[0]
-    rebuilt = segment.sizes(10, 3, alignment_bytes=1, inside_bytes=lambda _: 0)
+    rebuilt = segment.sizes(10, 3, tile=0, alignment_bytes=1, inside_bytes=lambda _: 0)
     assert rebuilt.dtype == np.int64
     assert rebuilt.tolist() == [size.at(10, 3)]

@@ -1,0 +1,95 @@
+"""Final norm, output projection and cross-entropy over tiles of supervised positions, from the last layer's output.
+
+`loss` norms all hidden states and gathers those that count, each several times as large as a layer's input. Here a tile
+of positions is gathered, normed, and its gradient taken back through the norm, so that beside the last layer's output
+there is its gradient, and no more. The norm is the model's own module.
+
+Legend: T tokens of all rows, N supervised positions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_trainer.model.final_norm import FinalNorm
+from qlora_trainer.model.frozen import FrozenHead
+from qlora_trainer.model.quantized import LogitShape
+from qlora_trainer.model.tiled import tiles
+from qlora_trainer.step.loss import chunked_cross_entropy
+
+
+def tiled_cross_entropy(
+    hidden_TH: Tensor,
+    positions_N: Tensor,
+    targets_N: Tensor,
+    norm: FinalNorm,
+    head: FrozenHead,
+    logit_shape: LogitShape,
+    *,
+    tile_tokens: int,
+    chunk_tokens: int,
+    gradient_scale: Tensor | None = None,
+) -> Tensor:
+    """Sum of the cross-entropies, 0-dim fp32, differentiable once in `hidden_TH`.
+
+    Args:
+        hidden_TH: the last layer's output, not normed, in the compute dtype.
+        positions_N: int64 rows of it that are learned from, each once.
+        targets_N: int64 token to predict there.
+        norm: the model's last one.
+        head, logit_shape, chunk_tokens, gradient_scale: see `step.loss.chunked_cross_entropy`.
+        tile_tokens: positions at a time.
+    """
+    loss: Tensor = _TiledLoss.apply(  # type: ignore[no-untyped-call]
+        hidden_TH, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens, gradient_scale
+    )
+    return loss
+
+
+class _TiledLoss(torch.autograd.Function):
+    """Forward takes the gradient, too, as the chunked loss does, and keeps it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        positions_N: Tensor,
+        targets_N: Tensor,
+        norm: FinalNorm,
+        head: FrozenHead,
+        logit_shape: LogitShape,
+        tile_tokens: int,
+        chunk_tokens: int,
+        gradient_scale: Tensor | None,
+    ) -> Tensor:
+        total = hidden_TH.new_zeros((), dtype=torch.float32)
+        needs_gradient = ctx.needs_input_grad[0]
+        grad_TH = torch.zeros_like(hidden_TH) if needs_gradient else None
+        for tile in tiles(positions_N.numel(), tile_tokens):
+            rows_NH = hidden_TH.detach().index_select(0, positions_N[tile]).requires_grad_(needs_gradient)
+            with torch.set_grad_enabled(needs_gradient):
+                loss = chunked_cross_entropy(
+                    norm.apply_to(rows_NH),
+                    targets_N[tile],
+                    head,
+                    logit_shape,
+                    chunk_tokens=chunk_tokens,
+                    gradient_scale=gradient_scale,
+                )
+            total += loss.detach()
+            if grad_TH is not None:
+                (grad_rows_NH,) = torch.autograd.grad(loss, rows_NH)
+                grad_TH.index_copy_(0, positions_N[tile], grad_rows_NH)
+                del grad_rows_NH
+            del rows_NH, loss
+        ctx.grad_TH = grad_TH
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_TH, ctx.grad_TH = ctx.grad_TH, None  # given away: multiplied in place, and gone with who gets it
+        assert grad_TH is not None
+        return (grad_TH.mul_(grad_outputs[0].to(grad_TH.dtype)), *[None] * 8)
