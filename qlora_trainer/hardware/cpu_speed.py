@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import functools
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.device import DTYPES, ComputeDtype, measure_gemm_gflops
 from qlora_trainer.hardware.quant_library import functional
 
 _ELEMENTS = 2**20
+_FILE_BYTES = 2**23
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuSpeed:
     """Per second: FLOP of matrix products, bytes read or written by simple operations, weights dequantized.
 
-    `launch_seconds` is what one operation costs however small it is, Python and autograd included.
+    `launch_seconds` is what one operation costs however small it is, Python and autograd included; `file_bytes` are
+    read from a file in the cache folder that the kernel has not in memory.
     """
 
     flops: float
     bytes: float
     unpacked_elements: float
     launch_seconds: float
+    file_bytes: float
 
 
 @functools.cache
@@ -42,7 +48,20 @@ def measure_cpu_speed(compute_dtype: ComputeDtype) -> CpuSpeed:
         bytes=2 * out.nbytes / _seconds(lambda: torch.mul(values, 2.0, out=out)),
         unpacked_elements=_ELEMENTS / _seconds(lambda: functional.dequantize_4bit(packed, state)),
         launch_seconds=4 * _seconds(lambda: small * 2.0),
+        file_bytes=_file_bytes_a_second(),
     )
+
+
+def _file_bytes_a_second() -> float:
+    """Of the disk, not of the kernel's cache: what was written is put on the disk and dropped from the cache."""
+    with tempfile.TemporaryFile(dir=cache_folder(), prefix=".speed-") as file:
+        descriptor = file.fileno()
+        os.pwrite(descriptor, os.urandom(_FILE_BYTES), 0)
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        start = time.perf_counter()
+        num_bytes = len(os.pread(descriptor, _FILE_BYTES, 0))
+        return num_bytes / (time.perf_counter() - start)
 
 
 def _seconds(run: Callable[[], object], repeats: int = 9) -> float:

@@ -1,8 +1,7 @@
 """Host memory for tensors that are needed again much later: layers' inputs between forward and backward.
 
-On a GPU they go to pinned memory and come back on a stream of their own, beside the work that goes on: what leaves is
-held until the next one leaves, what is due next comes while the one before is in use, so two of them at most are on the
-device for it. On a CPU the host is the device: there they go through a file without a name, whose pages are the
+On a GPU they go to pinned memory and come back on a stream of their own, beside the work that goes on: out while their
+layer is computed, in, by turns into two buffers, while the layer above is computed back. On a CPU the host is the device: there they go through a file without a name, whose pages are the
 kernel's, not this process's.
 """
 
@@ -24,6 +23,7 @@ from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.side_stream import SideStream
 
+NUM_BUFFERS = 2
 _FIX = "Free some space, set memory.paging_dir to another disk, or memory.activation_offload to false."
 
 
@@ -31,10 +31,16 @@ class InputStore(Protocol):
     """Takes tensors numbered from 0 upward and gives them back from the last one down."""
 
     def put(self, number: int, tensor: Tensor) -> None:
-        """Keep the values of `tensor`; the tensor itself may be dropped."""
+        """Keep the values of `tensor`, which is not written until `sent`."""
+
+    def sent(self) -> None:
+        """What was put may be written and dropped from now on."""
 
     def take(self, number: int) -> Tensor:
-        """A new tensor with the values, dtype and shape that were put under that number, on the same device."""
+        """A tensor with the values, dtype and shape that were put under that number, on the same device.
+
+        It is good until the next but one is taken.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,43 +61,48 @@ class _Form:
 class HostInputs:
     """For a device whose memory is not the host's.
 
-    Host memory is kept for the next time, so it is taken once, by the largest tensors that come.
+    Memory is kept for the next time, so it is taken once, by the largest tensors that come: on the host for each
+    number, and on the device two buffers, by turns for the one that is used and for the next. `take` gives out a view
+    of a buffer, which is overwritten when the next but one is fetched.
     """
 
     stream: SideStream
     _kept: dict[int, Tensor] = field(default_factory=dict)
     _forms: dict[int, _Form] = field(default_factory=dict)
     _leaving: Tensor | None = None
-    _coming: dict[int, Tensor] = field(default_factory=dict)
+    _buffers: list[Tensor] = field(default_factory=list)
+    _held: list[int | None] = field(default_factory=lambda: [None] * NUM_BUFFERS)
 
     def put(self, number: int, tensor: Tensor) -> None:
-        self._coming.clear()  # of a backward that did not come to its end
-        self.stream.join()  # only now may the one before be dropped: its copy is done before what comes next
+        self._held = [None] * NUM_BUFFERS  # what a backward has left that did not come to its end
         self._forms[number] = _Form.of(tensor)
+        if not self._buffers or not _holds(self._buffers[0], tensor):
+            self._buffers = []
+            self._buffers = [tensor.new_empty(tensor.numel()) for _ in range(NUM_BUFFERS)]
+        if number not in self._kept or not _holds(self._kept[number], tensor):
+            self._kept[number] = self.stream.host_memory(tensor.numel(), tensor.dtype)
         self._leaving = tensor.detach()
-        self.stream.copy(self._host_memory(number, tensor), self._leaving)
+        self.stream.copy(_shaped(self._kept[number], tensor), self._leaving)
+
+    def sent(self) -> None:
+        self.stream.join()  # only now may its memory be given to others: what they do with it comes after the copy
+        self._leaving = None
 
     def take(self, number: int) -> Tensor:
+        tensor = self._fetch(number)
         self.stream.join()
-        self._leaving = None
-        tensor = self._coming.pop(number, None)
-        if tensor is None:
-            tensor = self._fetch(number)
-            self.stream.join()
         if number - 1 in self._forms:
-            self._coming[number - 1] = self._fetch(number - 1)
+            self._fetch(number - 1)
         return tensor
 
     def _fetch(self, number: int) -> Tensor:
-        tensor = self._forms[number].empty()
-        self.stream.copy(tensor, self._kept[number][: tensor.numel()].view(tensor.shape))
-        return tensor
-
-    def _host_memory(self, number: int, tensor: Tensor) -> Tensor:
-        kept = self._kept.get(number)
-        if kept is None or kept.dtype != tensor.dtype or kept.numel() < tensor.numel():
-            kept = self._kept[number] = self.stream.host_memory(tensor.numel(), tensor.dtype)
-        return kept[: tensor.numel()].view(tensor.shape)
+        slot, form = number % NUM_BUFFERS, self._forms[number]
+        num_elements = form.shape.numel()
+        buffer = self._buffers[slot][:num_elements]
+        if self._held[slot] != number:
+            self.stream.copy(buffer, self._kept[number][:num_elements])
+            self._held[slot] = number
+        return buffer.view(form.shape)
 
 
 class _UnnamedFile:
@@ -147,6 +158,9 @@ class FileInputs:
                 fix=_FIX,
             ) from error
 
+    def sent(self) -> None:
+        """It was written by `put`."""
+
     def take(self, number: int) -> Tensor:
         tensor = self._forms[number].empty()
         self._files[number].read(_bytes_of(tensor))
@@ -162,6 +176,9 @@ class NoInputs:
     def put(self, number: int, tensor: Tensor) -> None:
         self._forms[number] = _Form.of(tensor)
 
+    def sent(self) -> None:
+        """Nothing was."""
+
     def take(self, number: int) -> Tensor:
         return self._forms[number].empty()
 
@@ -169,6 +186,14 @@ class NoInputs:
 def input_store(device: torch.device, folder: Path) -> InputStore:
     """The one for a device; `folder` is where a CPU's files lie."""
     return FileInputs(folder) if device.type == "cpu" else HostInputs(SideStream(device))
+
+
+def _holds(flat: Tensor, tensor: Tensor) -> bool:
+    return flat.dtype == tensor.dtype and flat.numel() >= tensor.numel()
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    return flat[: like.numel()].view(like.shape)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -56,4 +56,6 @@ def _offloaded(
         return number
 
     with saved_tensors_hooks(pack, store.take):
-        return recompute(function, *args, **kwargs)
+        out = recompute(function, *args, **kwargs)
+    store.sent()
+    return out

@@ -166,12 +166,13 @@ class WouldFit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontierCell:
-    """The largest micro-batch that fits for one rank and length; zeros where none does."""
+    """The largest micro-batch that fits for one rank and length, and the levers pulled; zeros where none does."""
 
     rank: int
     seq_len: int
     micro_batch_tokens: int
     tokens_per_second: float
+    levers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +223,7 @@ class Plan:
             "trainable_parameters": self.trainable_parameters,
             "gave_up": list(self.gave_up),
             "alternatives": [alternative.as_json() for alternative in self.alternatives],
-            "frontier": [asdict(cell) for cell in self.frontier],
+            "frontier": [asdict(cell) | {"levers": list(cell.levers)} for cell in self.frontier],
         }
         if not self.fits:
             values["missing_bytes"] = self.missing_bytes

@@ -118,14 +118,14 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     order += [("forward", run.parts.forward, run.num_layers) for run in runs]
     order.append(("loss", parts.loss[last.policy], 1))
     order += [("backward", run.parts.backward, run.num_layers) for run in reversed(runs)]
-    is_input_kept = layout.num_recomputed > 0 and first.parts.backward is not EMPTY_SEGMENT and parts.drops_input
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
     for phase, segment, number in order:
         own = prices.outline(segment, layout)
-        if phase == "loss" and is_input_kept and last.policy == "keep":
-            # The first layer's input, which a recomputed one keeps and the loss behind a kept one counts as let go of.
-            level[CATEGORIES.index("saved_activation")] += hidden_bytes(prices, layout)
+        if phase == "loss" and first.parts.backward is not EMPTY_SEGMENT:
+            # The first layer's input: the loss behind a layer of some policy lets go of it if the first is alike.
+            change = (last.policy in parts.drops_input) - (first.policy in parts.drops_input)
+            level[CATEGORIES.index("saved_activation")] += change * hidden_bytes(prices, layout)
         # Of equal layers one after the other, the first or the last reaches the most.
         top = level + own.net * (number - 1 if own.net.sum() > 0 else 0)
         peak = int(top.sum()) + own.peak_bytes

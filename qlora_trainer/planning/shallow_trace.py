@@ -61,8 +61,8 @@ class StepParts:
         kinds: the kind of each layer of the whole model.
         evaluation: the parts of an evaluation over the same few layers, without gradients.
         head_spec: what the loss is given: hidden states and the output projection.
-        drops_input: the first layer's input is dropped before the loss where that layer is kept, which needs it no more
-            then, but not where it is recomputed.
+        drops_input: policies of the first layer under which its input is dropped before the loss: where it is kept,
+            which needs it no more then, or offloaded, but not where it is recomputed.
     """
 
     probe: Probe
@@ -74,7 +74,7 @@ class StepParts:
     kinds: tuple[int, ...]
     evaluation: tuple[Segment, ...]
     head_spec: tuple[TensorSpec, TensorSpec]
-    drops_input: bool
+    drops_input: frozenset[Policy]
 
     def of_layer(self, index: int, policy: Policy) -> LayerParts:
         return self.layers[self.kinds[index], policy, index == 0]
@@ -123,7 +123,7 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
         kinds=kinds,
         evaluation=evaluation,
         head_spec=traced.head_spec,
-        drops_input=dropped["keep"] > dropped["recompute"],
+        drops_input=frozenset(policy for policy in policies if dropped[policy] > dropped["recompute"]),
     )
 
 

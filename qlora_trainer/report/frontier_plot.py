@@ -11,7 +11,7 @@ from qlora_trainer.config.paths import require_plot_path
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.planning.plan import FrontierCell, Plan
 from qlora_trainer.report.formats import format_bytes
-from qlora_trainer.report.frontier_table import length_label, size_label, speed_label
+from qlora_trainer.report.frontier_table import length_label, levers_key, levers_label, size_label, speed_label
 from qlora_trainer.report.screen import printable
 from qlora_trainer.run.checkpoint.storage import write_atomically
 
@@ -127,7 +127,8 @@ def _draw_cells(plan: Plan, axes: Axes, colours: ScalarMappable) -> None:
             red, green, blue = map(float, colours.to_rgba(np.array([cell.tokens_per_second]))[0, :3])
             axes.add_patch(Rectangle(corner, 1, 1, facecolor=(red, green, blue), linewidth=0))
             ink = _INK if _luminance(red, green, blue) > 0.24 else "white"  # whichever of the two stands out more
-            speed = speed_label(cell.tokens_per_second) + unit
+            levers = levers_label(cell)
+            speed = speed_label(cell.tokens_per_second) + unit + (f"  {levers}" if levers else "")
             for text, points, anchor, weight, offset in (
                 (size_label(cell), large, "bottom", "bold", large / 8),
                 (speed, small, "top", "normal", -large / 4),
@@ -211,4 +212,5 @@ def _draw_key(plan: Plan, figure: Figure) -> None:
         handles.append(Patch(facecolor="white", edgecolor=_CHOSEN, linewidth=3, label=what))
     if sum(cell.micro_batch_tokens > 0 for cell in plan.frontier) < len(ranks) * len(lengths):
         handles.append(Patch(facecolor=_NO_FIT, edgecolor=_HATCH, hatch="////", linewidth=0, label="does not fit"))
+    figure.text(_LEFT, 0.03, levers_key(plan), fontsize=10, color=_FAINT_INK, parse_math=False)
     figure.legend(handles=handles, loc="lower right", bbox_to_anchor=(0.89, 0.015), ncols=2, frameon=False, fontsize=11)

@@ -14,6 +14,15 @@ from qlora_trainer.planning.plan import FrontierCell, Plan
 from qlora_trainer.report.bars import MARK, MAX_WIDTH
 
 _RANK_WIDTH = 6
+# What stands for a lever that a cell needs, and what it is.
+LEVER_LETTERS = {
+    "offload": ("o", "inputs offloaded"),
+    "tile_tokens": ("t", "tiles"),
+    "embedding_residency": ("e", "embedding on the host"),
+    "optimizer_on_host": ("h", "optimizer on the host"),
+    "nf4_head": ("n", "NF4 head"),
+    "base_residency": ("s", "base streamed"),
+}
 
 
 def frontier_table(plan: Plan) -> RenderableType:
@@ -21,13 +30,26 @@ def frontier_table(plan: Plan) -> RenderableType:
     if not plan.frontier:
         return Text("no other ranks and lengths were looked at")
     title = Text("largest micro-batch by rank and seq_len", style="bold")
+    pulled = levers_key(plan)
     key = f"  in documents of seq_len; below it tokens/s, estimated\n  {MARK} this plan, - does not fit"
+    key += f"\n  {pulled}" if pulled else ""
     return Constrain(Group(title, Text(key, style="dim"), _Frontier(plan)), MAX_WIDTH)
 
 
 def length_label(seq_len: int) -> str:
     """ "512", "1k", "128k"; what is not a multiple of 1024 in full."""
     return f"{seq_len // 1024}k" if seq_len >= 1024 and seq_len % 1024 == 0 else str(seq_len)
+
+
+def levers_key(plan: Plan) -> str:
+    """What the letters of a frontier's cells stand for; empty where there are none."""
+    pulled = {name for cell in plan.frontier for name in cell.levers}
+    return ", ".join(f"{letter} {words}" for name, (letter, words) in LEVER_LETTERS.items() if name in pulled)
+
+
+def levers_label(cell: FrontierCell) -> str:
+    """ "os" for a cell that needs its inputs offloaded and its base streamed; empty for one that needs nothing."""
+    return "".join(letter for name, (letter, _) in LEVER_LETTERS.items() if name in cell.levers)
 
 
 def size_label(cell: FrontierCell) -> str:
@@ -79,5 +101,6 @@ class _Frontier:
         is_chosen = (cell.rank, cell.seq_len) == (self.plan.knobs.rank, self.plan.knobs.seq_len)
         text = Text(f"{MARK} " if is_chosen else "", style="bold green" if is_chosen else "").append(size_label(cell))
         if cell.micro_batch_tokens:
-            text.append(f"\n{speed_label(cell.tokens_per_second)}", style="" if is_chosen else "dim")
+            below = f"{speed_label(cell.tokens_per_second)} {levers_label(cell)}".rstrip()
+            text.append(f"\n{below}", style="" if is_chosen else "dim")
         return text

@@ -20,14 +20,15 @@ from qlora_trainer.data.stream import BlockStart
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, choose_device
 from qlora_trainer.hardware.heap import UNASKED_BYTES, keep_freed_blocks, release_free_memory, return_freed_blocks
+from qlora_trainer.hardware.input_store import input_store
 from qlora_trainer.hardware.memory import OutOfMemoryError, cap_device_memory, forget_peak, memory_errors_as_ours
-from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import fetch_weights
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
+from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.planning.plan import Plan, is_paged
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
@@ -104,10 +105,12 @@ def prepare(
         require_same_inputs(fingerprints, loaded)
 
     yield Preparing(what="loading the NF4 base")
-    model = load_quantized(base, cache, compute_dtype=DTYPES[machine.compute_dtype], device=device)
+    dtype, levers = DTYPES[machine.compute_dtype], knobs.plan.levers
+    model = load_quantized(base, cache, compute_dtype=dtype, device=device, levers=levers)
     lora = _lora_settings(config, model, knobs)
     attach_new_adapters(model, lora, dtype=DTYPES[machine.adapter_dtype], seed=config.training.seed)
-    recompute_layers(model, knobs.plan.activation_recompute_layers)
+    store = input_store(device, paging_folder)
+    keep_least(model, knobs.plan.num_recomputed, knobs.plan.activation_offload_layers, store)
     model.module.train()
     optimizer, scaler = _optimizer_and_scaler(config, model, knobs, paging_folder)
     release_free_memory()

@@ -55,7 +55,7 @@ def test_a_plan_for_this_cpu_is_timed_in_the_dtype_that_is_pinned(
 
     def measure(dtype: str) -> CpuSpeed:
         measured.append(dtype)
-        return CpuSpeed(flops=1e9, bytes=1e9, unpacked_elements=1e9, launch_seconds=1e-6)
+        return CpuSpeed(flops=1e9, bytes=1e9, unpacked_elements=1e9, launch_seconds=1e-6, file_bytes=1e9)
 
     monkeypatch.setattr(budget, "measure_cpu_speed", measure)
     monkeypatch.setattr(budget, "choose_device", lambda: torch.device("cpu"))
