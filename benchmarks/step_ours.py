@@ -75,6 +75,7 @@ def _session(case: Case, model: Any, optimizer: AdapterOptimizer) -> Session:
     session = SimpleNamespace(
         model=model,
         optimizer=optimizer,
+        scaler=None,
         packs=True,
         knobs=SimpleNamespace(plan=plan),
         config=SimpleNamespace(training=SimpleNamespace(seed=0, max_grad_norm=1.0)),
