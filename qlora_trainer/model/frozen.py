@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.hardware.heap import ResidentLimit
+from qlora_trainer.model.vocabulary_blocks import VocabularyBlocks, look_up_on_host
 
 
 class FrozenEmbedding(nn.Module):
@@ -15,6 +16,9 @@ class FrozenEmbedding(nn.Module):
         weight_VH: the table.
         compute_dtype: dtype of the residual stream.
         scale: factor some models (Gemma) put on embeddings, rounded to the compute dtype as they do; None for none.
+
+    Attributes:
+        device: of the rows that it returns, where the table lives on the host; None where it does not.
     """
 
     weight: Tensor
@@ -26,10 +30,15 @@ class FrozenEmbedding(nn.Module):
         self.register_buffer("weight", weight_VH, persistent=False)
         self.register_buffer("scale", None if scale is None else scale.to(compute_dtype), persistent=False)
         self.num_embeddings, self.embedding_dim = weight_VH.shape
+        self.device: torch.device | None = None
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 [...] -> [..., H] in the compute dtype."""
-        rows = nn.functional.embedding(input_ids, self.weight).to(self.compute_dtype)
+        if self.device is not None:
+            found = look_up_on_host(self.weight, input_ids, self.device)
+        else:
+            found = nn.functional.embedding(input_ids, self.weight)
+        rows = found.to(self.compute_dtype)
         return rows if self.scale is None else rows * self.scale
 
 
@@ -40,6 +49,9 @@ class FrozenHead(nn.Module):
         weight_VH: the projection, which is the embedding table itself where a model ties them.
         bias_V: bias or None.
         resident_limit: asked for room before the projection.
+
+    Attributes:
+        is_on_host: whether `weight` lives on the host and is used block by block.
     """
 
     weight: Tensor
@@ -51,10 +63,19 @@ class FrozenHead(nn.Module):
         self.register_buffer("weight", weight_VH, persistent=False)
         self.register_buffer("bias", bias_V, persistent=False)
         self.out_features, self.in_features = weight_VH.shape
+        self.is_on_host = False
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> logits [..., V] in hidden's dtype."""
         num_rows = hidden.numel() // self.in_features
-        self.resident_limit.make_room(hidden.itemsize * (self.weight.numel() + num_rows * self.out_features))
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        if self.is_on_host:
+            return self._in_blocks(hidden, bias)
+        self.resident_limit.make_room(hidden.itemsize * (self.weight.numel() + num_rows * self.out_features))
         return nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
+
+    def _in_blocks(self, hidden: Tensor, bias_V: Tensor | None) -> Tensor:
+        out = hidden.new_empty((*hidden.shape[:-1], self.out_features))
+        for block, part_VH in VocabularyBlocks.of(self.weight, hidden, is_on_host=True).each():
+            out[..., block] = nn.functional.linear(hidden, part_VH)
+        return out if bias_V is None else out.add_(bias_V)

@@ -6,6 +6,7 @@ from qlora_trainer.config.levers import Levers
 from qlora_trainer.model.activation_policy import tile_layers
 from qlora_trainer.model.base_stream import stream_base
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.tables import place_tables
 
 
 def pull_levers(model: QuantizedModel, levers: Levers) -> None:
@@ -16,4 +17,5 @@ def pull_levers(model: QuantizedModel, levers: Levers) -> None:
         levers: what is to be pulled from now on.
     """
     tile_layers(model, levers.tile_tokens)
+    place_tables(model, is_on_host=levers.embedding_residency == "host")
     stream_base(model, is_streamed=levers.base_residency == "streamed")

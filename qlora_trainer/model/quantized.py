@@ -133,7 +133,7 @@ def assemble(
         ConfigError: the architecture is not one that can be trained (see `find_parts`).
     """
     parts = find_parts(module)
-    dense = take_dense(parts, weights, compute_dtype=compute_dtype, device=device)
+    dense = take_dense(parts, weights, compute_dtype=compute_dtype, device=device, levers=levers)
     linears, resident_limit = {}, ResidentLimit()
     for name in parts.linears:
         packed = weights.nf4(f"{name}.weight")
@@ -158,11 +158,24 @@ def assemble(
 
 
 def take_dense(
-    parts: Parts, weights: DenseSource, *, compute_dtype: torch.dtype, device: torch.device
+    parts: Parts,
+    weights: DenseSource,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    levers: Levers = NO_LEVERS,
 ) -> dict[str, Tensor]:
-    """Everything but the linears' weights, by name: 1-D parameters in the compute dtype, tables as stored."""
+    """Everything but the linears' weights, by name: 1-D parameters in the compute dtype, tables as stored.
+
+    All of it goes to `device`, but for tables that `levers` keep on the host.
+    """
+    tables = {f"{name}.weight" for name in (*parts.embeddings, parts.head)}
+    stays = tables if levers.embedding_residency == "host" else set()
     return {
-        name: _as_stored_or_computed(weights.dense(name).to(device), compute_dtype) for name in parts.dense_parameters
+        name: _as_stored_or_computed(
+            weights.dense(name) if name in stays else weights.dense(name).to(device), compute_dtype
+        )
+        for name in parts.dense_parameters
     }
 
 
@@ -192,6 +205,8 @@ def put_dense(
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
+            if isinstance(part, NF4Linear | FrozenEmbedding | FrozenHead) and name != "scale":
+                continue  # where it should be since it was taken, which may be the host
             part.register_buffer(name, buffer.to(device), persistent=name not in part._non_persistent_buffers_set)
         if isinstance(part, nn.Dropout):
             part.p = 0.0  # the base is frozen: only the adapter's own dropout draws

@@ -23,6 +23,7 @@ from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
+from qlora_trainer.model.tables import tables_of
 from qlora_trainer.planning.tracker import StorageTracker
 
 
@@ -200,8 +201,7 @@ def _tag(model: QuantizedModel, tracker: StorageTracker) -> None:
     for linear in model.linears.values():
         tracker.tag((linear.packed, linear.bias), "base")
         tracker.tag((linear.absmax, linear.nested_absmax, linear.offset, linear.code), "quant_state")
-    table: Any = model.module.get_input_embeddings()
-    tracker.tag((model.head.weight, model.head.bias, table.weight), "embedding")
+    tracker.tag((*tables_of(model), model.head.bias), "embedding")
 
 
 def _resident(tracker: StorageTracker) -> dict[str, tuple[int, ...]]:

@@ -33,12 +33,14 @@ class StateTrace:
         gradient, optimizer: sizes of what stays: the flat gradient; master, moments and their scales.
         pageable_bytes: of `optimizer`, what a paged optimizer keeps in managed memory or in a file.
         levels: phase ("optimizer", "save", "resume") -> the most above that.
+        host_bytes: of the state that is on the host, and then nothing of it on the device.
     """
 
     gradient: tuple[int, ...]
     optimizer: tuple[int, ...]
     pageable_bytes: int
     levels: Mapping[str, Level]
+    host_bytes: int = 0
 
 
 def trace_state(
@@ -48,13 +50,15 @@ def trace_state(
     adapter_dtype: torch.dtype,
     device: torch.device,
     alignment_bytes: int,
+    is_on_host: bool = False,
 ) -> StateTrace:
     """Update, hand out and take back the state of an optimizer over that many elements.
 
     All adapters together are one parameter here: the optimizer's buffers are flat in any case.
     """
     tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
-    settings = OptimizerSettings(bits=bits, residency="device", weight_decay=0.0, paging_folder=Path())
+    residency: Literal["device", "host"] = "host" if is_on_host else "device"
+    settings = OptimizerSettings(bits=bits, residency=residency, weight_decay=0.0, paging_folder=Path())
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
         parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=adapter_dtype, device=device))
         parameter.grad_dtype = torch.float32
@@ -76,8 +80,9 @@ def trace_state(
         flats = optimizer.state_tensors()
     return StateTrace(
         gradient=(optimizer.gradient.nbytes,),
-        optimizer=tuple(flat.nbytes for flat in flats),
+        optimizer=tuple(flat.nbytes for flat in flats if flat.device.type == device.type),
         pageable_bytes=sum(flat.nbytes for flat in flats if flat.numel() == num_flat_elements),
+        host_bytes=sum(flat.nbytes for flat in flats if flat.device.type != device.type),
         levels={str(level.label): level for level in read_levels(tracker, alignment_bytes, bytes_of)},
     )
 

@@ -172,14 +172,14 @@ def _with_tokens(arguments: tuple[Any, ...], probe_tokens: int, tokens: int, row
 
 @functools.lru_cache(maxsize=4096)
 def _traced_bytes(op: str, arguments: tuple[Any, ...]) -> int:
-    device_types = {value.device.type for value in arguments if isinstance(value, TensorSpec)}
-    tracker = StorageTracker(inside=inside_bytes)
+    device_types = [value.device.type for value in arguments if isinstance(value, TensorSpec)]
+    tracker = StorageTracker(device_type=device_types[0], inside=inside_bytes)
     with FakeTensorMode(), torch.no_grad():
         made = [_empty(value) if isinstance(value, TensorSpec) else value for value in arguments]
         made = [list(value) if isinstance(value, tuple) else value for value in made]
         with tracker:
             out = _BODIES[op](*made)
-    if len(device_types) > 1:
+    if len(set(device_types)) > 1 and op != LOSS:  # whose projection may be on the host
         raise RuntimeError(f"{op} on several devices: {device_types}")
     results = (out,) if isinstance(out, Tensor) else out or ()  # one that works in place has none
     kept = {result.untyped_storage()._cdata: result.untyped_storage().nbytes() for result in results}

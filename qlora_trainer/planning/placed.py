@@ -10,6 +10,8 @@ from qlora_trainer.config.levers import Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
 from qlora_trainer.model.base_stream import NUM_BUFFERS, PARTS, layer_bytes, linears_of_layers, part_bytes
 from qlora_trainer.model.linear import NF4Linear
+from qlora_trainer.model.tables import tables_of
+from qlora_trainer.model.vocabulary_blocks import rows_in_block
 from qlora_trainer.planning.dry_model import DryModel
 
 
@@ -40,7 +42,24 @@ def place(dry: DryModel, memory: DeviceMemory, levers: Levers) -> Placed:
     """
     device = {name: sum(map(memory.aligned, sizes)) for name, sizes in dry.resident.items()}
     placed = Placed(device, host_bytes=0, load_peak_bytes=dry.load_peak_bytes)
+    if levers.embedding_residency == "host":
+        placed = _with_tables_on_host(dry, memory, placed)
     return _with_streamed_base(dry, memory, placed) if levers.base_residency == "streamed" else placed
+
+
+def _with_tables_on_host(dry: DryModel, memory: DeviceMemory, placed: Placed) -> Placed:
+    """On a CPU the pages of one block stay, in a head's product or in a lookup; on a GPU nothing does."""
+    tables = tables_of(dry.model)
+    largest_block = max(rows_in_block(table) * table.shape[1] * table.itemsize for table in tables)
+    device = dict(placed.device)
+    device["embedding"] -= sum(memory.aligned(table.nbytes) for table in tables)
+    device["embedding"] += largest_block if memory.kind == "cpu" else 0
+    return replace(
+        placed,
+        device=device,
+        host_bytes=placed.host_bytes + (0 if memory.kind == "cpu" else sum(table.nbytes for table in tables)),
+        load_peak_bytes=placed.load_peak_bytes - sum(placed.device.values()) + sum(device.values()),
+    )
 
 
 def _with_streamed_base(dry: DryModel, memory: DeviceMemory, placed: Placed) -> Placed:

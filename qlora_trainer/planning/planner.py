@@ -62,7 +62,7 @@ class Planner:
         adapter_dtype: what they are held in.
         prices: of the parts of a step, for a rank and what is pulled.
         placed: where the model without adapters lies, for what is pulled.
-        state_of: the optimizer's phases, for so many elements in so many bits.
+        state_of: the optimizer's phases, for so many elements in so many bits, on the host or not.
     """
 
     config: RunConfig
@@ -74,7 +74,7 @@ class Planner:
     adapter_dtype: torch.dtype
     prices: Callable[[int, Levers], Prices]
     placed: Callable[[Levers], Placed]
-    state_of: Callable[[int, Literal[8, 32]], StateTrace]
+    state_of: Callable[[int, Literal[8, 32], bool], StateTrace]
 
     @classmethod
     def of(
@@ -116,13 +116,14 @@ class Planner:
             levers = replace(levers, base_residency="device", optimizer_on_host=False, tile_tokens=tile_tokens)
             return traced(rank if settings.rank_pattern else settings.rank, levers)
 
-        def state_of(num_elements: int, bits: Literal[8, 32]) -> StateTrace:
+        def state_of(num_elements: int, bits: Literal[8, 32], is_on_host: bool) -> StateTrace:
             return trace_state(
                 num_elements,
                 bits=bits,
                 adapter_dtype=adapter_dtype,
                 device=device,
                 alignment_bytes=alignment,
+                is_on_host=is_on_host,
             )
 
         prices_of(rank)  # traced now, so that the process is as large as it will be when it is asked for its size
@@ -179,6 +180,8 @@ class Planner:
         offload = [Lever("offload", self.dry.num_layers)] if memory.activation_offload == "auto" else []
         open_keys = {
             "tile_tokens": memory.tile_tokens,
+            "optimizer_on_host": memory.optimizer_residency,
+            "embedding_residency": memory.embedding_residency,
             "base_residency": memory.base_residency,
         }
         others = [Lever(name, value) for name, value in self.pullable().items() if open_keys[name] == "auto"]
@@ -187,7 +190,9 @@ class Planner:
     def pullable(self) -> dict[str, Any]:
         """The fields of `Levers` that this model can be run with on this device, and what they become."""
         tiles = {"tile_tokens": TILE_TOKENS} if can_tile(self.dry.model) else {}
-        return {**tiles, "base_residency": "streamed"}
+        # On a CPU the host is the device.
+        optimizer = {"optimizer_on_host": True} if self.budget.kind == "cuda" else {}
+        return {**tiles, **optimizer, "embedding_residency": "host", "base_residency": "streamed"}
 
     def price(self, layout: Layout, optimizer: str) -> Usage:
         """What a layout takes, put together from the parts of a step."""
@@ -236,23 +241,27 @@ class Planner:
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
         shapes = self.shapes(layout.rank)
-        state = self.state_of(num_flat_elements(shapes.values()), optimizer_bits(optimizer))
+        is_on_host = layout.levers.optimizer_on_host
+        state = self.state_of(num_flat_elements(shapes.values()), optimizer_bits(optimizer), is_on_host)
         aligned = self.budget.memory.aligned
         placed = self.placed(layout.levers)
         resident = dict(placed.device)
-        # What is fp32 is its own master: it lies in the optimizer's buffer. Beside a magnitude is a norm.
+        # What is fp32 is its own master, unless that is on the host: it lies in the optimizer's buffer. Beside a
+        # magnitude is a norm.
         in_16_bits = [shape for shape in shapes.values() if len(shape) == 2 and self.adapter_dtype != torch.float32]
         norms = [shape for name, shape in shapes.items() if name.endswith(MAGNITUDE)]
+        in_32_bits = [shape for shape in shapes.values() if shape not in in_16_bits] if is_on_host else []
         resident["adapter"] = sum(aligned(2 * prod(shape)) for shape in in_16_bits)
+        resident["adapter"] += sum(aligned(4 * prod(shape)) for shape in in_32_bits)
         resident["adapter"] += sum(aligned(4 * prod(shape)) for shape in norms)
         resident["gradient"] = sum(map(aligned, state.gradient))
         resident["optimizer"] = sum(map(aligned, state.optimizer))
-        paged_bytes = state.pageable_bytes if is_paged(optimizer) else 0
+        paged_bytes = state.pageable_bytes if is_paged(optimizer) and not is_on_host else 0
         resident["optimizer"] -= paged_bytes
         resident["other"] = resident.get("other", 0) + self.budget.memory.workspace_bytes
         evaluation = {"eval": evaluation_level(self.prices(layout.rank, layout.levers), layout)}
         used = usage(resident, placed.load_peak_bytes, {**levels, **evaluation}, state)
-        host_bytes = placed.host_bytes + self._offloaded_bytes(layout)
+        host_bytes = placed.host_bytes + state.host_bytes + self._offloaded_bytes(layout)
         return replace(used, paged_bytes=paged_bytes, host_bytes=host_bytes)
 
     def _offloaded_bytes(self, layout: Layout) -> int:
@@ -272,7 +281,12 @@ class Planner:
         )
         streamed_bytes = self.placed(layout.levers).streamed_bytes
         prices, speed = self.prices(layout.rank, layout.levers), self.budget.speed
-        return tokens_per_second(prices, layout, demand, speed, streamed_bytes=streamed_bytes)
+        num_on_host = 0
+        if layout.levers.optimizer_on_host:
+            num_on_host = num_flat_elements(self.shapes(layout.rank).values())
+        return tokens_per_second(
+            prices, layout, demand, speed, streamed_bytes=streamed_bytes, host_elements=num_on_host
+        )
 
     def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:
         """Whether both budgets hold that, and `slack_bytes` more."""

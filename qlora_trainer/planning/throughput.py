@@ -19,6 +19,9 @@ from qlora_trainer.planning.work import WorkSum
 GPU_PRODUCT_SHARE, GPU_BANDWIDTH_SHARE, GPU_LAUNCH_SECONDS = 0.75, 0.79, 14e-6
 # Copies from pinned memory reach 80 to 90 % of what PCIe carries (see `hardware.gpu_catalogue`).
 GPU_LINK_SHARE = 0.8
+# An update of one element in 32 bits reads four numbers and writes three, and a copy of three is made before it; of a
+# host whose speed nobody knows, two channels of DDR4-3200 at 40 %: a guess.
+HOST_UPDATE_BYTES, HOST_BANDWIDTH = 4 * (4 + 3 + 2 * 3), 20e9
 # Causal attention is half of a full product, and its kernels reach about this share of the product rate.
 ATTENTION_SHARE = 0.5
 
@@ -89,7 +92,7 @@ def gpu_speed(gpu: Gpu) -> Speed:
 
 
 def tokens_per_second(
-    prices: Prices, layout: Layout, demand: Demand, speed: Speed, *, streamed_bytes: int = 0
+    prices: Prices, layout: Layout, demand: Demand, speed: Speed, *, streamed_bytes: int = 0, host_elements: int = 0
 ) -> float:
     """Tokens trained on in a second.
 
@@ -99,6 +102,7 @@ def tokens_per_second(
     Args:
         prices, layout, demand, speed: of the parts, of the step, of the data and of the device.
         streamed_bytes: of the base that pass through the device in a forward, and again in a backward.
+        host_elements: that are updated on the host.
     """
     tokens = demand.global_batch_size * demand.mean_tokens
     num_micro_batches = max(1, -(-demand.usual_batch_tokens // demand.filled_tokens(layout.tokens)))
@@ -107,9 +111,21 @@ def tokens_per_second(
     over_link = 2 * (
         num_micro_batches * streamed_bytes
         + tokens * layout.num_offloaded * hidden_bytes(prices, layout) / layout.tokens  # out and back
+        + tokens * _head_bytes_over_link(prices, layout) / layout.tokens
     )
     link = over_link / speed.link_bytes
-    return float(tokens / (max(work, link) if speed.link_overlaps else work + link))
+    # Gradients there and weights back, in fp32; nothing goes on beside it.
+    update = host_elements * (8 / speed.link_bytes + HOST_UPDATE_BYTES / HOST_BANDWIDTH)
+    return float(tokens / (update + (max(work, link) if speed.link_overlaps else work + link)))
+
+
+def _head_bytes_over_link(prices: Prices, layout: Layout) -> int:
+    """Of a micro-batch, in a forward: a head on the host comes once for each chunk of the loss."""
+    if layout.levers.embedding_residency != "host":
+        return 0
+    _, head = prices.parts.head_spec
+    chunk = min(layout.loss_chunk, layout.levers.tile_tokens or layout.loss_chunk)
+    return -(-layout.tokens // chunk) * math.prod(head.shape) * head.dtype.itemsize
 
 
 def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed: Speed) -> float:

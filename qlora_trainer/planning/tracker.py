@@ -253,12 +253,15 @@ class StorageTracker(TorchDispatchMode):
         events, index = self.events, len(self.events.num_bytes)
         category = CATEGORIES.index(_CATEGORY_OF_OP.get(name, "other"))
         self.insides.append(Inside(index, name, args_spec(args)))
+        first = next((value for value in args if isinstance(value, Tensor)), None)
+        is_device = first is None or self._device_type in (None, first.device.type)
         for signed in (inside_bytes, -inside_bytes):
             events.num_bytes.append(signed)
             events.allocation.append(index)
             events.category.append(category)
-            events.is_device.append(True)
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes + self._rounded(inside_bytes))
+            events.is_device.append(is_device)
+        if is_device:
+            self.peak_bytes = max(self.peak_bytes, self.live_bytes + self._rounded(inside_bytes))
 
     def _rounded(self, num_bytes: int) -> int:
         return -(-num_bytes // self._alignment_bytes) * self._alignment_bytes

@@ -41,10 +41,11 @@ class MicroBatch:
     row_keys_T: Tensor
     num_tokens: int
 
-    def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on `device`."""
+    def to(self, device: torch.device, *, are_ids_looked_up_here: bool = False) -> MicroBatch:
+        """The same micro-batch on `device`; its tokens' numbers stay where they are, where they are looked up there."""
+        ids_BT = self.input_ids_BT
         return MicroBatch(
-            input_ids_BT=self.input_ids_BT.to(device, non_blocking=True),
+            input_ids_BT=ids_BT if are_ids_looked_up_here else ids_BT.to(device, non_blocking=True),
             position_ids_BT=self.position_ids_BT.to(device, non_blocking=True),
             document_lengths=self.document_lengths,
             source_positions_N=self.source_positions_N.to(device, non_blocking=True),

@@ -3,8 +3,8 @@
 Forward computes the gradient too, chunk by chunk, while the logits are at hand, so each is made once and nothing but
 one [N, H] gradient is kept for backward (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al., 2024).
 
-A projection that is stored in 16 bits and multiplied in fp32 is upcast in blocks of tokens of the vocabulary: whole, it
-would be the largest tensor of a small model's step.
+A projection that is stored in 16 bits and multiplied in fp32, or that lives on the host, is multiplied in blocks of
+tokens of the vocabulary (`model.vocabulary_blocks`).
 
 `logsumexp` and `cross_entropy` make copies of the logits inside, which no trace can see and no budget has room for; the
 softmax is written out, in place, so that one fp32 [C, V] is all there is (and its 16-bit form for the products).
@@ -14,7 +14,6 @@ Legend: N supervised positions, C positions in a chunk, H hidden size, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,8 +21,7 @@ from torch import Tensor
 
 from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.quantized import LogitShape
-
-UPCAST_ELEMENTS = 2**22  # of the projection at once: 16 MiB in fp32
+from qlora_trainer.model.vocabulary_blocks import VocabularyBlocks, rows_in_block
 
 
 def chunked_cross_entropy(
@@ -58,6 +56,7 @@ def chunked_cross_entropy(
         chunk_tokens,
         needs_gradient,
         gradient_scale,
+        head.is_on_host,
     )
     return loss
 
@@ -70,7 +69,7 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
     if hidden_NH.dtype != torch.float32:
         num_bytes += itemsize * chunk_elements
     if head.weight.dtype != hidden_NH.dtype:
-        num_bytes += itemsize * _rows_in_block(head.weight) * head.in_features
+        num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
     return num_bytes + hidden_NH.nbytes
 
 
@@ -83,10 +82,8 @@ def chunk_logits(hidden_CH: Tensor, head: FrozenHead, logit_shape: LogitShape) -
         logit_shape: scale and soft cap.
     """
     out_CV = hidden_CH.new_empty((hidden_CH.shape[0], head.out_features), dtype=torch.float32)
-    upcast = None
-    if head.weight.dtype != hidden_CH.dtype:
-        upcast = hidden_CH.new_empty((_rows_in_block(head.weight), head.in_features))
-    logits_CV = _logits(hidden_CH, head.weight, upcast, out_CV)
+    blocks = VocabularyBlocks.of(head.weight, hidden_CH, is_on_host=head.is_on_host)
+    logits_CV = _logits(hidden_CH, blocks, out_CV)
     if head.bias is not None:
         logits_CV += head.bias.float()
     _shape_logits_(logits_CV, logit_shape.scale, logit_shape.softcap)
@@ -118,19 +115,21 @@ def loss_and_gradient(
     chunk_tokens: int,
     needs_gradient: bool,
     gradient_scale: Tensor | None = None,
+    is_on_host: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed)."""
+    """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed).
+
+    `is_on_host`: whether the projection lives on the host (see `model.vocabulary_blocks`).
+    """
     loss = hidden_NH.new_zeros((), dtype=torch.float32)
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     num_positions = hidden_NH.shape[0]
     # One buffer for all chunks: so large a block comes from the system each time, and its pages are zeroed.
     buffer_CV = hidden_NH.new_empty((min(num_positions, chunk_tokens), weight_VH.shape[0]), dtype=torch.float32)
-    upcast = None
-    if weight_VH.dtype != hidden_NH.dtype:
-        upcast = hidden_NH.new_empty((_rows_in_block(weight_VH), weight_VH.shape[1]))
+    blocks = VocabularyBlocks.of(weight_VH, hidden_NH, is_on_host=is_on_host)
     for first in range(0, num_positions, chunk_tokens):
         chunk = slice(first, first + chunk_tokens)
-        logits_CV = _logits(hidden_NH[chunk], weight_VH, upcast, buffer_CV[: min(chunk_tokens, num_positions - first)])
+        logits_CV = _logits(hidden_NH[chunk], blocks, buffer_CV[: min(chunk_tokens, num_positions - first)])
         if bias_V is not None:
             logits_CV += bias_V.float()
         tanh_CV = _shape_logits_(logits_CV, scale, softcap)
@@ -145,15 +144,15 @@ def loss_and_gradient(
                 grad_CV.mul_(scale)
             if gradient_scale is not None:
                 grad_CV.mul_(gradient_scale)
-            _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), weight_VH, upcast)
+            _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), blocks)
             del grad_CV
         del tanh_CV  # before the next chunk's is made
     return loss, grad_NH
 
 
-def _logits(hidden_CH: Tensor, weight_VH: Tensor, upcast: Tensor | None, out_CV: Tensor) -> Tensor:
+def _logits(hidden_CH: Tensor, blocks: VocabularyBlocks, out_CV: Tensor) -> Tensor:
     """The logits of a chunk, in fp32, in the place of `out_CV`."""
-    for block, part_VH in _parts(weight_VH, upcast):
+    for block, part_VH in blocks.each():
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, part_VH.t(), out=out_CV[:, block])
         else:
@@ -161,25 +160,19 @@ def _logits(hidden_CH: Tensor, weight_VH: Tensor, upcast: Tensor | None, out_CV:
     return out_CV
 
 
-def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, weight_VH: Tensor, upcast: Tensor | None) -> None:
+def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, blocks: VocabularyBlocks) -> None:
     """`out` becomes the gradient of the chunk's hidden states."""
-    for block, part_VH in _parts(weight_VH, upcast):
-        out_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 `out` is not read
-
-
-def _parts(weight_VH: Tensor, upcast: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of the vocabulary, one after the other in the buffer `upcast`; all of it where nothing is upcast."""
-    num_tokens = weight_VH.shape[0]
-    if upcast is None:
-        yield slice(0, num_tokens), weight_VH
-        return
-    for first in range(0, num_tokens, upcast.shape[0]):
-        block = slice(first, min(first + upcast.shape[0], num_tokens))
-        yield block, upcast[: block.stop - first].copy_(weight_VH[block])
-
-
-def _rows_in_block(weight_VH: Tensor) -> int:
-    return min(weight_VH.shape[0], max(1, UPCAST_ELEMENTS // weight_VH.shape[1]))
+    # In 16 bits a sum over many blocks would be rounded with each.
+    sum_CH = (
+        out_CH if not blocks.is_cut or out_CH.dtype == torch.float32 else torch.zeros_like(out_CH, dtype=torch.float32)
+    )
+    for block, part_VH in blocks.each():
+        if sum_CH is out_CH:
+            sum_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 it is not read
+        else:
+            sum_CH += torch.mm(grad_CV[:, block], part_VH)
+    if sum_CH is not out_CH:
+        out_CH.copy_(sum_CH)
 
 
 @loss_and_gradient.register_fake
@@ -193,6 +186,7 @@ def _(
     chunk_tokens: int,
     needs_gradient: bool,
     gradient_scale: Tensor | None = None,
+    is_on_host: bool = False,
 ) -> tuple[Tensor, Tensor]:
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     return hidden_NH.new_empty((), dtype=torch.float32), grad_NH
@@ -205,7 +199,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
     (grad_NH,) = ctx.saved_tensors
-    return grad_NH * grad_loss.to(grad_NH.dtype), None, None, None, None, None, None, None, None
+    return (grad_NH * grad_loss.to(grad_NH.dtype), *[None] * 9)
 
 
 loss_and_gradient.register_autograd(_backward, setup_context=_save_for_backward)

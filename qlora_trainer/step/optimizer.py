@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
+from qlora_trainer.hardware.side_stream import SideStream
 from qlora_trainer.model.adapters import MAGNITUDE
 
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
@@ -43,7 +44,8 @@ class OptimizerSettings:
 
     Attributes:
         bits: width of the two moments, 32 or 8.
-        residency: where master and moments live: with the model, or in memory that can be paged out.
+        residency: where master and moments live: with the model, in memory that can be paged out, or on the host, where
+            they are updated, too: gradients go there in pieces, and rounded weights come back.
         weight_decay: decoupled (Loshchilov & Hutter, 2019).
         paging_folder: where the files of paged state lie on a CPU.
         rate_ratio: learning rate of the B matrices over that of A (LoRA+, Hayou et al., 2024); of DoRA's magnitudes
@@ -51,7 +53,7 @@ class OptimizerSettings:
     """
 
     bits: Literal[8, 32]
-    residency: Literal["device", "paged"]
+    residency: Literal["device", "paged", "host"]
     weight_decay: float
     paging_folder: Path
     rate_ratio: float = 1.0
@@ -63,12 +65,14 @@ class _Piece:
 
     Attributes:
         parameter: a view of the master; bitsandbytes leaves a parameter alone whose `.grad` is None.
-        gradient: its gradient.
+        elements: where it is in the flat buffers.
+        gradient: its gradient, on the model's device.
         state: all that an update writes: its columns of the stacks.
         rate_ratio: its learning rate over that of the step.
     """
 
     parameter: nn.Parameter
+    elements: slice
     gradient: Tensor
     state: tuple[Tensor, ...]
     rate_ratio: float
@@ -111,6 +115,8 @@ class AdapterOptimizer:
         # With two rates, what has the other one lies behind all else: a piece then has one rate, and pieces stay large.
         self._num_at_rate, self._places = _lay_out(self._parameters, has_two_rates=settings.rate_ratio != 1.0)
         self._device = next(iter(self._parameters.values())).device
+        is_on_host = settings.residency == "host" and not _is_host(self._device)
+        self._host = SideStream(self._device) if is_on_host else None
         last = list(self._places.values())[-1]
         num_elements = _padded(last.first + last.num_elements)
         # Rows of one dtype lie in one stack, so that a piece of all of them is copied by one kernel.
@@ -120,7 +126,7 @@ class AdapterOptimizer:
         for name, parameter in self._parameters.items():
             place = self._places[name]
             place.view(self._master).copy_(parameter.data)
-            if parameter.dtype == torch.float32:
+            if parameter.dtype == torch.float32 and self._host is None:
                 parameter.data = place.view(self._master)  # an fp32 adapter is its own master
         # Only now: where adapters are fp32, what they were in is free again.
         self.gradient = torch.zeros(num_elements, dtype=torch.float32, device=self._device)
@@ -128,7 +134,7 @@ class AdapterOptimizer:
             parameter.grad = self._places[name].view(self.gradient)
         num_blocks = num_elements // BLOCK_ELEMENTS
         self._scale_stacks = tuple(
-            torch.zeros((len(names), num_blocks), dtype=dtype, device=self._device)
+            torch.zeros((len(names), num_blocks), dtype=dtype, device=self._master.device)
             for names, dtype in _SCALE_ROWS[settings.bits]
         )
         self._scales = _by_name(_SCALE_ROWS[settings.bits], self._scale_stacks)
@@ -186,11 +192,12 @@ class AdapterOptimizer:
         if must_be_finite is not None:
             is_bad = (must_be_finite * 0.0).sum().isnan()  # three kernels; `isfinite` and `all` take five
             self.gradient.masked_fill_(is_bad, 0.0)  # what the library makes of NaN in 8 bits is not told
+            is_bad = is_bad.to(self._master.device)
         for piece in self._pieces[self._num_updated_pieces :]:
             with _wholly_or_not_at_all(piece.state, is_bad):
                 self._adamw.param_groups[0]["lr"] = learning_rate * piece.rate_ratio
                 self._adamw.state[piece.parameter]["step"] = self.step_count  # a try that failed has counted it
-                piece.parameter.grad = piece.gradient
+                piece.parameter.grad = self._beside_the_master(piece.gradient)
                 try:
                     self._adamw.step()
                 finally:
@@ -240,8 +247,16 @@ class AdapterOptimizer:
         self._begin_at(int(state["step_count"]))
         self._refresh_parameters()
 
+    def _beside_the_master(self, gradient: Tensor) -> Tensor:
+        """The gradient of a piece where it is updated."""
+        if self._host is None:
+            return gradient
+        return self._host.host_memory(gradient.numel(), gradient.dtype).copy_(gradient)
+
     def _zeros(self, names: Sequence[str], num_elements: int, dtype: torch.dtype) -> Tensor:
-        if self.settings.residency == "device":
+        if self._host is not None:
+            return self._host.host_memory(len(names) * num_elements, dtype).zero_().view(len(names), num_elements)
+        if self.settings.residency != "paged":
             return torch.zeros((len(names), num_elements), dtype=dtype, device=self._device)
         folder = self.settings.paging_folder
         flat = zeros_paged(len(names) * num_elements, dtype=dtype, device=self._device, folder=folder)
@@ -252,14 +267,29 @@ class AdapterOptimizer:
         self._num_updated_pieces = 0
 
     def _refresh_parameters(self) -> None:
+        if self._host is not None:
+            self._refresh_from_host()
+            return
         rounded = [name for name, parameter in self._parameters.items() if parameter.dtype != torch.float32]
         if rounded:
             sources = [self._places[name].view(self._master) for name in rounded]
             torch._foreach_copy_([self._parameters[name].data for name in rounded], sources)
 
+    def _refresh_from_host(self) -> None:
+        """A piece of the master goes to the device as it is, and is rounded there into the weights it belongs to."""
+        weights = [(place, self._parameters[name].data.view(-1)) for name, place in self._places.items()]
+        for piece in self._pieces:
+            first, end = piece.elements.start, piece.elements.stop
+            arrived = self._master[first:end].to(self._device, non_blocking=True)
+            for place, flat in weights:
+                begin, stop = max(first, place.first), min(end, place.first + place.num_elements)
+                if begin < stop:
+                    flat[begin - place.first : stop - place.first].copy_(arrived[begin - first : stop - first])
+            del arrived
+
     def _cut(self) -> tuple[_Piece, ...]:
         num_elements = self._master.numel()
-        piece_elements = CPU_PIECE_ELEMENTS if self._device.type == "cpu" else GPU_PIECE_ELEMENTS
+        piece_elements = CPU_PIECE_ELEMENTS if self._master.device.type == "cpu" else GPU_PIECE_ELEMENTS
         border = self._num_at_rate
         starts = [*range(0, border, piece_elements), *range(border, num_elements, piece_elements)]
         pieces = []
@@ -272,7 +302,7 @@ class AdapterOptimizer:
                 *(stack_KE[:, elements] for stack_KE in self._stacks),
                 *(stack_KB[:, blocks] for stack_KB in self._scale_stacks),
             )
-            pieces.append(_Piece(parameter, self.gradient[elements], state, rate_ratio))
+            pieces.append(_Piece(parameter, elements, self.gradient[elements], state, rate_ratio))
         return tuple(pieces)
 
     def _make_adamw(self) -> Any:
@@ -283,13 +313,17 @@ class AdapterOptimizer:
         """
         parameters = [piece.parameter for piece in self._pieces]
         adamw = make_adamw(parameters, weight_decay=self.settings.weight_decay, optim_bits=self.settings.bits)
-        signed_map, unsigned_map = (dynamic_map(signed=signed, device=self._device) for signed in (True, False))
+        signed_map, unsigned_map = (dynamic_map(signed=signed, device=self._master.device) for signed in (True, False))
         maps = {"qmap1": signed_map, "qmap2": unsigned_map} if self._scales else {}
         for piece in self._pieces:
             rows = _by_name((*_ROWS[self.settings.bits], *_SCALE_ROWS[self.settings.bits]), piece.state)
             del rows["master"]
             adamw.state[piece.parameter] = {"step": 0, **rows, **maps}
         return adamw
+
+
+def _is_host(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def _by_name(stacked: Iterable[tuple[Sequence[str], torch.dtype]], stacks: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from qlora_trainer.model.dora import refresh_norms
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.loss import add_cross_entropy_, chunk_logits
-from qlora_trainer.step.train_step import supervised_states
+from qlora_trainer.step.train_step import on_device, supervised_states
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ def score(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss_ch
     model.module.eval()
     try:
         for here in micro_batches:
-            micro_batch = here.to(model.device)
+            micro_batch = on_device(model, here)
             hidden_NH = supervised_states(model, micro_batch, loss_chunk_tokens=loss_chunk_tokens)
             loss = torch.zeros((), dtype=torch.float32, device=model.device)
             for first in range(0, hidden_NH.shape[0], loss_chunk_tokens):

@@ -42,7 +42,7 @@ def accumulate_gradients(
     for micro_batch in micro_batches:
         loss_sum = summed_loss(
             model,
-            micro_batch.to(model.device),
+            on_device(model, micro_batch),
             loss_chunk_tokens=loss_chunk_tokens,
             gradient_scale=gradient_scale,
         )
@@ -62,10 +62,15 @@ def evaluate(model: QuantizedModel, micro_batches: Iterable[MicroBatch], *, loss
     model.module.eval()
     try:
         for micro_batch in micro_batches:
-            total += summed_loss(model, micro_batch.to(model.device), loss_chunk_tokens=loss_chunk_tokens)
+            total += summed_loss(model, on_device(model, micro_batch), loss_chunk_tokens=loss_chunk_tokens)
     finally:
         model.module.train(was_training)
     return total
+
+
+def on_device(model: QuantizedModel, micro_batch: MicroBatch) -> MicroBatch:
+    """A micro-batch where the model wants it; tables on the host are looked up there."""
+    return micro_batch.to(model.device, are_ids_looked_up_here=model.head.is_on_host)
 
 
 def summed_loss(

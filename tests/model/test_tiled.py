@@ -145,9 +145,8 @@ class _Made(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.shapes |= {
-            tuple(part.shape) for part in ([out] if isinstance(out, Tensor) else out or ()) if part is not None
-        }
+        results = [out] if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else []
+        self.shapes |= {tuple(part.shape) for part in results if isinstance(part, Tensor) and part.ndim}
         return out
 
 

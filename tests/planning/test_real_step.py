@@ -14,15 +14,19 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
+from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.model.pull_levers import pull_levers
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import trace_state, trace_training
 from qlora_trainer.planning.price import Layout, Prices, evaluation_level
+from qlora_trainer.planning.pulled import pulled
+from qlora_trainer.planning.rungs import pulled_levers
 from qlora_trainer.planning.shallow_trace import trace_step
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import Document
@@ -50,11 +54,13 @@ class Case:
     seq_len: int
     packing: bool = True
     dora: bool = False
+    levers: Levers = NO_LEVERS
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
+        policy += "".join(f"-{name}={value}" for name, value in pulled_levers(self.levers, num_offloaded=0).items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
 
     @property
@@ -66,6 +72,7 @@ class Case:
             rows=1 if self.packing else NUM_TOKENS // self.seq_len,
             num_recomputed=self.num_recomputed,
             loss_chunk=CHUNK,
+            levers=self.levers,
         )
 
     @property
@@ -84,6 +91,12 @@ FAST = [
     Case("phi3", 0, 0.1, FP32, 512),
     Case("llama", 0, 0.0, FP32, 128, dora=True),
     Case("llama", 4, 0.1, BF16, 512, dora=True),
+    Case("llama", 4, 0.0, FP32, 512, levers=Levers(tile_tokens=64)),
+    Case("gemma2", 4, 0.1, FP32, 128, levers=Levers(tile_tokens=128)),
+    Case("qwen3", 2, 0.0, BF16, 128, packing=False, levers=Levers(tile_tokens=200)),
+    Case("llama", 4, 0.1, FP32, 512, dora=True, levers=Levers(tile_tokens=128)),
+    Case("phi3", 2, 0.0, FP32, 128, levers=Levers(embedding_residency="host")),
+    Case("llama", 4, 0.0, BF16, 512, levers=Levers(tile_tokens=64, embedding_residency="host")),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -146,6 +159,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
     optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())
     optimizer = AdapterOptimizer(trainable_parameters(model), optimizer_settings)
+    pull_levers(model, case.levers)
     recompute_layers(model, case.num_recomputed)
     batch = micro_batch(case)
     counted = allocated_by(
@@ -155,17 +169,19 @@ def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
     )
     assert counted.net_bytes == 4  # the loss
     assert float(optimizer.clip_gradients(None)) > 0.0
-    levels = trace_training(
-        dry_model(case, base),
-        settings,
-        adapter_dtype=torch.bfloat16,
-        num_tokens=NUM_TOKENS,
-        document_lengths=(case.seq_len,),
-        rows=case.layout.rows,
-        num_recomputed=case.num_recomputed,
-        loss_chunk_tokens=CHUNK,
-        alignment_bytes=1,
-    )
+    dry = dry_model(case, base)
+    with pulled(dry, case.levers):
+        levels = trace_training(
+            dry,
+            settings,
+            adapter_dtype=torch.bfloat16,
+            num_tokens=NUM_TOKENS,
+            document_lengths=(case.seq_len,),
+            rows=case.layout.rows,
+            num_recomputed=case.num_recomputed,
+            loss_chunk_tokens=CHUNK,
+            alignment_bytes=1,
+        )
     require_close(max(level.peak_bytes for level in levels), counted.peak_bytes)
 
 
@@ -180,15 +196,27 @@ def test_any_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4
     check_training(case, *prepared(case.name))
 
 
-@pytest.mark.parametrize("case", [Case("llama", 0, 0.1, FP32, 512), Case("gemma2", 0, 0.0, FP32, 128)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", 0, 0.1, FP32, 512),
+        Case("gemma2", 0, 0.0, FP32, 128),
+        Case("llama", 0, 0.0, FP32, 512, levers=Levers(tile_tokens=128)),
+        Case("llama", 0, 0.0, FP32, 128, levers=Levers(embedding_residency="host")),
+    ],
+    ids=str,
+)
 def test_an_evaluation(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
     base, cache_ = prepared(case.name)
     model = load_for_training(base, cache_, case.dtype)
     settings = LoraSettings(rank=8, alpha=16.0, dropout=case.dropout, targets=tuple(model.linears))
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
+    pull_levers(model, case.levers)
     batch = micro_batch(case)
     counted = allocated_by(lambda: evaluate(model, [batch], loss_chunk_tokens=CHUNK))
-    parts = trace_step(dry_model(case, base), settings, adapter_dtype=torch.bfloat16)
+    dry = dry_model(case, base)
+    with pulled(dry, case.levers):
+        parts = trace_step(dry, settings, adapter_dtype=torch.bfloat16)
     require_close(evaluation_level(Prices(parts, cpu_memory()), case.layout).peak_bytes, counted.peak_bytes)
 
 
