@@ -38,6 +38,7 @@ LEAST_USED_SHARE = 0.85
 LEAST_OF_FASTEST = 0.98  # of the fastest that fits: what two measurements of the machine's speed may differ by
 RANK = 16  # the default
 IN_FP32 = "quantization.compute_dtype=float32"  # losses of different cuts are compared
+NO_LEVERS = ("memory.activation_offload=false", "memory.tile_tokens=0", "memory.base_residency=device")
 # The plan asks what its own process takes, and `train` imports a little more than what plans here.
 SPARE_BYTES = 12 * MIB
 _PLAN = """
@@ -244,8 +245,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(outcome.is_right(layouts) for outcome in outcomes) else 1
 
 
-def small_run(folder: Path, base: str, *, seq_len: int, batch: int) -> list[str]:
-    """Overrides of a run of four steps, of `batch` documents of `seq_len` tokens each; its data are written."""
+def small_run(folder: Path, base: str, *, seq_len: int, batch: int, with_levers: bool = False) -> list[str]:
+    """Overrides of a run of four steps, of `batch` documents of `seq_len` tokens each; its data are written.
+
+    Without levers, all that is decided is in `Estimated.knobs`.
+    """
     from qlora_trainer.model.base import read_tokenizer, resolve_base
 
     if base in ARCHITECTURES:
@@ -263,6 +267,7 @@ def small_run(folder: Path, base: str, *, seq_len: int, batch: int) -> list[str]
         "training.max_steps=4",
         "training.learning_rate=1e-3",
         "output.sample_questions=1",
+        *(() if with_levers else NO_LEVERS),
     ]
 
 

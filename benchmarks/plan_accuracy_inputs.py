@@ -154,6 +154,9 @@ CASES = (
     _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256"),
     _case(f"{SMOLLM2} 1x2048 r8 recompute 8bit bf16 c512"),
     _case(f"{SMOLLM2} 1x512 r64 keep 32bit fp32 c128"),
+    _case("llama 2x1024 r16 recompute 32bit fp32 c256", "memory.activation_offload=true"),
+    _case("qwen3 1x4096 r8 recompute 32bit fp32 c256", "memory.activation_offload=3"),
+    _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256", "memory.activation_offload=true"),
 )
 QUICK = (CASES[0], CASES[12], CASES[21])
 

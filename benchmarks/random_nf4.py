@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
 from benchmarks.load import SIZES
 from qlora_trainer.model import nf4
 from qlora_trainer.model.quantized import QuantizedModel, assemble
-from qlora_trainer.model.skeleton import build_skeleton
+from qlora_trainer.model.nf4_cache import SHARD_BYTES, STORED_DTYPE
+from qlora_trainer.model.skeleton import build_skeleton, find_parts
 
 STANDARD_DEVIATION = 0.02
 
@@ -52,3 +56,34 @@ def random_model(size: str, compute_dtype: torch.dtype) -> QuantizedModel:
     skeleton = build_skeleton(LlamaConfig(**SIZES[size]), with_buffers=True)  # type: ignore[arg-type]
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
     return assemble(skeleton, RandomWeights(shapes), compute_dtype=compute_dtype, device=torch.device("cpu"))
+
+
+def write_random_cache(folder: Path, size: str) -> int:
+    """The same weights as an NF4 cache in `folder`, a shard at a time in memory; returns its bytes."""
+    skeleton = build_skeleton(LlamaConfig(**SIZES[size]), with_buffers=False)  # type: ignore[arg-type]
+    parts = find_parts(skeleton)
+    shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
+    weights = RandomWeights(shapes)
+    folder.mkdir(parents=True)
+    shard: dict[str, Tensor] = {}
+    weight_map: dict[str, str] = {}
+    total_bytes = 0
+
+    def write() -> None:
+        name = f"model-{len(set(weight_map.values())):05d}.safetensors"
+        weight_map.update(dict.fromkeys(shard, name))
+        save_file(shard, folder / name, {"format": "pt"})
+        shard.clear()
+
+    for name in sorted([*(f"{linear}.weight" for linear in parts.linears), *parts.dense_parameters]):
+        is_linear = name.removesuffix(".weight") in parts.linears
+        own = (
+            nf4.to_checkpoint(name, weights.nf4(name), dtype=STORED_DTYPE) if is_linear else {name: weights.dense(name)}
+        )
+        shard |= {part: tensor.contiguous() for part, tensor in own.items()}
+        total_bytes += sum(tensor.nbytes for tensor in own.values())
+        if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
+            write()
+    write()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total_bytes

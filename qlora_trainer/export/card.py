@@ -150,6 +150,7 @@ def _plan_facts(run: RunFolder) -> list[Fact]:
         "tokens at once": "micro_batch_tokens",
         "micro-batches a step": "micro_batches_per_step",
         "layers recomputed": "activation_recompute_layers",
+        "recomputed, their input on the host": "activation_offload_layers",
         "positions of the loss at once": "loss_chunk",
         "optimizer": "optimizer",
         "its state": "optimizer_residency",

@@ -45,7 +45,9 @@ def gave_up(chosen: Candidate, space: Space, asked: Levers) -> tuple[str, ...]:
             f"{num_given_up} {'layer recomputes its' if num_given_up == 1 else 'layers recompute their'} activations"
         )
     if num_offloaded:
-        words.append(f"the input of {num_offloaded} {'layer waits' if num_offloaded == 1 else 'layers waits'} on the host")
+        words.append(
+            f"the input of {num_offloaded} {'layer waits' if num_offloaded == 1 else 'layers waits'} on the host"
+        )
     words += [
         _LEVER_WORDS[name].format(value)
         for name, value in pulled_levers(layout.levers, num_offloaded=0).items()

@@ -84,8 +84,13 @@ def _knobs(plan: Plan) -> Table:
         ("loss chunk", f"logits of {counted(knobs.loss_chunk, 'position')} at a time"),
         ("optimizer", _optimizer(knobs)),
     ]
+    if knobs.tile_tokens:
+        facts.append(("tiles", f"recomputed layers take {counted(knobs.tile_tokens, 'token')} at a time"))
     if knobs.embedding_residency != "device":
         facts.append(("embedding", f"on the {knobs.embedding_residency}"))
+    if knobs.base_residency == "streamed":
+        how = "mapped from the disk, a layer" if plan.device == "cpu" else "streamed from the host, two layers"
+        facts.append(("weights", f"{how} in memory at a time"))
     if plan.device != "cpu":
         host, budget = format_bytes(plan.predicted.host_peak_bytes), format_bytes(plan.host_budget_bytes)
         facts.append(("host memory", host if plan.host_budget_bytes >= _NO_LIMIT_BYTES else f"{host} of {budget}"))
@@ -106,17 +111,15 @@ def _micro_batch(knobs: PlanKnobs) -> str:
 
 
 def _activations(knobs: PlanKnobs) -> str:
-    keep, recompute, offload = (
-        knobs.activation_keep_layers,
-        knobs.activation_recompute_layers,
-        knobs.activation_offload_layers,
-    )
-    offloaded = f", the input of {offload} in host memory" if offload else ""
-    return f"kept in {counted(keep, 'layer')}, recomputed in {recompute}{offloaded}"
+    keep, offload = knobs.activation_keep_layers, knobs.activation_offload_layers
+    offloaded = f" (the input of {offload} on the host)" if offload else ""
+    return f"kept in {counted(keep, 'layer')}, recomputed in {knobs.num_recomputed}{offloaded}"
 
 
 def _optimizer(knobs: PlanKnobs) -> str:
-    where = "paged out where memory is short" if knobs.optimizer_residency == "paged" else "on the device"
+    where = {"paged": "paged out where memory is short", "host": "on the host"}.get(
+        knobs.optimizer_residency, "on the device"
+    )
     return f"AdamW, state of {knobs.optimizer_bits} bits, {where}"
 
 

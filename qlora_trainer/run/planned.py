@@ -88,18 +88,22 @@ def require_fit(plan: Plan, config: RunConfig) -> Plan:
 
 
 def _with_pins(config: RunConfig) -> str:
-    """What was asked for and takes more than a plan must: to recompute all, and 8 bits, are the least there is."""
+    """What was asked for and takes more than a plan must: all recomputed, 8 bits, all on the host are the least."""
     memory = config.memory
     asked: dict[str, object] = {
         "memory.micro_batch_tokens": memory.micro_batch_tokens,
         "memory.activation_checkpointing": memory.activation_checkpointing,
         "memory.loss_chunk_tokens": memory.loss_chunk_tokens,
         "training.optimizer": config.training.optimizer,
+        "memory.activation_offload": memory.activation_offload,
+        "memory.tile_tokens": memory.tile_tokens,
+        "memory.embedding_residency": memory.embedding_residency,
+        "memory.optimizer_residency": memory.optimizer_residency,
+        "memory.base_residency": memory.base_residency,
     }
+    least = ("auto", "adamw_8bit", "paged_adamw_8bit", "host", "streamed")
     pins = [
-        f"{key} = {str(value).lower()}"
-        for key, value in asked.items()
-        if value is not True and value not in ("auto", "adamw_8bit", "paged_adamw_8bit")
+        f"{key} = {str(value).lower()}" for key, value in asked.items() if value is not True and value not in least
     ]
     return f" with the pinned {' and '.join(pins)}" if pins else ""
 

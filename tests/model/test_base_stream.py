@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.config.levers import NO_LEVERS, Levers
-from qlora_trainer.model.activation_policy import recompute_layers
+from qlora_trainer.model.activation_policy import decoder_layers, recompute_layers
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.base_stream import LayerTurn, buffered, linears_of_layers, next_layer
@@ -164,3 +164,40 @@ def test_weights_of_no_file_are_refused(tmp_path: Path, prepared: Callable[[str]
     linear.packed = torch.cat([linear.packed] * 1000)[: linear.packed.shape[0]].clone()
     with pytest.raises(ValueError, match="no part of a mapped file"):
         pull_levers(model, Levers(base_residency="streamed"))
+
+
+def _file_bytes() -> int:
+    """Of this process's resident memory, what is pages of files."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssFile:"))
+
+
+def test_on_a_cpu_one_layer_is_resident_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where pages of layers that were used stay this process's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = small_config("llama", num_hidden_layers=6, hidden_size=768, intermediate_size=3072)
+    model = adapted(*prepare(tmp_path / "base", config))
+    layer_bytes = sum(linear.packed.nbytes + linear.absmax.nbytes for linear in linears_of_layers(model)[0])
+    assert layer_bytes > 3 * 2**20
+    most: list[int] = []
+
+    def note(_module: object, _args: object, out: Tensor) -> None:
+        most.append(_file_bytes())
+        if out.requires_grad:
+            out.register_hook(lambda _: most.append(_file_bytes()))
+
+    for layer in decoder_layers(model):
+        layer.register_forward_hook(note)
+    taken = {}
+    batch = packed(tiny_documents(40))
+    for is_streamed in (True, False):
+        pull_levers(model, Levers(base_residency="streamed"))  # what is resident of the file is given back
+        if not is_streamed:
+            pull_levers(model, NO_LEVERS)
+        most.clear()
+        before = _file_bytes()
+        accumulate_gradients(model, [batch], num_supervised_tokens=20, loss_chunk_tokens=16)
+        assert len(most) >= 11
+        taken[is_streamed] = (max(most) - before) / layer_bytes
+    assert taken[True] < 1.6
+    assert taken[False] > 5

@@ -16,11 +16,12 @@ from transformers import PreTrainedConfig
 
 from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import cpu_memory
-from qlora_trainer.model.activation_policy import recompute_layers
+from qlora_trainer.hardware.input_store import FileInputs
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.pull_levers import pull_levers
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import trace_state, trace_training
@@ -55,13 +56,18 @@ class Case:
     packing: bool = True
     dora: bool = False
     levers: Levers = NO_LEVERS
+    num_offloaded: int = 0
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
-        policy += "".join(f"-{name}={value}" for name, value in pulled_levers(self.levers, num_offloaded=0).items())
+        policy += "".join(f"-{name}={value}" for name, value in self.pulled.items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
+
+    @property
+    def pulled(self) -> dict[str, Any]:
+        return pulled_levers(self.levers, num_offloaded=self.num_offloaded)
 
     @property
     def layout(self) -> Layout:
@@ -73,6 +79,7 @@ class Case:
             num_recomputed=self.num_recomputed,
             loss_chunk=CHUNK,
             levers=self.levers,
+            num_offloaded=self.num_offloaded,
         )
 
     @property
@@ -97,6 +104,9 @@ FAST = [
     Case("llama", 4, 0.1, FP32, 512, dora=True, levers=Levers(tile_tokens=128)),
     Case("phi3", 2, 0.0, FP32, 128, levers=Levers(embedding_residency="host")),
     Case("llama", 4, 0.0, BF16, 512, levers=Levers(tile_tokens=64, embedding_residency="host")),
+    Case("llama", 4, 0.1, FP32, 512, num_offloaded=4),
+    Case("gemma2", 3, 0.0, FP32, 128, num_offloaded=2, levers=Levers(base_residency="streamed")),
+    Case("phi3", 4, 0.0, BF16, 512, num_offloaded=3, levers=Levers(base_residency="streamed", tile_tokens=128)),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -153,14 +163,14 @@ def require_close(predicted_bytes: int, counted_bytes: int) -> None:
     assert predicted_bytes <= (1 + MAX_OFF) * counted_bytes
 
 
-def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
+def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> None:
     model = load_for_training(base, cache, case.dtype)
     settings = LoraSettings(8, 16.0, case.dropout, tuple(model.linears), use_dora=case.dora)
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
     optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())
     optimizer = AdapterOptimizer(trainable_parameters(model), optimizer_settings)
     pull_levers(model, case.levers)
-    recompute_layers(model, case.num_recomputed)
+    keep_least(model, case.num_recomputed, case.num_offloaded, FileInputs(folder))
     batch = micro_batch(case)
     counted = allocated_by(
         lambda: accumulate_gradients(
@@ -179,6 +189,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
             document_lengths=(case.seq_len,),
             rows=case.layout.rows,
             num_recomputed=case.num_recomputed,
+            num_offloaded=case.num_offloaded,
             loss_chunk_tokens=CHUNK,
             alignment_bytes=1,
         )
@@ -186,14 +197,14 @@ def check_training(case: Case, base: Base, cache: NF4Cache) -> None:
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)
-def test_a_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
-    check_training(case, *prepared(case.name))
+def test_a_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]], disk_folder: Path) -> None:
+    check_training(case, *prepared(case.name), disk_folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=str)
-def test_any_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
-    check_training(case, *prepared(case.name))
+def test_any_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]], disk_folder: Path) -> None:
+    check_training(case, *prepared(case.name), disk_folder)
 
 
 @pytest.mark.parametrize(

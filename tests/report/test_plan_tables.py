@@ -203,6 +203,7 @@ def test_odd_plans_are_told_too() -> None:
     """Categories and phases of later versions, nothing between the peaks, part of a document, and hostile names."""
     plan = fitting_plan()
     knobs = replace(plan.knobs, seq_len=4096, micro_batches_per_step=1, loss_chunk=1, activation_offload_layers=4)
+    knobs = replace(knobs, tile_tokens=512, base_residency="streamed", optimizer_on_host=True)
     predicted = replace(
         plan.predicted, process_peak_bytes=1000 * MIB, breakdown={"vision_tower": 99 * MIB, "base": 999 * MIB}
     )
@@ -211,7 +212,10 @@ def test_odd_plans_are_told_too() -> None:
         "  base         [red]a[/red]",
         "  micro-batch  2,048 tokens at most",
         "  step         1 micro-batch",
-        "  activations  kept in 22 layers, recomputed in 8, the input of 4 in host memory",
+        "  activations  kept in 22 layers, recomputed in 12 (the input of 4 on the host)",
+        "  tiles        recomputed layers take 512 tokens at a time",
+        "  weights      mapped from the disk, a layer in memory at a time",
+        "  optimizer    AdamW, state of 8 bits, on the host",
         "  loss chunk   logits of 1 position at a time",
         "  ░  vision tower            99.0 MiB    5 %  ░░",
     ):
