@@ -80,7 +80,7 @@ def write_random_cache(folder: Path, size: str) -> int:
         own = (
             nf4.to_checkpoint(name, weights.nf4(name), dtype=STORED_DTYPE) if is_linear else {name: weights.dense(name)}
         )
-        shard |= {part: tensor.contiguous() for part, tensor in own.items()}
+        shard |= {part: tensor.clone() for part, tensor in own.items()}  # codes are one tensor for all
         total_bytes += sum(tensor.nbytes for tensor in own.values())
         if sum(tensor.nbytes for tensor in shard.values()) >= SHARD_BYTES:
             write()

@@ -190,6 +190,7 @@ def test_on_a_cpu_one_layer_is_resident_at_a_time(tmp_path: Path, monkeypatch: p
         layer.register_forward_hook(note)
     taken = {}
     batch = packed(tiny_documents(40))
+    accumulate_gradients(model, [batch], num_supervised_tokens=20, loss_chunk_tokens=16)  # code is pages of files, too
     for is_streamed in (True, False):
         pull_levers(model, Levers(base_residency="streamed"))  # what is resident of the file is given back
         if not is_streamed:
