@@ -86,6 +86,7 @@ class Bench:
         from qlora_trainer.config.load import load_config
         from qlora_trainer.hardware.device import DTYPES
         from qlora_trainer.model.base import read_tokenizer, resolve_base
+        from qlora_trainer.run.self_test.measured import unread_bytes
 
         work = Path(tempfile.mkdtemp(prefix="case-", dir=self.folder))
         base = resolve_base(self._base(case.architecture))
@@ -160,26 +161,6 @@ def _compared(predicted: Mapping[str, Any], counted: Sequence[Mapping[str, int]]
             raise RuntimeError(f"no profile shows the phase {name}, of {sorted(expected)}: nothing is known of it")
         found[name] = max(pairs, key=lambda pair: abs(off(pair)))
     return found
-
-
-def unread_bytes(cache: Path, item_bytes: int) -> int:
-    """Bytes of the mapped weight files that are no part of the model, from their headers alone.
-
-    Mapping a file counts as allocating all of it: the header, the levels and settings that bitsandbytes stores with
-    each weight, and, where it computes in more than 16 bits, norms and biases, which are converted when they are read.
-    """
-    num_bytes = 0
-    for path in cache.glob("*.safetensors"):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        header.pop("__metadata__", None)
-        num_bytes += path.stat().st_size
-        for name, entry in header.items():
-            is_setting = name.endswith(("quant_map", "quant_state.bitsandbytes__nf4"))
-            is_converted = entry["dtype"] == "BF16" and len(entry["shape"]) == 1 and item_bytes > 2
-            if not (is_setting or is_converted):
-                num_bytes -= entry["data_offsets"][1] - entry["data_offsets"][0]
-    return num_bytes
 
 
 def _overrides(case: Case, base: str, train: Path, held_out: Path, *, seq_len: int) -> list[str]:

@@ -67,6 +67,12 @@ class DivergedError(QloraTrainerError):
     exit_code = 6
 
 
+class SelfTestError(QloraTrainerError):
+    """A self test found something that is not as it should be."""
+
+    exit_code = 7
+
+
 class InterruptedAndSaved(QloraTrainerError):
     """A signal stopped the run after its state was saved."""
 

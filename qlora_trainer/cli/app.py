@@ -49,8 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what follows the program's name; None takes them from the command line.
 
     Returns:
-        The exit code: 0 done, 2 config or usage, 3 does not fit, 4 data, 5 checkpoint or storage, 6 diverged,
-        75 interrupted and saved, 130 interrupted before there was anything to save.
+        The exit code: 0 done, 2 config or usage, 3 does not fit, 4 data, 5 checkpoint or storage, 6 diverged, 7 a self
+        test failed, 75 interrupted and saved, 130 interrupted before there was anything to save.
     """
     words = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:

@@ -6,6 +6,7 @@ under pressure the kernel writes its pages to the file and reads them when they 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
@@ -21,6 +22,8 @@ from torch import Tensor
 from qlora_trainer.config.paths import require_on_disk
 from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.quant_library import functional
+
+_CU_POINTER_ATTRIBUTE_IS_MANAGED = 8  # cuda.h
 
 
 def zeros_paged(num_elements: int, *, dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
@@ -54,6 +57,38 @@ def zeros_paged(num_elements: int, *, dtype: torch.dtype, device: torch.device, 
             expected="a writable folder with that much free space",
             fix="Free some space, set memory.paging_dir to another disk, or use a resident optimizer (adamw_32bit).",
         ) from error
+
+
+def is_paged(tensor: Tensor) -> bool:
+    """Whether the system may take this tensor's memory back: managed memory, or shared pages of a file.
+
+    Asked of the driver or the kernel, not of whoever made the tensor.
+
+    Raises:
+        OSError: there is no CUDA driver to ask.
+        RuntimeError: it does not answer.
+    """
+    address = tensor.data_ptr()
+    return _is_managed(address) if tensor.device.type == "cuda" else _is_of_shared_file(address)
+
+
+def _is_managed(address: int) -> bool:
+    value = ctypes.c_uint(0)
+    status = ctypes.CDLL("libcuda.so.1").cuPointerGetAttribute(
+        ctypes.byref(value), _CU_POINTER_ATTRIBUTE_IS_MANAGED, ctypes.c_uint64(address)
+    )
+    if status != 0:
+        raise RuntimeError(f"cuPointerGetAttribute ends with error {status}")
+    return bool(value.value)
+
+
+def _is_of_shared_file(address: int) -> bool:
+    for line in Path("/proc/self/maps").read_text().splitlines():  # proc(5): first-end permissions offset device inode
+        area, permissions, _, _, inode = line.split(maxsplit=5)[:5]
+        first, end = (int(border, 16) for border in area.split("-"))
+        if first <= address < end:
+            return permissions.endswith("s") and inode != "0"
+    return False
 
 
 @dataclass(frozen=True, slots=True)

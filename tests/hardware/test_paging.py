@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from qlora_trainer.config import paths
 from qlora_trainer.config.paths import file_system_kind, require_on_disk
 from qlora_trainer.errors import StorageError
-from qlora_trainer.hardware.paging import zeros_paged
+from qlora_trainer.hardware.paging import is_paged, zeros_paged
 from qlora_trainer.hardware.quant_library import functional
 from tests.hardware.kernel_memory import page_out, resident_bytes, share_in_memory
 
@@ -213,3 +214,33 @@ def test_on_a_gpu_torch_computes_in_managed_memory(tmp_path: Path, dtype: torch.
     paged[5:10].add_(2)
     assert int(paged.sum()) == 10
     assert torch.cuda.memory_allocated() < paged.nbytes  # torch's own allocator had no part in it
+
+
+def test_the_kernel_is_asked_what_is_paged(disk_folder: Path) -> None:
+    paged = zeros_paged(4096, dtype=torch.float32, device=CPU, folder=disk_folder)
+
+    assert is_paged(paged)
+    assert is_paged(paged[100:])
+    assert not is_paged(torch.zeros(4096))
+    assert not is_paged(paged.clone())
+    (disk_folder / "file").write_bytes(bytes(4096 * 4))
+    private = torch.from_file(str(disk_folder / "file"), shared=False, size=4096)
+    assert not is_paged(private)  # its pages are the process's own once they were written
+
+
+@pytest.mark.parametrize("status, managed, expected", [(0, 1, True), (0, 0, False), (201, 0, None)])
+def test_the_driver_is_asked_what_is_managed(
+    status: int, managed: int, expected: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def attribute(value: Any, number: int, address: Any) -> int:
+        assert (number, address.value) == (8, 4096)
+        value._obj.value = managed
+        return status
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: SimpleNamespace(cuPointerGetAttribute=attribute))
+    tensor: Any = SimpleNamespace(device=torch.device("cuda", 0), data_ptr=lambda: 4096)
+    if expected is None:
+        with pytest.raises(RuntimeError, match="error 201"):
+            is_paged(tensor)
+    else:
+        assert is_paged(tensor) is expected

@@ -1,0 +1,65 @@
+"""Runs a notebook's code cells, as far as ours need it: Python, lines of `!command {VARIABLE}`, and tags.
+
+A cell with the tag `install` is left out: what it installs is there. After the one with the tag `parameters` come other
+values (papermill's convention).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A code cell."""
+
+    name: str
+    source: str
+    tags: frozenset[str]
+
+
+def code_cells(path: Path) -> list[Cell]:
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [
+        Cell(cell["id"], "".join(cell["source"]), frozenset(cell["metadata"].get("tags", ())))
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+
+
+def as_python(cell: Cell) -> str:
+    """The cell with each command as a call of `run_command`."""
+    lines = [f"run_command({line[1:]!r})" if line.startswith("!") else line for line in cell.source.splitlines()]
+    return "\n".join(lines) + "\n"
+
+
+def run(path: Path, folder: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    """Run the cells one after the other in `folder`; raises what a cell raises, or what its command exits with."""
+    names: dict[str, Any] = {}
+
+    def run_command(command: str) -> None:
+        filled = re.sub(r"\{(\w+)\}", lambda match: str(names[match[1]]), command)
+        done = subprocess.run(
+            filled, shell=True, cwd=folder, env=os.environ | environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{filled}\n{done.stdout}\n{done.stderr}"
+
+    names["run_command"] = run_command
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for cell in code_cells(path):
+            if "install" not in cell.tags:
+                exec(compile(as_python(cell), cell.name, "exec"), names)
+            if "parameters" in cell.tags:
+                names |= parameters
+                names["run_command"] = run_command
+    finally:
+        os.chdir(before)
