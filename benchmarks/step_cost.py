@@ -44,6 +44,8 @@ GOLDEN = Path(__file__).parents[1] / "tests" / "benchmarks" / "step_cost_golden.
 GOLDEN_CASE = Case(
     model="llama-3.1-8b", num_layers=2, num_tokens=4096, rank=16, is_recomputed=True, loss_chunk_tokens=1024
 )
+# Ours alone: norms of each head and a tied head; norms behind the halves, a soft cap and windows.
+OTHER_MODELS = ("qwen3-0.6b", "gemma-2-2b")
 PEER_PACKAGES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers", "trl")
 SIDES: tuple[Side, ...] = ("ours", "peer")
 POLICIES = ("recompute", "keep")
@@ -168,7 +170,18 @@ def measure(case: Case) -> dict[str, Any]:
 def golden_of(measured: Mapping[str, Any]) -> dict[str, Any]:
     """What the golden file holds of `measure(GOLDEN_CASE)`."""
     totals = {side: {policy: measured[policy][side]["totals"] for policy in POLICIES} for side in SIDES}
-    return {"peer_packages": package_versions(), "ours": totals["ours"], "peer": totals["peer"]}
+    golden = {"peer_packages": package_versions(), "ours": totals["ours"], "peer": totals["peer"]}
+    return golden | {"others": our_steps(OTHER_MODELS)}
+
+
+def our_steps(models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """model -> policy -> totals of our step in the golden case, all in one child process."""
+    chosen = [(model, policy) for model in models for policy in POLICIES]
+    cases = [replace(GOLDEN_CASE, model=model, is_recomputed=policy == "recompute") for model, policy in chosen]
+    found: dict[str, dict[str, Any]] = {model: {} for model in models}
+    for (model, policy), step in zip(chosen, traced("ours", cases)["steps"], strict=True):
+        found[model][policy] = step["totals"]
+    return found
 
 
 def package_versions() -> dict[str, str]:

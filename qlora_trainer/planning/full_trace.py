@@ -17,6 +17,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, dry_store
 from qlora_trainer.planning.inside import bytes_of, inside_bytes
+from qlora_trainer.planning.replay import Storages, read_storages
 from qlora_trainer.planning.shallow_trace import full_micro_batch, marking
 from qlora_trainer.planning.timeline import Level, read_levels
 from qlora_trainer.planning.tracker import StorageTracker
@@ -87,6 +88,19 @@ def trace_state(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class TrainingTrace:
+    """A micro-batch forward and backward.
+
+    Attributes:
+        levels: part by part, what is alive beyond base, adapters, gradients and optimizer.
+        storages: every allocation and release, in order.
+    """
+
+    levels: list[Level]
+    storages: Storages
+
+
 def trace_training(
     dry: DryModel,
     settings: LoraSettings,
@@ -99,7 +113,7 @@ def trace_training(
     num_offloaded: int = 0,
     loss_chunk_tokens: int,
     alignment_bytes: int,
-) -> list[Level]:
+) -> TrainingTrace:
     """Forward and backward of one micro-batch through the whole model.
 
     Args:
@@ -129,7 +143,7 @@ def trace_training(
             accumulate_gradients(
                 dry.model, [micro_batch], num_supervised_tokens=num_tokens, loss_chunk_tokens=loss_chunk_tokens
             )
-    return read_levels(tracker, alignment_bytes, bytes_of)
+    return TrainingTrace(read_levels(tracker, alignment_bytes, bytes_of), read_storages(tracker, bytes_of))
 
 
 @contextmanager

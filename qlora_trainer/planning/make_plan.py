@@ -143,17 +143,22 @@ def _knobs(planner: Planner, candidate: Candidate) -> PlanKnobs:
 
 def _prediction(planner: Planner, candidate: Candidate) -> Prediction:
     used, memory = candidate.usage, planner.budget.memory
-    process = planner.needed_bytes(used)
+    process, reserved = planner.needed_bytes(used), used.reserved
+    worst = memory.worst_bytes(used.peak_bytes, used.paged_bytes)
+    if reserved is not None:
+        worst = max(process, memory.fixed_bytes + used.paged_bytes + round(used.peak_bytes * reserved.worst_ratio))
     return Prediction(
         allocated_peak_bytes=used.peak_bytes,
         process_peak_bytes=process,
-        worst_peak_bytes=memory.worst_bytes(used.peak_bytes, used.paged_bytes),
+        worst_peak_bytes=worst,
         host_peak_bytes=planner.needed_host_bytes(used),
         peak_phase=used.peak_phase,
         breakdown=used.breakdown,
         resident=used.resident,
         phases=used.phases,
         tokens_per_second=candidate.tokens_per_second,
+        reserved_peak_bytes=None if reserved is None else round(used.peak_bytes * reserved.ratio),
+        fragmentation=None if reserved is None else reserved.fragmentation,
     )
 
 

@@ -112,13 +112,17 @@ class Prediction:
         allocated_peak_bytes: most bytes of live tensors on the device at once, as its allocator counts them.
         process_peak_bytes: what the driver (CUDA) or the kernel (CPU: resident set) will show for the process;
             what is compared with the budget.
-        worst_peak_bytes: the same with all the margins added up.
+        worst_peak_bytes: the same with all the margins added up; of a GPU, where the step was traced whole, with what
+            its allocator then reserves at most.
         host_peak_bytes: resident host memory of the process; on a CPU the same as `process_peak_bytes`.
         peak_phase: the phase of `phases` in which the allocated peak occurs.
         breakdown: category -> bytes at that moment; sums to `allocated_peak_bytes`.
         resident: category -> bytes that stay for the whole run.
         phases: phase -> its own allocated peak; the largest equals `allocated_peak_bytes`.
         tokens_per_second: estimate of the training speed.
+        reserved_peak_bytes: what a GPU's allocator takes from the driver for the allocated peak, with expandable
+            segments, steps of different sizes coming one after the other; None where it was not replayed.
+        fragmentation: the share of that which is in pieces that nothing fits.
     """
 
     allocated_peak_bytes: int
@@ -130,6 +134,8 @@ class Prediction:
     resident: Mapping[str, int]
     phases: Mapping[str, int]
     tokens_per_second: float
+    reserved_peak_bytes: int | None = None
+    fragmentation: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

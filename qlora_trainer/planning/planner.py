@@ -34,6 +34,7 @@ from qlora_trainer.planning.price import (
     usage,
 )
 from qlora_trainer.planning.pulled import pulled
+from qlora_trainer.planning.replay import Reserved, Storages, replay, resident_sizes
 from qlora_trainer.planning.rungs import Lever
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, token_steps
 from qlora_trainer.planning.shallow_trace import trace_step
@@ -203,9 +204,10 @@ class Planner:
         """The same knobs, traced at full depth."""
         layout, optimizer = candidate.layout, candidate.optimizer
         shorter = _with_few_tiles(layout)
-        levels = self._traced_levels(shorter)
+        levels, storages = self._traced(shorter)
+        reserved = self._reserved(self._usage(shorter, optimizer, levels), shorter, optimizer, storages)
         if shorter == layout:
-            return replace(candidate, usage=self._usage(layout, optimizer, levels))
+            return replace(candidate, usage=replace(self._usage(layout, optimizer, levels), reserved=reserved))
         # Tiles are alike, and a million tokens have a thousand: what a trace adds to the price of two is added to all.
         prices = self.prices(layout.rank, layout.levers)
         priced = {str(level.label): level.peak_bytes for level in training_levels(prices, shorter)}
@@ -213,10 +215,26 @@ class Planner:
             phase: _scaled(level, max(1.0, levels[phase].peak_bytes / max(1, priced[phase])))
             for phase, level in ((str(level.label), level) for level in training_levels(prices, layout))
         }
-        return replace(candidate, usage=self._usage(layout, optimizer, scaled))
+        return replace(candidate, usage=replace(self._usage(layout, optimizer, scaled), reserved=reserved))
 
-    def _traced_levels(self, layout: Layout) -> dict[str, Level]:
-        """Phase -> its highest level. Whether layers are streamed changes nothing that a step makes: it is left out."""
+    def _reserved(self, used: Usage, layout: Layout, optimizer: str, storages: Storages) -> Reserved | None:
+        """What a GPU's allocator makes of the steps of a run; None on a CPU."""
+        if self.budget.kind == "cpu":
+            return None
+        shapes = self.shapes(layout.rank)
+        bits, is_on_host = optimizer_bits(optimizer), layout.levers.optimizer_on_host
+        state = self.state_of(num_flat_elements(shapes.values()), bits, is_on_host)
+        adapters = [2 * prod(shape) for shape in shapes.values() if len(shape) == 2]
+        tensors = {**self.dry.resident, "adapter": adapters, "gradient": state.gradient, "optimizer": state.optimizer}
+        memory = self.budget.memory
+        limit_bytes = self.budget.budget_bytes - memory.fixed_bytes - used.paged_bytes
+        return replay(resident_sizes(used.resident, tensors, memory), storages, limit_bytes=limit_bytes)
+
+    def _traced(self, layout: Layout) -> tuple[dict[str, Level], Storages]:
+        """Phase -> its highest level; and all storages.
+
+        Whether layers are streamed changes nothing that a step makes: it is left out.
+        """
         rest = layout.tokens % layout.seq_len
         with pulled(self.dry, replace(layout.levers, base_residency="device")):
             traced = trace_training(
@@ -232,12 +250,12 @@ class Planner:
                 alignment_bytes=self.budget.memory.alignment_bytes,
             )
         levels: dict[str, Level] = {}
-        for level in traced:
+        for level in traced.levels:
             phase = str(level.label[0]) if isinstance(level.label, tuple) else str(level.label)
             phase = "forward" if phase == "embed" else phase
             if phase not in levels or level.peak_bytes > levels[phase].peak_bytes:
                 levels[phase] = level
-        return levels
+        return levels, traced.storages
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
         shapes = self.shapes(layout.rank)

@@ -17,6 +17,7 @@ from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
 from qlora_trainer.planning.full_trace import StateTrace
 from qlora_trainer.planning.inside import LOSS, bytes_of, resized
+from qlora_trainer.planning.replay import Reserved
 from qlora_trainer.planning.shallow_trace import LayerParts, Policy, StepParts
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Level, Outline, Segment, outline
 from qlora_trainer.planning.tracker import CATEGORIES, Inside
@@ -60,6 +61,7 @@ class Usage:
         resident: category -> bytes between two steps.
         paged_bytes: optimizer state beyond all that, which torch's allocator does not see; counted as resident.
         host_bytes: what the levers keep on the host, where that is other memory than the device.
+        reserved: what a GPU's allocator takes for it, where the whole step was traced.
     """
 
     phases: Mapping[str, int]
@@ -68,6 +70,7 @@ class Usage:
     resident: Mapping[str, int]
     paged_bytes: int = 0
     host_bytes: int = 0
+    reserved: Reserved | None = None
 
     @property
     def peak_bytes(self) -> int:

@@ -9,23 +9,37 @@ from typing import Any
 
 import pytest
 
-from benchmarks.step_cost import GOLDEN, GOLDEN_CASE, POLICIES, Row, ideal, package_versions, rows
-from benchmarks.step_trace import Side, traced
+from benchmarks.step_cost import (
+    GOLDEN,
+    GOLDEN_CASE,
+    OTHER_MODELS,
+    POLICIES,
+    Row,
+    ideal,
+    our_steps,
+    package_versions,
+    rows,
+)
+from benchmarks.step_trace import traced
 from qlora_trainer.planning.model_config import read_model_config
 
 HOW = "If that is meant: `python -m benchmarks.step_cost --update-golden`, and say in the commit why it is dearer."
 
 
-def differences(side: Side, golden: Mapping[str, Any]) -> list[str]:
+@pytest.fixture(scope="module")
+def ours() -> dict[str, dict[str, Any]]:
+    """model -> policy -> totals, as they are now."""
+    return our_steps((GOLDEN_CASE.model, *OTHER_MODELS))
+
+
+def differences(what: str, golden: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What is counted now and is not what the file says, a line a figure."""
-    cases = [replace(GOLDEN_CASE, is_recomputed=policy == "recompute") for policy in POLICIES]
-    found = traced(side, cases)["steps"]
     lines = []
-    for policy, step in zip(POLICIES, found, strict=True):
-        before, now = golden[side][policy], step["totals"]
+    for policy in POLICIES:
+        before, now = golden[policy], found[policy]
         for key in sorted(before.keys() | now.keys()):
             if before.get(key) != now.get(key):
-                lines.append(f"{side}, {policy}, {key}: was {before.get(key)}, is {now.get(key)}")
+                lines.append(f"{what}, {policy}, {key}: was {before.get(key)}, is {now.get(key)}")
     return lines
 
 
@@ -34,17 +48,36 @@ def golden_file() -> dict[str, Any]:
     return found
 
 
-def test_our_step_costs_what_it_did() -> None:
+def test_our_step_costs_what_it_did(ours: dict[str, dict[str, Any]]) -> None:
     """Mutations tried: a clone of a linear's output, a float(loss) in the step, a weight unpacked twice."""
-    found = differences("ours", golden_file())
+    found = differences("ours", golden_file()["ours"], ours[GOLDEN_CASE.model])
     assert not found, "\n".join(["a step's cost has changed:", *found, HOW])
+
+
+def test_our_step_of_other_models_costs_what_it_did(ours: dict[str, dict[str, Any]]) -> None:
+    """Whatever the architecture: no wait inside the step, and a weight is unpacked once forward and once backward.
+
+    Of the first layer no gradient of the input is needed, so its q, k and v are not unpacked for one.
+    """
+    golden = golden_file()["others"]
+    lines = [line for model in OTHER_MODELS for line in differences(model, golden[model], ours[model])]
+    assert not lines, "\n".join(["a step's cost has changed:", *lines, HOW])
+    num_linears = 7 * GOLDEN_CASE.num_layers
+    for steps in ours.values():
+        for totals in steps.values():
+            assert (totals["waits"], totals["copies_to_host"]) == (0, 0)
+        unpacked = steps["keep"]["dequantizations"]
+        assert (unpacked["forward"], unpacked["recompute"], unpacked["backward"]) == (num_linears, 0, num_linears - 3)
 
 
 @pytest.mark.slow
 def test_the_peers_step_costs_what_it_did() -> None:
     golden = golden_file()
     assert golden["peer_packages"] == package_versions(), HOW
-    found = differences("peer", golden)
+    cases = [replace(GOLDEN_CASE, is_recomputed=policy == "recompute") for policy in POLICIES]
+    steps = traced("peer", cases)["steps"]
+    totals = {policy: step["totals"] for policy, step in zip(POLICIES, steps, strict=True)}
+    found = differences("peer", golden["peer"], totals)
     assert not found, "\n".join(["the peer's step is counted otherwise:", *found, HOW])
 
 

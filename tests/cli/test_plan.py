@@ -42,6 +42,8 @@ PREDICTED = {
     "resident",
     "phases",
     "tokens_per_second",
+    "reserved_peak_bytes",
+    "fragmentation",
 }
 
 

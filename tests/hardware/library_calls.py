@@ -184,13 +184,13 @@ def _require_taken(call: LibraryCall, function: Any) -> None:
         TypeError: it does not take them.
     """
     if isinstance(function, torch._ops.OpOverload):
-        _require_schema_takes(call, function._schema)
+        require_schema_takes(call, function._schema)
         return
     if isinstance(function, torch._ops.OpOverloadPacket):
         problems = []
         for overload in function.overloads():
             try:
-                _require_schema_takes(call, getattr(function, overload)._schema)
+                require_schema_takes(call, getattr(function, overload)._schema)
             except TypeError as error:
                 problems.append(str(error))
             else:
@@ -206,7 +206,8 @@ def _require_taken(call: LibraryCall, function: Any) -> None:
     bind(*given, **dict.fromkeys(call.keywords))
 
 
-def _require_schema_takes(call: LibraryCall, schema: Any) -> None:
+def require_schema_takes(call: LibraryCall, schema: Any) -> None:
+    """The same of the schema of an operator."""
     names = [argument.name for argument in schema.arguments]
     by_position = [argument.name for argument in schema.arguments if not argument.kwarg_only]
     if call.num_positional > len(by_position):

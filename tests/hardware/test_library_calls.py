@@ -13,6 +13,7 @@ from qlora_trainer.hardware.quant_library import bitsandbytes
 from tests.hardware.cuda_symbols import called_symbols
 from tests.hardware.elf_symbols import defined_symbols
 from tests.hardware.library_calls import calls_of, calls_of_source, refusals
+from tests.hardware.wheel_signatures import Wheel, wheel_refusals
 
 MODULES = {"torch": torch, "bitsandbytes": bitsandbytes, "libc": ctypes.CDLL(None)}
 CUDA_LIBRARIES = sorted(Path(bitsandbytes.__file__).parent.glob("libbitsandbytes_cuda*.so"))
@@ -109,3 +110,31 @@ def test_symbols_are_those_that_a_library_defines() -> None:
     assert "cudaMalloc" not in found  # used, defined elsewhere
     with pytest.raises(ValueError, match="ELF"):
         defined_symbols(Path(__file__))
+
+
+def test_a_torch_that_is_not_imported_is_read_alike() -> None:
+    """The installed one, as `.ci/run` reads the wheel of the lowest that is supported."""
+    wheel = Wheel(Path(torch.__file__).parents[1])
+    assert wheel.version == torch.__version__
+    calls = [call for call in calls_of_source() if call.name.startswith("torch.")]
+    assert len(calls) > 40
+    assert list(wheel_refusals(calls, wheel)) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.cuda.mem_get_inf(0)",
+        "torch.cuda.set_per_process_memory_fraction()",
+        "torch.cuda.mem_get_info(0, 1)",
+        "torch.cuda.Stream(0).wait_streams(s)",
+        "torch.cuda.current_stream(0).wait_stream()",
+        "torch.ops.aten.silu_backward(gradient)",
+        "torch._foreach_copy_it([], [])",
+        "torch._C._current_graph_task(0)",
+        "torch._subclasses.fake_tensor.is_fakes(x)",
+    ],
+)
+def test_a_wrong_call_is_refused_by_one_that_is_not_imported(source: str) -> None:
+    wheel = Wheel(Path(torch.__file__).parents[1])
+    assert len(list(wheel_refusals(calls_of(ast.parse(IMPORTS + source), "a.py"), wheel))) == 1

@@ -98,6 +98,13 @@ def require_consistent(plan: Plan) -> None:
     assert plan.fits == (is_within and predicted.host_peak_bytes <= plan.host_budget_bytes)
     assert predicted.allocated_peak_bytes == max(predicted.phases.values()) == sum(predicted.breakdown.values())
     assert predicted.worst_peak_bytes >= predicted.process_peak_bytes >= predicted.allocated_peak_bytes
+    # What an allocator takes is for a GPU, and for the step that was traced whole.
+    assert (predicted.reserved_peak_bytes is None) == (plan.device == "cpu")
+    if predicted.reserved_peak_bytes is not None:
+        assert predicted.allocated_peak_bytes <= predicted.reserved_peak_bytes <= predicted.worst_peak_bytes
+        assert predicted.fragmentation == pytest.approx(
+            1 - predicted.allocated_peak_bytes / predicted.reserved_peak_bytes, abs=1e-6
+        )
     assert knobs.micro_batch_tokens >= knobs.seq_len
     assert knobs.loss_chunk <= knobs.micro_batch_tokens
     assert predicted.tokens_per_second > 0
@@ -497,6 +504,8 @@ PREDICTED = {
     "resident",
     "phases",
     "tokens_per_second",
+    "reserved_peak_bytes",
+    "fragmentation",
 }
 PLAN = {
     "fits",

@@ -181,7 +181,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
     assert float(optimizer.clip_gradients(None)) > 0.0
     dry = dry_model(case, base)
     with pulled(dry, case.levers):
-        levels = trace_training(
+        traced = trace_training(
             dry,
             settings,
             adapter_dtype=torch.bfloat16,
@@ -193,7 +193,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
             loss_chunk_tokens=CHUNK,
             alignment_bytes=1,
         )
-    require_close(max(level.peak_bytes for level in levels), counted.peak_bytes)
+    require_close(max(level.peak_bytes for level in traced.levels), counted.peak_bytes)
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)

@@ -189,6 +189,14 @@ def test_what_lies_beyond_the_budget_is_red() -> None:
     assert {"34", "35", "32", "33"} <= set(re.findall(r"\x1b\[(\d+)m", within))
 
 
+def test_what_a_gpus_allocator_takes_is_told_where_it_was_replayed() -> None:
+    plan = gpu_plan()
+    assert not any("reserved" in line for line in shown(plan_report(plan)))
+    predicted = replace(plan.predicted, reserved_peak_bytes=27 * GIB, fragmentation=0.046)
+    line = line_with(shown(plan_report(replace(plan, predicted=predicted))), "reserved by the allocator")
+    assert " ".join(line.split()) == "reserved by the allocator, 5% in pieces 27.0 GiB 34 %"
+
+
 def test_a_worst_case_beyond_the_budget_is_told_but_not_judged() -> None:
     lines = shown(plan_report(replace(fitting_plan(), budget_bytes=1600 * MIB)))
     assert lines[0] == "fits on the CPU in 1.56 GiB, 98.0 MiB to spare"

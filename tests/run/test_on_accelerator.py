@@ -1,0 +1,170 @@
+"""A whole run on the accelerator that is Python only: whatever a GPU's run touches is on the GPU, or it raises here.
+
+Load, rehearsal, steps, evaluation, saves, export and a resume: the product's own code, on fake tensors. What a GPU
+would answer is made up: a value that is asked for is 1, bytes that are copied to the host are 0. What is the host's is
+real: data, base, plan and files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from qlora_trainer.hardware.python_accelerator import NAME, python_accelerator
+from qlora_trainer.model import nf4
+from qlora_trainer.model.nf4_cache import CachedWeights
+from qlora_trainer.run import prepare
+from qlora_trainer.run.checkpoint import load
+from qlora_trainer.run.records import Evaluated, Finished, Prepared, Record, Resumed, Saved, StepDone
+from qlora_trainer.step.batch import MicroBatch
+from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
+
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
+OPTIONS = ("quantization.compute_dtype=bfloat16", "training.max_steps=4", "training.eval_every=2", "lora.dropout=0.1")
+DEVICE = python_accelerator()  # before any backward: autograd's engine counts the devices at its first
+
+
+class Answering(TorchDispatchMode):
+    """Says 1 where a fake tensor is asked for its value; what is moved off the host becomes fake.
+
+    Operations that are not torch's must have all their tensors on one device.
+    """
+
+    def __init__(self, fakes: FakeTensorMode) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fakes = fakes
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return (args[0].dtype == torch.bool or 1) if is_fake(args[0]) else on_host(func)(args[0])
+        if func.namespace in ("qlora_trainer", "bitsandbytes"):  # fake kernels of others' operations do not look
+            devices = {str(value.device.type) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            if len(devices) > 1:
+                raise RuntimeError(f"{func}: tensors on more than one device, {' and '.join(sorted(devices))}")
+        device = (kwargs or {}).get("device")
+        if func is torch.ops.aten._to_copy.default and device is not None and device.type == NAME:
+            moved: Any = args[0] if is_fake(args[0]) else self._fakes.from_tensor(args[0])
+            moved.constant = None  # else torch moves the number that it was made from, too
+            args = (moved,)
+        return func(*args, **(kwargs or {}))
+
+
+def on_host(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What it makes is real."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return called
+
+
+def generated_on_host(function: Callable[..., Generator[Any, None, Any]]) -> Callable[..., Generator[Any, None, Any]]:
+    def called(*args: Any, **kwargs: Any) -> Generator[Any, None, Any]:
+        generator = function(*args, **kwargs)
+        while True:
+            try:
+                with unset_fake_temporarily():
+                    item = next(generator)
+            except StopIteration as end:
+                return end.value
+            yield item
+
+    return called
+
+
+def answered_list(tensor: Tensor) -> Any:
+    return np.ones(tensor.shape).tolist() if is_fake(tensor) else _TO_LIST(tensor)
+
+
+def answered_bytes(tensor: Tensor, **options: Any) -> Any:
+    """Only what has come to the host has bytes there."""
+    if not is_fake(tensor):
+        return _TO_NUMPY(tensor, **options)
+    assert tensor.device.type == "cpu"
+    return np.zeros(tensor.shape, dtype=np.uint8)
+
+
+_TO_LIST, _TO_NUMPY = Tensor.tolist, Tensor.numpy
+
+
+@contextmanager
+def on_accelerator() -> Iterator[None]:
+    """Train there."""
+    caches = (nf4.nf4_code, nf4.nested_code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "choose_device", lambda: DEVICE)
+        patch.setattr(prepare, "read_inputs", generated_on_host(prepare.read_inputs))
+        for name in ("fetch_weights", "prepare_nf4_cache"):
+            patch.setattr(prepare, name, on_host(getattr(prepare, name)))
+        patch.setattr(load, "read_tensors", on_host(load.read_tensors))
+        patch.setattr(CachedWeights, "dense", on_host(CachedWeights.dense))
+        patch.setattr(Tensor, "tolist", answered_list)
+        patch.setattr(Tensor, "numpy", answered_bytes)
+        for cache in caches:
+            cache.cache_clear()
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fakes, Answering(fakes):
+                yield
+        finally:
+            for cache in caches:  # what they hold is fake
+                cache.cache_clear()
+
+
+@pytest.fixture
+def known(tmp_path: Path, base: Path) -> tuple[Path, Path]:
+    """What is real has been made: tokens, the NF4 cache and the plan."""
+    real = tmp_path / "real"
+    real.mkdir()
+    run_until_step(tiny_config(real, base, *OPTIONS), 1)
+    return tmp_path, base
+
+
+def kinds(records: list[Record]) -> list[str]:
+    counted = (StepDone, Evaluated, Saved, Resumed, Finished)
+    return [type(record).__name__ for record in records if isinstance(record, counted)]
+
+
+def test_a_whole_run_and_its_resume_leave_nothing_on_the_wrong_device(known: tuple[Path, Path]) -> None:
+    folder, base = known
+    with on_accelerator():
+        config = tiny_config(folder, base, *OPTIONS)
+        records = run_to_end(config)
+        assert [record.device for record in records if isinstance(record, Prepared)] == [NAME]
+        assert kinds(records)[-1] == "Finished"
+        assert (kinds(records).count("StepDone"), kinds(records).count("Evaluated")) == (4, 3)
+        stopped = folder / "stopped"
+        stopped.mkdir()
+        config = tiny_config(stopped, base, *OPTIONS)
+        run_until_step(config, 3)
+        resumed = kinds(run_to_end(config, resume="auto"))
+        assert (resumed[0], resumed[-1], resumed.count("StepDone")) == ("Resumed", "Finished", 2)
+
+
+@pytest.mark.parametrize("name", ["input_ids_BT", "targets_N", "source_positions_N", "row_keys_T"])
+def test_a_tensor_that_is_left_on_the_host_raises(
+    name: str, known: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = MicroBatch.to
+
+    def forgetful(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
+        return replace(moved(micro_batch, device), **{name: getattr(micro_batch, name)})
+
+    monkeypatch.setattr(MicroBatch, "to", forgetful)
+    folder, base = known
+    with on_accelerator(), pytest.raises(RuntimeError, match="device"):
+        run_to_end(tiny_config(folder, base, *OPTIONS))
