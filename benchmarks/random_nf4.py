@@ -14,8 +14,8 @@ from transformers import LlamaConfig
 
 from benchmarks.load import SIZES
 from qlora_trainer.model import nf4
-from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.nf4_cache import SHARD_BYTES, STORED_DTYPE
+from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 
 STANDARD_DEVIATION = 0.02

@@ -74,9 +74,9 @@ class _Pool:
 
     def remove(self, block: Block) -> None:
         if block.is_mapped:
-            del self.free[bisect_left(self.free, (block.size, block.address))]  # type: ignore[type-var]
+            del self.free[bisect_left(self.free, (block.size, block.address))]
         else:
-            del self.unmapped[bisect_left(self.unmapped, (block.address,))]  # type: ignore[type-var]
+            del self.unmapped[bisect_left(self.unmapped, (block.address,))]
 
 
 class CachingAllocator:
@@ -140,7 +140,7 @@ class CachingAllocator:
 
     def _take_free(self, pool: _Pool, size: int) -> Block | None:
         """The best fit; of an expandable segment's last block counts what it could become."""
-        at = bisect_left(pool.free, (size,))  # type: ignore[type-var]
+        at = bisect_left(pool.free, (size,))
         if at == len(pool.free):
             return None
         if self.is_expandable:
@@ -188,16 +188,17 @@ class CachingAllocator:
             first = unmapped
             if first.previous is not None and not first.previous.is_allocated:
                 first = first.previous
-            available, block = 0, first
+            available = 0
+            block: Block | None = first
             while block is not None and not block.is_allocated and available < size:
                 available += block.size
-                block = block.next  # type: ignore[assignment]
+                block = block.next
             if available >= size:
                 return first
-        block = Block(self._addresses(ADDRESS_SPACE_BYTES), ADDRESS_SPACE_BYTES, pool.is_small, is_mapped=False)
-        pool.segments.append(block)
-        pool.add(block)
-        return block
+        whole = Block(self._addresses(ADDRESS_SPACE_BYTES), ADDRESS_SPACE_BYTES, pool.is_small, is_mapped=False)
+        pool.segments.append(whole)
+        pool.add(whole)
+        return whole
 
     def _map(self, pool: _Pool, block: Block, size: int) -> None:
         """Give memory to the first `size` bytes of an unmapped block, in whole pages."""

@@ -1,8 +1,8 @@
 """Host memory for tensors that are needed again much later: layers' inputs between forward and backward.
 
 On a GPU they go to pinned memory and come back on a stream of their own, beside the work that goes on: out while their
-layer is computed, in, by turns into two buffers, while the layer above is computed back. On a CPU the host is the device: there they go through a file without a name, whose pages are the
-kernel's, not this process's.
+layer is computed, in, by turns into two buffers, while the layer above is computed back. On a CPU the host is the
+device: there they go through a file without a name, whose pages are the kernel's, not this process's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How far a budget reaches: for ranks and sequence lengths, the largest micro-batch that fits, its speed, and by what."""
+"""How far a budget reaches: for ranks and sequence lengths, the largest micro-batch that fits, its speed, by what."""
 
 from __future__ import annotations
 

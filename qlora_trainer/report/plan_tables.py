@@ -148,8 +148,8 @@ def _memory(plan: Plan) -> RenderableType:
         _add_total(table, total, total_bytes, budget_bytes)
     reserved = predicted.reserved_peak_bytes
     if reserved is not None:
-        label = Text(f"reserved by the allocator, {predicted.fragmentation:.0%} in pieces")
-        table.add_row("", label, Text(format_bytes(reserved)), _percent(reserved, budget_bytes), "", style="dim")
+        in_pieces = Text(f"reserved by the allocator, {predicted.fragmentation:.0%} in pieces")
+        table.add_row("", in_pieces, Text(format_bytes(reserved)), _percent(reserved, budget_bytes), "", style="dim")
     # What is judged is the expected peak: under pressure an allocator gives back what it holds in plenty.
     worst = predicted.worst_peak_bytes
     table.add_row("", Text("worst case"), Text(format_bytes(worst)), _percent(worst, budget_bytes), "", style="dim")

@@ -30,7 +30,7 @@ from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.planning.plan import Plan, is_paged
+from qlora_trainer.planning.plan import Plan, PlanKnobs, is_paged
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.checkpoint.storage import check_free_space
 from qlora_trainer.run.checkpoint.tensors import lay_out
@@ -79,10 +79,7 @@ def prepare(
     changes: tuple[Change, ...] = ()
     if loaded is not None:
         config, changes = continued_config(config, loaded, allow_change)
-    machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
-    torch.set_num_threads(machine.num_threads)
-    if device.type == "cuda":  # a CPU has no cap of this kind; there the plan alone keeps a run within its budget
-        cap_device_memory(device, budget_of(config, machine).budget_bytes)
+    machine = _settled_machine(config, device, loaded)
     paging_folder = _paging_folder(config, folder, device)
 
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
@@ -105,12 +102,11 @@ def prepare(
         require_same_inputs(fingerprints, loaded)
 
     yield Preparing(what="loading the NF4 base")
-    dtype, levers = DTYPES[machine.compute_dtype], knobs.plan.levers
-    model = load_quantized(base, cache, compute_dtype=dtype, device=device, levers=levers)
+    dtype = DTYPES[machine.compute_dtype]
+    model = load_quantized(base, cache, compute_dtype=dtype, device=device, levers=knobs.plan.levers)
     lora = _lora_settings(config, model, knobs)
     attach_new_adapters(model, lora, dtype=DTYPES[machine.adapter_dtype], seed=config.training.seed)
-    store = input_store(device, paging_folder)
-    keep_least(model, knobs.plan.num_recomputed, knobs.plan.activation_offload_layers, store)
+    _keep_least(model, knobs.plan, device, paging_folder)
     model.module.train()
     optimizer, scaler = _optimizer_and_scaler(config, model, knobs, paging_folder)
     release_free_memory()
@@ -150,6 +146,19 @@ def prepare(
         resumed=loaded,
         preparing_peak_bytes=preparing_peak_bytes,
     )
+
+
+def _settled_machine(config: RunConfig, device: torch.device, loaded: Loaded | None) -> MachineKnobs:
+    """What this process computes with from now on: as the run began, if it is resumed."""
+    machine = machine_knobs_of(loaded.state["plan"]) if loaded else decide_machine_knobs(config, device)
+    torch.set_num_threads(machine.num_threads)
+    if device.type == "cuda":  # a CPU has no cap of this kind; there the plan alone keeps a run within its budget
+        cap_device_memory(device, budget_of(config, machine).budget_bytes)
+    return machine
+
+
+def _keep_least(model: QuantizedModel, plan: PlanKnobs, device: torch.device, paging_folder: Path) -> None:
+    keep_least(model, plan.num_recomputed, plan.activation_offload_layers, input_store(device, paging_folder))
 
 
 def _saved_before(folder: RunFolder, resume: str) -> tuple[Loaded | None, tuple[str, ...]]:

@@ -43,7 +43,7 @@ def find_checkpoint(folder: RunFolder, resume: str) -> Loaded | None:
 
 def _with_adapter_dtype(loaded: Loaded) -> Loaded:
     """A checkpoint from when `lora.dtype` could not be `auto` has it in its config only."""
-    plans = {name: loaded.state[name] for name in ("plan", "plan_at_start") if name in loaded.state}
+    plans: dict[str, Any] = {name: loaded.state[name] for name in ("plan", "plan_at_start") if name in loaded.state}
     dtype = {"adapter_dtype": loaded.state["config"]["lora"]["dtype"]}
     told = {name: {**plan, "machine": {**dtype, **plan["machine"]}} for name, plan in plans.items()}
     return replace(loaded, state={**loaded.state, **told})

@@ -89,8 +89,8 @@ def _is_watched(name: str) -> bool:
 def _call(node: ast.Call, name: str, where: str) -> LibraryCall:
     positional = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
     keywords = {keyword.arg: keyword.value for keyword in node.keywords if keyword.arg is not None}
-    values: dict[int | str, ast.expr] = {**dict(enumerate(positional)), **keywords}
-    literals = tuple((key, value.value) for key, value in values.items() if isinstance(value, ast.Constant))
+    values: list[tuple[int | str, ast.expr]] = [*enumerate(positional), *keywords.items()]
+    literals = tuple((key, value.value) for key, value in values if isinstance(value, ast.Constant))
     is_whole = len(positional) == len(node.args) and len(keywords) == len(node.keywords)
     return LibraryCall(where, name, len(positional), tuple(keywords), literals, is_whole)
 

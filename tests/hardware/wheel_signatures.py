@@ -40,7 +40,8 @@ class Wheel:
     @property
     def version(self) -> str:
         text = (self._folder / "torch/version.py").read_text()
-        return re.findall(r"__version__ = '([^']+)'", text)[0]
+        found: str = re.findall(r"__version__ = '([^']+)'", text)[0]
+        return found
 
     def require_taken(self, call: LibraryCall) -> None:
         """Bind the arguments of a call of something in torch.
@@ -99,7 +100,7 @@ class Wheel:
                 for alias in node.names:
                     if (alias.asname or alias.name) in (name, "*"):
                         source = self._module(self._source(module, node))
-                        found = None if source in (None, module) else self._look(source, name)  # type: ignore[arg-type]
+                        found = None if source in (None, module) else self._look(source, name)
                         if found is not None:
                             return found
         return None

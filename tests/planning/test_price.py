@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedConfig
 
+from qlora_trainer.config.levers import NO_LEVERS
 from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning.budget import Budget, gpu_budget
@@ -143,7 +144,7 @@ def test_targets_that_leave_the_first_layers_attention_untrained(targets: str, d
 def test_attention_is_timed_as_often_as_it_is_computed(targets: str | None, passes: list[tuple[float, float]]) -> None:
     """Of the first two layers, kept and recomputed. Fails where every layer is taken for one with a backward."""
     overrides = [] if targets is None else [f"lora.target_modules={TARGETS[targets]}"]
-    parts = make_planner("llama", CPU, *overrides).prices(RANK).parts
+    parts = make_planner("llama", CPU, *overrides).prices(RANK, NO_LEVERS).parts
     found = [
         tuple(parts.of_layer(index, policy).attention_passes for index in (0, 1)) for policy in ("keep", "recompute")
     ]

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 
+from qlora_trainer.config.levers import NO_LEVERS
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.planning.make_plan import choose, choose_rank
 from qlora_trainer.planning.planner import Planner
@@ -89,7 +90,7 @@ def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], P
     adapters = [planner.shapes(rank) for rank in (8, 128)]
     name = "model.layers.0.self_attn.q_proj.lora_A"
     assert adapters[0][name] == adapters[1][name] == (64, 256)
-    assert planner.prices(8) is planner.prices(8) is not planner.prices(128)
+    assert planner.prices(8, NO_LEVERS) is planner.prices(8, NO_LEVERS) is not planner.prices(128, NO_LEVERS)
 
 
 @pytest.mark.parametrize(

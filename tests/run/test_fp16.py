@@ -133,7 +133,7 @@ def test_a_checkpoint_without_the_scaler_is_refused(tmp_path: Path, base: Path) 
     run_until_step(config, 2)
     loaded = newest_verified(tmp_path / "run" / "checkpoints")
     assert loaded is not None
-    del loaded.state["loss_scaler"]  # type: ignore[attr-defined]
+    del loaded.state["loss_scaler"]
 
     class AnyOptimizer:
         def load_state_dict(self, _state: object) -> None:

@@ -26,6 +26,8 @@ from qlora_trainer.model import nf4
 from qlora_trainer.model.nf4_cache import CachedWeights
 from qlora_trainer.run import prepare
 from qlora_trainer.run.checkpoint import load
+from qlora_trainer.run.checkpoint.tensors import read_tensors
+from qlora_trainer.run.inputs import read_inputs
 from qlora_trainer.run.records import Evaluated, Finished, Prepared, Record, Resumed, Saved, StepDone
 from qlora_trainer.step.batch import MicroBatch
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
@@ -108,10 +110,10 @@ def on_accelerator() -> Iterator[None]:
     caches = (nf4.nf4_code, nf4.nested_code)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "choose_device", lambda: DEVICE)
-        patch.setattr(prepare, "read_inputs", generated_on_host(prepare.read_inputs))
+        patch.setattr(prepare, "read_inputs", generated_on_host(read_inputs))
         for name in ("fetch_weights", "prepare_nf4_cache"):
             patch.setattr(prepare, name, on_host(getattr(prepare, name)))
-        patch.setattr(load, "read_tensors", on_host(load.read_tensors))
+        patch.setattr(load, "read_tensors", on_host(read_tensors))
         patch.setattr(CachedWeights, "dense", on_host(CachedWeights.dense))
         patch.setattr(Tensor, "tolist", answered_list)
         patch.setattr(Tensor, "numpy", answered_bytes)
