@@ -207,9 +207,10 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 def _make_room(half: AttentionHalf, q_BnTD: Tensor, document_lengths: Sequence[int]) -> None:
-    """For attention over the longest document."""
-    shape = AttentionShape(half.scale, half.window, half.softcap)
-    half.o.resident_limit.make_room(working_bytes(q_BnTD, max(document_lengths), shape))
+    """For attention over the longest document, or a key-value head of it."""
+    shape, longest = AttentionShape(half.scale, half.window, half.softcap), max(document_lengths)
+    num_parts = half.k.out_features // half.head_dim if 0 < half.tile_tokens < longest else 1
+    half.o.resident_limit.make_room(working_bytes(q_BnTD, longest, shape) // num_parts)
 
 
 class _MlpFunction(torch.autograd.Function):

@@ -39,14 +39,14 @@ class VocabularyBlocks:
         upcast: a block in the dtype of the product; None where that is the table's own.
         arriving: on the device of the product, two blocks; none where the table is there.
         pages: of the mapped file that the table is in, where they are given back after use.
-        is_cut: whether there is more than one block.
+        is_on_host: whether the table lives on the host.
     """
 
     weight_VH: Tensor
     upcast: Tensor | None
     arriving: Sequence[Tensor]
     pages: Span | None
-    is_cut: bool
+    is_on_host: bool
 
     @classmethod
     def of(cls, weight_VH: Tensor, like: Tensor, *, is_on_host: bool) -> VocabularyBlocks:
@@ -63,7 +63,12 @@ class VocabularyBlocks:
         if weight_VH.device != like.device:
             arriving = [weight_VH.new_empty(shape, device=like.device) for _ in range(2)]
         pages = _pages(weight_VH) if is_on_host and like.device.type == "cpu" else None
-        return cls(weight_VH, upcast, arriving, pages, is_cut=is_on_host or upcast is not None)
+        return cls(weight_VH, upcast, arriving, pages, is_on_host)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether there is more than one block."""
+        return self.is_on_host or self.upcast is not None
 
     def each(self) -> Iterator[tuple[slice, Tensor]]:
         """Which tokens, and their rows; a block is good until the next one is asked for."""

@@ -166,7 +166,7 @@ def read_segments(tracker: StorageTracker, probe: Probe) -> dict[object, Segment
     for (start, label), end in zip(events.marks, starts[1:], strict=True):
         kept = np.flatnonzero(is_device[start:end]) + start
         position = {int(index): place for place, index in enumerate(kept)}
-        insides = tuple((position[index], inside_at[index]) for index in sorted(inside_at) if start <= index < end)
+        insides = tuple((position[index], inside_at[index]) for index in sorted(inside_at) if index in position)
         own = factor[kept].copy()
         for place, _ in insides:
             own[place] = own[place + 1] = 0

@@ -32,6 +32,7 @@ def chunked_cross_entropy(
     *,
     chunk_tokens: int,
     gradient_scale: Tensor | None = None,
+    total: Tensor | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of all N positions, in nats: a 0-dim fp32 tensor, differentiable in `hidden_NH`.
 
@@ -43,6 +44,7 @@ def chunked_cross_entropy(
         chunk_tokens: C; the largest temporaries are one or two fp32 [C, V].
         gradient_scale: what the gradient, not the loss, is multiplied by before it is rounded to the compute dtype:
             0-dim fp32, on the same device. None for 1.
+        total: what the sum begins with, 0-dim fp32, so that positions one call after the other add up as in one.
     """
     needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
     loss: Tensor
@@ -57,6 +59,7 @@ def chunked_cross_entropy(
         needs_gradient,
         gradient_scale,
         head.is_on_host,
+        total,
     )
     return loss
 
@@ -116,12 +119,14 @@ def loss_and_gradient(
     needs_gradient: bool,
     gradient_scale: Tensor | None = None,
     is_on_host: bool = False,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed).
 
-    `is_on_host`: whether the projection lives on the host (see `model.vocabulary_blocks`).
+    `is_on_host`: whether the projection lives on the host (see `model.vocabulary_blocks`). `total`: what the sum begins
+    with.
     """
-    loss = hidden_NH.new_zeros((), dtype=torch.float32)
+    loss = hidden_NH.new_zeros((), dtype=torch.float32) if total is None else total.clone()
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     num_positions = hidden_NH.shape[0]
     # One buffer for all chunks: so large a block comes from the system each time, and its pages are zeroed.
@@ -163,15 +168,14 @@ def _logits(hidden_CH: Tensor, blocks: VocabularyBlocks, out_CV: Tensor) -> Tens
 def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, blocks: VocabularyBlocks) -> None:
     """`out` becomes the gradient of the chunk's hidden states."""
     # In 16 bits a sum over many blocks would be rounded with each.
-    sum_CH = (
-        out_CH if not blocks.is_cut or out_CH.dtype == torch.float32 else torch.zeros_like(out_CH, dtype=torch.float32)
-    )
+    is_summed_apart = blocks.is_on_host and out_CH.dtype != torch.float32
+    sum_CH = torch.zeros_like(out_CH, dtype=torch.float32) if is_summed_apart else out_CH
     for block, part_VH in blocks.each():
-        if sum_CH is out_CH:
+        if not is_summed_apart:
             sum_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 it is not read
         else:
             sum_CH += torch.mm(grad_CV[:, block], part_VH)
-    if sum_CH is not out_CH:
+    if is_summed_apart:
         out_CH.copy_(sum_CH)
 
 
@@ -187,6 +191,7 @@ def _(
     needs_gradient: bool,
     gradient_scale: Tensor | None = None,
     is_on_host: bool = False,
+    total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     return hidden_NH.new_empty((), dtype=torch.float32), grad_NH
@@ -199,7 +204,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_loss: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
     (grad_NH,) = ctx.saved_tensors
-    return (grad_NH * grad_loss.to(grad_NH.dtype), *[None] * 9)
+    return (grad_NH * grad_loss.to(grad_NH.dtype), *[None] * 10)
 
 
 loss_and_gradient.register_autograd(_backward, setup_context=_save_for_backward)

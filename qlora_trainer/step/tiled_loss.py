@@ -78,8 +78,9 @@ class _TiledLoss(torch.autograd.Function):
                     logit_shape,
                     chunk_tokens=chunk_tokens,
                     gradient_scale=gradient_scale,
+                    total=total,
                 )
-            total += loss.detach()
+            total = loss.detach()
             if grad_TH is not None:
                 (grad_rows_NH,) = torch.autograd.grad(loss, rows_NH)
                 grad_TH.index_copy_(0, positions_N[tile], grad_rows_NH)

@@ -159,7 +159,7 @@ def test_blocks_that_arrive_are_good_until_the_next_one(monkeypatch: pytest.Monk
     monkeypatch.setattr(vocabulary_blocks, "BLOCK_ELEMENTS", 64)
     weight_VH = torch.arange(7 * 16.0).view(7, 16)
     buffers = [torch.empty(4, 16) for _ in range(2)]
-    blocks = VocabularyBlocks(weight_VH, None, buffers, None, is_cut=True)
+    blocks = VocabularyBlocks(weight_VH, None, buffers, None, is_on_host=True)
     assert rows_in_block(weight_VH) == 4
     seen = 0
     for block, part_VH in blocks.each():

@@ -136,6 +136,14 @@ def test_outputs_are_the_same_to_the_bit_where_tiles_are_large(name: str, prepar
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_the_loss_is_the_same_to_the_bit_where_chunks_fill_tiles(name: str, prepared: Prepare) -> None:
+    base, cache = prepared(name)
+    found, expected = (step_of(load_for_training(base, cache), size) for size in (32, 0))
+    assert found["loss"] == expected["loss"]
+    assert found["eval"] == expected["eval"]
+
+
 class _Made(TorchDispatchMode):
     """Notes what is made, by shape."""
 
