@@ -126,21 +126,23 @@ class _Names:
             case ast.Attribute(value=value, attr=attribute):
                 owner = self.of(value)
                 return None if owner is None else f"{owner}.{attribute}"
-            case ast.Call(func=function):
-                return self._result_of(function)
+            case ast.Call():
+                return self._result_of(expression)
         return None
 
     def _note(self, target: ast.expr, value: ast.expr) -> None:
         if isinstance(value, ast.Call):
-            found = self._result_of(value.func)
+            found = self._result_of(value)
         else:
             found = self.of(value) if isinstance(value, ast.Attribute) else None
         if found is not None and _is_watched(f"{found}."):
             self._known[ast.unparse(target)] = found
 
-    def _result_of(self, function: ast.expr) -> str | None:
+    def _result_of(self, call: ast.Call) -> str | None:
         """The class whose instance a call gives: the called class itself, or what is said in `RETURNS`."""
-        name = self.of(function) or ast.unparse(function)
+        name = self.of(call.func) or ast.unparse(call.func)
+        if name == "ctypes.CDLL" and ast.unparse(call.args[0]) != "None":
+            return None  # a library that may not be here, such as the driver's
         if name in RETURNS:
             return RETURNS[name]
         last = name.rpartition(".")[2]

@@ -142,7 +142,8 @@ def test_wrong_attention_is_refused(
 
 def test_an_architecture_whose_documents_see_each_other_takes_one_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_accepted(transformers.LlamaConfig()) is True
-    monkeypatch.setattr(attention, "_document_slices", lambda lengths: [slice(0, sum(lengths))])
+    parts = attention._parts
+    monkeypatch.setattr(attention, "_parts", lambda q, k, lengths, tiles: parts(q, k, [sum(lengths)], tiles))
     assert require_accepted(transformers.LlamaConfig()) is False
 
 

@@ -311,7 +311,7 @@ def test_a_resume_computes_as_the_run_began(tmp_path: Path, base: Path, monkeypa
     kept = json.loads((tmp_path / "run" / "plan.json").read_text())
     saved = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
     for machine in (kept["in_force"]["machine"], saved["plan"]["machine"]):
-        assert machine == {"compute_dtype": "float32", "num_threads": 2}
+        assert machine == {"compute_dtype": "float32", "adapter_dtype": "bfloat16", "num_threads": 2}
     assert "compute_dtype: float32" in (tmp_path / "run" / "config.yaml").read_text()
 
 
