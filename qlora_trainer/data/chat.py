@@ -32,12 +32,14 @@ class TokenizedRow:
         text: what was tokenised, special tokens included.
         document: its tokens; there may be none to learn.
         num_rewritten: answers that are read but not learned, since the chat template rewrites them.
+        first_stop: where the first stop token is that is learned; -1 if there is none.
     """
 
     row: Row
     text: str
     document: Document
     num_rewritten: int
+    first_stop: int = -1
 
 
 class RowTokenizer:
@@ -72,21 +74,22 @@ class RowTokenizer:
             for row in rows
         ]
         encoded = encode(rendered, self._tokenizer, wheres=[row.where for row in rows])
-        return [
-            TokenizedRow(row, text.text, self._document(row, text, tokens), text.num_rewritten)
-            for row, text, tokens in zip(rows, rendered, encoded, strict=True)
-        ]
+        tokenized = []
+        for row, text, tokens in zip(rows, rendered, encoded, strict=True):
+            document, stops = self._document(row, text, tokens)
+            tokenized.append(TokenizedRow(row, text.text, document, text.num_rewritten, _first_stop(document, stops)))
+        return tokenized
 
     @property
     def stop_ids_seen(self) -> frozenset[int]:
         """The tokens that learned answers and texts ended with so far."""
         return frozenset(self._stop_ids_seen)
 
-    def _document(self, row: Row, text: Rendered, tokens: Encoded) -> Document:
+    def _document(self, row: Row, text: Rendered, tokens: Encoded) -> tuple[Document, list[int]]:
         _require_one_bos(tokens, self._tokenizer.bos_token_id, row.where)
         document, stops = _label(row, text, tokens, self._stop_ids)
         self._stop_ids_seen.update(stops)
-        return document
+        return document, stops
 
 
 def prompt_ids(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -137,6 +140,11 @@ def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int])
             labels_T[first : stop + 1] = input_ids_T[first : stop + 1]
             stops.append(int(input_ids_T[stop]))
     return Document(index=row.index, input_ids_T=input_ids_T, labels_T=labels_T), stops
+
+
+def _first_stop(document: Document, stops: Sequence[int]) -> int:
+    found = [int((document.labels_T == stop).argmax()) for stop in set(stops) if stop in document.labels_T]
+    return min(found, default=-1)
 
 
 def _require_one_bos(encoded: Encoded, bos_token_id: int | None, where: str) -> None:

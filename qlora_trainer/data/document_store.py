@@ -2,7 +2,8 @@
 
 Three flat files in a folder: `tokens.bin` (int32 ids, all documents end to end), `learned.bin` (bool, one a token) and
 `rows.bin` (`ROW`, one a row). They are read by position, not mapped, so that a run that has seen much of its data does
-not hold it in resident memory; and through open files, so that they may be removed while a run uses them.
+not hold it in resident memory; and through open files, so that they may be removed while a run uses them. A column over
+all rows is read some rows at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,7 @@ ROW = np.dtype(
         ("content", "<u8"),  # a hash of its tokens and of which are learned
         ("num_supervised", "<i4"),
         ("num_rewritten", "<i4"),
+        ("first_stop", "<i4"),  # of its tokens: where the first stop token is that is learned; -1 for none
         ("file", "<i4"),
         ("is_line", "?"),
         ("is_askable", "?"),
@@ -40,6 +42,7 @@ ROW = np.dtype(
 )
 TOKENS_FILE = "tokens.bin"
 _LEARNED, _ROWS, _FILES = "learned.bin", "rows.bin", "files.json"
+_ROWS_AT_ONCE = 2**16  # of rows.bin: 3 MiB
 
 
 class DocumentWriter:
@@ -70,7 +73,8 @@ class DocumentWriter:
             self._learned.write((document.labels_T != IGNORE_INDEX).tobytes())
             self._end += document.num_tokens
         numbers = (self._end, row.line, _content(document), num_supervised, tokenized.num_rewritten)
-        self._rows.write(np.array((*numbers, file, row.is_line, row.is_askable), dtype=ROW).tobytes())
+        place = (tokenized.first_stop, file, row.is_line, row.is_askable)
+        self._rows.write(np.array((*numbers, *place), dtype=ROW).tobytes())
 
     def write_files(self, files: tuple[FileRead, ...]) -> None:
         """Adds what was found in the files that the rows are from."""
@@ -87,8 +91,8 @@ class DocumentStore:
     def __init__(self, folder: Path) -> None:
         entries: list[Mapping[str, object]] = json.loads((folder / _FILES).read_text())
         self.files = tuple(FileRead.of(entry) for entry in entries)
-        has_rows = (folder / _ROWS).stat().st_size > 0  # nothing cannot be mapped
-        self._rows_N = np.memmap(folder / _ROWS, dtype=ROW, mode="r") if has_rows else np.zeros(0, dtype=ROW)
+        self._rows = self._opened(folder / _ROWS)
+        self._num_rows = os.fstat(self._rows).st_size // ROW.itemsize
         self._tokens = self._opened(folder / TOKENS_FILE)
         mark_used(folder, self._tokens)
         self._learned = self._opened(folder / _LEARNED)
@@ -100,46 +104,51 @@ class DocumentStore:
 
     @property
     def num_rows(self) -> int:
-        return int(self._rows_N.size)
+        return self._num_rows
 
     @property
     def lengths_N(self) -> NDArray[np.int32]:
         """Tokens of each row; 0 where there is nothing to learn."""
-        return np.diff(self._rows_N["end"], prepend=0).astype(np.int32)
+        return np.diff(self._column("end"), prepend=0).astype(np.int32)
 
     @property
     def num_supervised_N(self) -> NDArray[np.int32]:
         """Tokens of each row that are learned."""
-        return np.asarray(self._rows_N["num_supervised"])
+        return self._column("num_supervised")
 
     @property
     def num_rewritten_N(self) -> NDArray[np.int32]:
         """Answers of each row that are read but not learned, since the chat template rewrites them."""
-        return np.asarray(self._rows_N["num_rewritten"])
+        return self._column("num_rewritten")
+
+    @property
+    def first_stop_N(self) -> NDArray[np.int32]:
+        """Where in each row the first stop token is that is learned; -1 where none is."""
+        return self._column("first_stop")
 
     @property
     def is_askable_N(self) -> NDArray[np.bool_]:
         """Which rows a sample answer can be compared with."""
-        return np.asarray(self._rows_N["is_askable"])
+        return self._column("is_askable")
 
     @property
     def num_repeated(self) -> int:
         """Rows with the very tokens of an earlier one."""
-        return self.num_rows - int(np.unique(self._rows_N["content"]).size)
+        return self.num_rows - int(np.unique(self._column("content")).size)
 
     @property
     def content_hash(self) -> str:
         """SHA-256 over the tokens of all rows, and which are learned, by way of a hash of each row."""
-        return hashlib.sha256(self._rows_N["content"].tobytes()).hexdigest()
+        return hashlib.sha256(self._column("content").tobytes()).hexdigest()
 
     def where(self, row: int) -> str:
         """`file:line` or `file:row number`."""
-        entry = self._rows_N[row]
+        entry = np.frombuffer(_read(self._rows, row * ROW.itemsize, ROW.itemsize), dtype=ROW)[0]
         return where_in(self.files[entry["file"]].path, int(entry["line"]), is_line=bool(entry["is_line"]))
 
     def paths(self, rows_N: NDArray[np.int32]) -> list[str]:
         """The files that these rows are from, in order."""
-        return [self.files[number].path for number in np.unique(self._rows_N["file"][rows_N])]
+        return [self.files[number].path for number in np.unique(self._column("file")[rows_N])]
 
     def read(self, row: int, first: int, num_tokens: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids, and which are learned, of a part of a row, T = `num_tokens`.
@@ -147,9 +156,20 @@ class DocumentStore:
         Raises:
             EOFError: the files were cut short since they were opened.
         """
-        start = (int(self._rows_N[row - 1]["end"]) if row else 0) + first
+        start = first
+        if row:  # its tokens begin where those of the row before end, which is the first field of that
+            start += int.from_bytes(_read(self._rows, (row - 1) * ROW.itemsize, 8), "little")
         ids_T = np.frombuffer(_read(self._tokens, 4 * start, 4 * num_tokens), dtype="<i4")
         return ids_T, np.frombuffer(_read(self._learned, start, num_tokens), dtype=np.bool_)
+
+    def _column(self, name: str) -> NDArray[Any]:
+        """A field of every row, as a copy."""
+        column_N = np.empty(self._num_rows, dtype=ROW[name])
+        for first in range(0, self._num_rows, _ROWS_AT_ONCE):
+            some = min(_ROWS_AT_ONCE, self._num_rows - first)
+            raw = _read(self._rows, first * ROW.itemsize, some * ROW.itemsize)
+            column_N[first : first + some] = np.frombuffer(raw, dtype=ROW)[name]
+        return column_N
 
 
 def _content(document: Document) -> int:

@@ -55,6 +55,20 @@ class TokenizedData:
     def num_supervised_tokens(self) -> int:
         return int(self.documents.pieces_N["num_supervised"].sum(dtype=np.int64))
 
+    @property
+    def num_kept_rows(self) -> int:
+        """Rows of which at least a piece is a document."""
+        return int(np.unique(self.documents.pieces_N["row"]).size)
+
+    @property
+    def num_stopping_rows(self) -> int:
+        """Those of them of which a stop token is learned: one that is cut may lose it."""
+        pieces_N = self.documents.pieces_N
+        first_stop_N = self.documents.store.first_stop_N[pieces_N["row"]]
+        ends_N = pieces_N["first"] + pieces_N["num_tokens"]
+        has_it_N = (first_stop_N >= pieces_N["first"]) & (first_stop_N < ends_N)
+        return int(np.unique(pieces_N["row"][has_it_N]).size)
+
 
 def select(
     store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int | None, num_bad: int = 0

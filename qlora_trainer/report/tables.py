@@ -54,6 +54,8 @@ def prepared_table(record: Prepared) -> RenderableType:
         ),
         ("eval", counted(record.num_eval_documents, "document") + " held out"),
     ]
+    stops = f"a stop token is learned in {record.num_stopping_rows:,} of {counted(record.num_kept_rows, 'row')}"
+    facts.append(("stops", stops))
     if record.num_repeated_rows:
         facts.append(("repeated", f"{counted(record.num_repeated_rows, 'row')} like an earlier one"))
     if record.num_dropped_documents:

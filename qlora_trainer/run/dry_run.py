@@ -39,5 +39,6 @@ def counted_documents(inputs: Inputs) -> str:
     return (
         f"{what}{len(data.documents):,} documents, {data.num_tokens:,} tokens, "
         f"{data.num_supervised_tokens:,} of them supervised; longest {data.documents.longest_tokens:,}; "
-        f"{data.num_dropped:,} rows dropped"
+        f"{data.num_dropped:,} rows dropped, {data.documents.store.num_repeated:,} repeated; "
+        f"a stop token is learned in {data.num_stopping_rows:,} of {data.num_kept_rows:,}"
     )

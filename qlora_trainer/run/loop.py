@@ -223,6 +223,8 @@ def _prepared(session: Session) -> Prepared:
         num_supervised_tokens=session.train_data.num_supervised_tokens,
         length_percentiles=length_percentiles(session.train_data.documents.lengths_N),
         num_repeated_rows=session.train_data.documents.store.num_repeated,
+        num_kept_rows=session.train_data.num_kept_rows,
+        num_stopping_rows=session.train_data.num_stopping_rows,
         seq_len=session.knobs.plan.seq_len,
         num_steps=session.knobs.num_steps,
         global_batch_size=session.config.training.global_batch_size,

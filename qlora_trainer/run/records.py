@@ -100,6 +100,7 @@ class Prepared:
         num_supervised_tokens: those of them that contribute to the loss.
         length_percentiles: tokens of a train document: 50, 90, 99 and 100 %.
         num_repeated_rows: rows with the very tokens of an earlier one.
+        num_kept_rows, num_stopping_rows: rows that are trained on, and those of them of which a stop token is learned.
         seq_len: tokens that the longest document may have.
         num_steps: optimizer steps of the whole run.
         global_batch_size: documents an optimizer step.
@@ -122,6 +123,8 @@ class Prepared:
     num_supervised_tokens: int
     length_percentiles: tuple[int, ...]
     num_repeated_rows: int
+    num_kept_rows: int
+    num_stopping_rows: int
     seq_len: int
     num_steps: int
     global_batch_size: int

@@ -165,6 +165,7 @@ def test_a_dry_run_counts_the_data_and_plans(
     options = [part for text in given for part in ("--set", text)]
     out, err = called(capsys, "train", *options, "--dry-run", exit_code=exit_code)
     assert "38 documents" in out
+    assert "0 rows dropped, 0 repeated; a stop token is learned in 38 of 38" in " ".join(out.split())
     assert ("fits on the CPU" in out) is (exit_code == 0)
     assert err.count("\n") == (exit_code != 0)
     assert not (tmp_path / "run").exists()

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_trainer.data.chat import TokenizedRow
+from qlora_trainer.data.rows import Row
 from qlora_trainer.data.tokenized import (
     Overlong,
     TokenizedData,
@@ -19,7 +21,7 @@ from qlora_trainer.data.tokenized import (
 )
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX, Document
-from tests.data.stored import stored
+from tests.data.stored import store_of, stored
 
 BOS = 7
 
@@ -176,3 +178,25 @@ def test_one_long_document_in_a_hundred_counts_where_none_may_be_dropped() -> No
 def test_seq_len_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no documents"):
         choose_seq_len(np.zeros(0, np.int32), 2048, overlong="drop", max_dropped_share=0.05)
+
+
+# Where the first stop token is that is learned, in rows of ten tokens of which all are: two rows have none.
+STOPS = (9, 4, -1, 8, -1)
+
+
+@pytest.mark.parametrize(
+    "overlong, seq_len, kept, stopping",
+    [("drop", 10, 5, 3), ("truncate", 9, 5, 2), ("truncate", 4, 5, 0), ("split", 4, 5, 3), ("drop", 9, 0, 0)],
+)
+def test_rows_are_counted_of_which_a_stop_token_is_learned(
+    overlong: Overlong, seq_len: int, kept: int, stopping: int
+) -> None:
+    """A row that is cut may lose it, a row that is split does not."""
+    rows = [
+        TokenizedRow(Row("a.jsonl", number, number + 1, ()), "", document(number, [True] * 10), 0, first_stop)
+        for number, first_stop in enumerate(STOPS)
+    ]
+    store = store_of(rows)
+    whole = select(store, np.arange(len(rows), dtype=np.int32), bos_token_id=None)
+    data = fit_documents(whole, seq_len, overlong=overlong, max_dropped_share=None)
+    assert (data.num_kept_rows, data.num_stopping_rows) == (kept, stopping)

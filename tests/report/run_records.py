@@ -37,6 +37,8 @@ def prepared(num_steps: int) -> Prepared:
         num_supervised_tokens=97_212,
         length_percentiles=(104, 161, 188, 192),
         num_repeated_rows=2,
+        num_kept_rows=1518,
+        num_stopping_rows=1517,
         seq_len=192,
         num_steps=num_steps,
         global_batch_size=16,

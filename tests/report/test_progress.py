@@ -34,6 +34,7 @@ def test_a_run_tells_what_it_is_does_and_reached(is_terminal: bool) -> None:
         "  train      1,520 documents, 182,341 tokens (97,212 supervised)",
         "  lengths    104 tokens at the median, 90 %: 161, 99 %: 188, longest: 192",
         "  eval       180 documents held out",
+        "  stops      a stop token is learned in 1,517 of 1,518 rows",
         "  repeated   2 rows like an earlier one",
         "  dropped    3 documents, too long or with nothing to train on",
         "  plan       100 steps of 16 documents",
