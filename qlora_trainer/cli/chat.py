@@ -20,7 +20,9 @@ def chat(
     adapter: Annotated[
         list[str] | None, typer.Option("--adapter", metavar="NAME=FOLDER", help="Another one, for /use NAME.")
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, when it is not the one the adapters name.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="Base model, when it is not the one the adapters name.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws when the temperature is above 0.")] = 0,
@@ -32,7 +34,7 @@ def chat(
     if not targets and base is None:
         raise ConfigError(
             where="chat",
-            found="neither a run, nor --adapter, nor --base",
+            found="neither a run, nor --adapter, nor --model",
             expected="something to talk with",
             fix="Give the output.dir of a run, such as runs/quickstart.",
         )

@@ -21,7 +21,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--data", help="File, pattern or data set to judge on; without it, the run's own held-out rows."),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model, when it is not the one the adapters name.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="Base model, when it is not the one the adapters name.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     overrides: Overrides = None,
 ) -> None:

@@ -17,7 +17,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The question.")],
     *,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    base: Annotated[str | None, typer.Option(help="Base model, when it is not the one the adapter names.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--model", help="Base model, when it is not the one the adapter names.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws when the temperature is above 0.")] = 0,
 ) -> None:

@@ -82,7 +82,7 @@ def test_every_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str
         (["generate", ".", "--prompt", " "], "an empty question"),
         (["generate", "nowhere", "--prompt", "x"], "nowhere: found no such folder"),
         (["generate", __file__, "--prompt", "x"], "found a file"),
-        (["chat"], "neither a run, nor --adapter, nor --base"),
+        (["chat"], "neither a run, nor --adapter, nor --model"),
         (["chat", "nowhere"], "nowhere: found no such folder"),
         (["chat", "--adapter", "runs/a"], "--adapter: found 'runs/a'; expected NAME=FOLDER"),
         (["chat", "--adapter", "../x=runs/a"], "the name of an adapter: found '../x'"),
@@ -244,7 +244,7 @@ def test_generate_prints_the_answer(
     stand_in(monkeypatch, "qlora_trainer.run.answer", answer=answer)
     assert main(["generate", str(work), "--prompt", "2 + 2?"]) == 0
     assert capsys.readouterr().out == "Four.\n"
-    options = ["--base", "a/b", "--max-new-tokens", "5", "--temperature", "0.7", "--seed", "3"]
+    options = ["--model", "a/b", "--max-new-tokens", "5", "--temperature", "0.7", "--seed", "3"]
     assert main(["generate", str(work), "--prompt", "2 + 2?", *options]) == 0
     common = {"target": work, "prompt": "2 + 2?"}
     assert asked == [
@@ -278,7 +278,7 @@ def test_chat_starts_with_the_run_and_knows_the_others(work: Path, monkeypatch: 
     settings = {"max_new_tokens": 512, "temperature": 0.0, "seed": 0}
     assert main(["chat", "one", "--adapter", "b=two"]) == 0
     assert main(["chat", "--adapter", "b=two", "--adapter", "a=one", "--temperature", "0.5", "--seed", "3"]) == 0
-    assert main(["chat", "--base", "smollm2-135m", "--max-new-tokens", "9"]) == 0
+    assert main(["chat", "--model", "smollm2-135m", "--max-new-tokens", "9"]) == 0
     assert opened == [
         {"targets": {"one": Path("one"), "b": Path("two")}, "base": None},
         {"targets": {"b": Path("two"), "a": Path("one")}, "base": None},
