@@ -1,4 +1,4 @@
-"""One tiny base for all runs, one cache of its NF4 form, and each plan made once."""
+"""One tiny base for all runs, one cache of its NF4 form; each plan is made, and each config accepted, once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 from transformers import PreTrainedConfig
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.model import acceptance
+from qlora_trainer.model import base as base_module
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import Plan
@@ -26,6 +28,22 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def accepted_once() -> Iterator[None]:
+    """Equal configs get equal answers: a small copy of the base is a fifth of a tiny run."""
+    working, found = acceptance.require_accepted, dict[str, bool]()
+
+    def remembered(config: PreTrainedConfig) -> bool:
+        key = config.to_json_string(use_diff=False)
+        if key not in found:
+            found[key] = working(config)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_module, "require_accepted", remembered)
         yield
 
 

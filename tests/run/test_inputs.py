@@ -27,9 +27,13 @@ from tests.run.told import complaint, train_command
 LONG_MESSAGES = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It is 2. " * 60}]
 
 
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
+
 @pytest.fixture
-def base(tmp_path: Path) -> Path:
-    return write_base(tmp_path / "base")
+def base(base: Path, tmp_path: Path) -> Path:
+    """A copy, which may be changed."""
+    return Path(shutil.copytree(base, tmp_path / "base"))
 
 
 @pytest.fixture(autouse=True)

@@ -166,7 +166,7 @@ def test_all_optimizers_learn_the_same(tmp_path: Path, base: Path) -> None:
     for name in ("adamw_32bit", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"):
         folder = tmp_path / name
         folder.mkdir()
-        settings = ("training.max_steps=20", "training.eval_every=20", f"training.optimizer={name}")
+        settings = ("training.max_steps=10", "training.eval_every=10", f"training.optimizer={name}")
         finished = run_to_end(tiny_config(folder, base, *settings))[-1]
         assert isinstance(finished, Finished)
         assert finished.summary.eval_loss_after is not None
@@ -181,7 +181,8 @@ def test_micro_batches_do_not_change_what_is_learned(tmp_path: Path, base: Path)
     for tokens in (64, 128, 4096):
         folder = tmp_path / str(tokens)
         folder.mkdir()
-        run_to_end(tiny_config(folder, base, f"memory.micro_batch_tokens={tokens}", "lora.dropout=0.1"))
+        options = (f"memory.micro_batch_tokens={tokens}", "lora.dropout=0.1", "training.max_steps=4")
+        run_to_end(tiny_config(folder, base, *options))
         courses.append([line["loss"] for line in course(folder / "run")["metrics"]])
     assert courses[1] == pytest.approx(courses[0], rel=1e-5)
     assert courses[2] == pytest.approx(courses[0], rel=1e-5)

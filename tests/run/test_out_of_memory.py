@@ -64,7 +64,7 @@ def test_a_step_survives_it_at_every_kth_operation(session: Session) -> None:
         (expected,) = follow(first_step(session))
     after = state_of(session)
     assert counting.num_operations > 100
-    for k in spread(counting.num_operations, 25):
+    for k in spread(counting.num_operations, 15):
         session.optimizer.load_state_dict(before)
         with OutOfMemoryAt(k):
             revised, done = follow(first_step(session))
@@ -83,7 +83,7 @@ def test_an_evaluation_survives_it_at_every_kth_operation(session: Session) -> N
     """Mutation tried: without the retry in `_evaluate_or_revise` the first place already ends the run."""
     with OutOfMemoryAt(-1) as counting:
         (expected,) = follow(attempts.evaluate_or_revise(session, Progress()))
-    for k in spread(counting.num_operations, 12):
+    for k in spread(counting.num_operations, 8):
         with OutOfMemoryAt(k):
             revised, evaluated = follow(attempts.evaluate_or_revise(session, Progress()))
         assert isinstance(revised, PlanRevised)
@@ -178,60 +178,75 @@ def stopped(base: Path, tmp_path_factory: pytest.TempPathFactory, plans_made_onc
     return folder
 
 
-@pytest.mark.parametrize(
-    "where, name, said",
-    [
-        (inputs, "find_base", "loading and rehearsing: found no memory left"),
-        (prepare, "load_quantized", "loading and rehearsing: found no memory left"),
-        (prepare, "attach_new_adapters", "loading and rehearsing: found no memory left"),
-        (prepare, "restore", "loading and rehearsing: found no memory left"),
-        (loop, "save_checkpoint", "saving step 3: found no memory left"),
-        (loop, "finish", "exporting the adapter: found no memory left"),
-    ],
-)
+PHASES: dict[str, tuple[Any, str]] = {
+    "find_base": (inputs, "loading and rehearsing: found no memory left"),
+    "load_quantized": (prepare, "loading and rehearsing: found no memory left"),
+    "attach_new_adapters": (prepare, "loading and rehearsing: found no memory left"),
+    "restore": (prepare, "loading and rehearsing: found no memory left"),
+    "save_checkpoint": (loop, "saving step 3: found no memory left"),
+    "finish": (loop, "exporting the adapter: found no memory left"),
+}
+
+
+def watched(working: Callable[..., Any], k: int, counted: Callable[[int], None]) -> Callable[..., Any]:
+    """The same, but memory runs out at its operation `k`; how many there were is told."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with OutOfMemoryAt(k) as mode:
+            try:
+                return working(*args, **kwargs)
+            finally:
+                counted(mode.num_operations)
+
+    return call
+
+
+def resumed(stopped: Path, base: Path, name: str) -> int:
+    """The exit code of a resume of a copy of the run."""
+    run = stopped / name
+    if run.exists():
+        shutil.rmtree(run)
+    shutil.copytree(stopped / "run", run, symlinks=True)
+    options = (*OPTIONS, "training.save_every=1", "training.max_steps=3", f"output.dir={run}")
+    return train_command(tiny_config(stopped, base, *options), "--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def num_operations(stopped: Path, base: Path) -> dict[str, int]:
+    """Of each phase, at most, in a resume that goes well."""
+    found = dict.fromkeys(PHASES, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, (where, _) in PHASES.items():
+
+            def count(number: int, name: str = name) -> None:
+                found[name] = max(found[name], number)
+
+            patch.setattr(where, name, watched(getattr(where, name), -1, count))
+        assert resumed(stopped, base, "counted") == 0
+    assert min(found.values()) > 0
+    return found
+
+
+@pytest.mark.parametrize("name", PHASES)
 def test_a_phase_with_nothing_smaller_to_try_ends_in_one_line(
-    where: Any,
     name: str,
-    said: str,
     stopped: Path,
+    num_operations: dict[str, int],
     base: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """At the first, the last and some operations between; each is a resume of its own, of which the first succeeds.
+    """At the first, the last and some operations between; each is a resume of its own.
 
     Mutation tried: `finish` outside of `lack_of_memory_told` ends with a traceback.
     """
+    where, said = PHASES[name]
     working = getattr(where, name)
-    num_operations = 0
-
-    def watched(k: int) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal num_operations
-            with OutOfMemoryAt(k) as mode:
-                try:
-                    return working(*args, **kwargs)
-                finally:
-                    num_operations = max(num_operations, mode.num_operations)
-
-        return call
-
-    run = stopped / name
-    config = tiny_config(stopped, base, *OPTIONS, "training.save_every=1", "training.max_steps=3", f"output.dir={run}")
-
-    def command(k: int) -> int:
-        if run.exists():
-            shutil.rmtree(run)
-        shutil.copytree(stopped / "run", run, symlinks=True)
-        monkeypatch.setattr(where, name, watched(k))
-        return train_command(config, "--resume", "auto")
-
-    assert command(-1) == 0
-    assert num_operations > 0
-    capsys.readouterr()
     # Not at all of them: where safetensors maps a file, which allocates nothing, it turns any error into a ValueError.
-    for k in spread(num_operations, 2):
-        assert command(k) == 3, k
+    for k in spread(num_operations[name], 2):
+        monkeypatch.setattr(where, name, watched(working, k, lambda _: None))
+        capsys.readouterr()
+        assert resumed(stopped, base, name) == 3, k
         assert said in complaint(capsys), k
 
 

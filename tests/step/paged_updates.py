@@ -19,12 +19,12 @@ from torch import nn
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
 
 NUM_ELEMENTS = 8 * 2**20
-NUM_UPDATES = 3
+NUM_UPDATES = 2
 STATE_BYTES = 3 * 4 * NUM_ELEMENTS  # master and two moments, fp32
 
 
 def digest_of_updates(residency: Literal["device", "paged"], folder: Path) -> str:
-    """SHA-256 of weights and state after three updates in 32 bits."""
+    """SHA-256 of weights and state after two updates in 32 bits."""
     parameter = nn.Parameter(torch.linspace(-1, 1, NUM_ELEMENTS).bfloat16())
     parameter.grad_dtype = torch.float32
     settings = OptimizerSettings(bits=32, residency=residency, weight_decay=0.01, paging_folder=folder)
