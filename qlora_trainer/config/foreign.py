@@ -94,8 +94,8 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
     (Counterpart(("training.learning_rate",)), "lr"),
     (Counterpart(("training.loraplus_lr_ratio",)), "loraplus_ratio lora_plus_ratio lorap_lr_ratio lora_plus_lr_ratio"),
     (
-        Counterpart((), "the head and the embedding stay frozen: adapters of the linears are all that is trained"),
-        "modules_to_save lora_modules_to_save additional_target unfreeze_lm_head unfrozen_parameters",
+        Counterpart(("lora.modules_to_save",), "it takes the embedding and the head, no other module"),
+        "lora_modules_to_save additional_target unfreeze_lm_head unfrozen_parameters",
     ),
     (Counterpart(("training.schedule",)), "lr_scheduler lr_scheduler_type scheduler lr_schedule"),
     (

@@ -96,10 +96,16 @@ class LoraSection(Section):
         "and its own rank.",
     )
 
+    modules_to_save: Names = Field(
+        (),
+        description="Tables over the vocabulary that are trained whole, such as [embed_tokens, lm_head]: a copy each, "
+        "with a gradient and an optimizer state; both where the base ties them, which is then one.",
+    )
     init_from: PathText | None = Field(
         None,
-        description="Adapter whose weights to begin with: a finished run, a PEFT adapter folder or a hub id; its "
-        "rank, alpha, target_modules and so on are taken where they are not set here; null = a new adapter.",
+        description="Adapter whose weights to begin with: a finished run, a PEFT adapter folder or a hub id "
+        "owner/name[@revision]; its rank, alpha, target_modules and so on are taken where they are not set here; "
+        "null = a new adapter.",
     )
 
     def alpha_for(self, rank: int) -> float:
@@ -289,6 +295,9 @@ class RunConfig(Section):
             raise _disagreement("memory.micro_batch_tokens", tokens, f"at least data.seq_len = {seq_len}")
         if self.data.streaming:
             _require_streamable(self.data, self.training)
+        if self.memory.embedding_residency == "host" and self.lora.modules_to_save:
+            expected = "auto or device, since lora.modules_to_save trains a table, which stays where it is trained"
+            raise _disagreement("memory.embedding_residency", "host", expected)
         _require_one_residency(self.training.optimizer, self.memory.optimizer_residency)
         patience = self.training.early_stopping_patience
         if patience is not None and self.data.eval is None and self.data.eval_fraction == 0:

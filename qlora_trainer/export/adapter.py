@@ -109,7 +109,7 @@ def write_peft_folder(
     config = adapter_config(
         settings, linear_names=source.parts.linears, base_name=source.base_name, revision=source.revision
     )
-    tensors = adapter_tensors(weights)
+    tensors = adapter_tensors(weights, settings)
     with new_folder(folder, storage, key="--to", doing="exporting the adapter") as temporary:
         write_tensors_checked(temporary / WEIGHTS_FILE, tensors, tensors, storage)
         write_checked(temporary / ADAPTER_CONFIG_FILE, config, storage)
@@ -123,7 +123,7 @@ def write_peft_folder(
 
 def _require_same(folder: Path, source: Source, settings: LoraSettings, weights: Mapping[str, Tensor]) -> None:
     """Read the folder as any adapter is read."""
-    found = read_adapter_folder(folder, linear_names=source.parts.linears, table_names=source.table_names)
+    found = read_adapter_folder(folder, linear_names=source.parts.linears, tables=source.tables)
     if (found.settings, found.base_name, found.revision) != (settings, source.base_name, source.revision):
         raise differs(folder / ADAPTER_CONFIG_FILE, "other settings than were written")
     expected = {name: digest_of(tensor) for name, tensor in weights.items()}

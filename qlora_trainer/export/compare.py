@@ -8,19 +8,16 @@ Legend: B rows, T tokens, H hidden size, N positions with a next token that is l
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from qlora_trainer.data.micro_batches import cut, cut_padded
 from qlora_trainer.model.quantized import CausalModel, hidden_states
-from qlora_trainer.step.batch import MicroBatch, make_micro_batch
-from qlora_trainer.step.document import Document
+from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.loss import chunk_logits
 
-MICRO_BATCH_TOKENS = 2048
 # fp32 [C, V] tensors that are alive at once are six: two of logits, their log-probabilities, and what is made of them.
 _CHUNK_BYTES, _LARGEST_TENSORS = 2**28, 6
 
@@ -41,16 +38,6 @@ class Comparison:
     loss: float
     kl: float
     agreement: float
-
-
-def micro_batches(documents: Sequence[Document], *, packing: bool) -> list[MicroBatch]:
-    """All documents, in rows of about `MICRO_BATCH_TOKENS`."""
-    lengths = [document.num_tokens for document in documents]
-    num_tokens = max(MICRO_BATCH_TOKENS, *lengths)
-    return [
-        make_micro_batch([documents[index] for index in chosen], seed=0, step=0, packing=packing)
-        for chosen in (cut if packing else cut_padded)(lengths, num_tokens)
-    ]
 
 
 @torch.no_grad()

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from qlora_trainer.config.data_files import require_data
-from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export.source import Source
 from qlora_trainer.model.base import read_tokenizer
-from qlora_trainer.run.eval_config import JudgedOn, eval_config
+from qlora_trainer.run.eval_config import JudgedOn, eval_config, holds_out
 from qlora_trainer.run.evaluation import read_held_out
 from qlora_trainer.run.inputs import known_tokenizer, spread
 from qlora_trainer.run.session import packs
@@ -50,7 +49,7 @@ def measured_on(target: Path, source: Source, data: str | None) -> JudgedOn:
         ConfigError: there is neither.
         DataError: the files are missing or broken.
     """
-    if data is None and (source.config is None or not _holds_out(source.config)):
+    if data is None and (source.config is None or not holds_out(source.config)):
         what = "an adapter without its run" if source.config is None else "a run that held out no rows"
         raise ConfigError(
             where=str(source.folder),
@@ -88,7 +87,3 @@ def read_documents(judged_on: JudgedOn, source: Source, *, max_tokens: int) -> G
             break
         chosen = spread(everyone_N, max(1, min(len(chosen) - 1, len(chosen) * max_tokens // num_tokens)))
     return HeldOut([documents[index] for index in chosen], len(documents), packs(config, source.base), data.path)
-
-
-def _holds_out(config: RunConfig) -> bool:
-    return config.data.eval is not None or (config.data.eval_fraction > 0 and not config.data.streaming)

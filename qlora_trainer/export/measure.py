@@ -5,26 +5,24 @@ The base in NF4 is in memory, as in training; the merged and the original model 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Generator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
-from qlora_trainer.export.compare import Comparison, compare, micro_batches
+from qlora_trainer.export.compare import Comparison, compare
 from qlora_trainer.export.held_out import HeldOut
 from qlora_trainer.export.source import Source
 from qlora_trainer.hardware.device import DTYPES, ComputeDtype, choose_compute_dtype, choose_device
-from qlora_trainer.model.adapters import attach_adapters, detach_adapters
+from qlora_trainer.model.adapter_folder import AdapterFolder
+from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.base import Base, read_config
 from qlora_trainer.model.load import load_quantized
-from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
-from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.streamed import stream_model
+from qlora_trainer.run.evaluation import MICRO_BATCH_TOKENS, micro_batches
 from qlora_trainer.run.records import Preparing
 
 MergeBase = Literal["original", "dequantized"]
@@ -81,12 +79,17 @@ def measure(
     device = choose_device()
     name = _compute_dtype(source, device)
     compute_dtype = DTYPES[name]
-    batches = micro_batches(held_out.documents, packing=held_out.packing)
+    longest = max(document.num_tokens for document in held_out.documents)
+    tokens = max(MICRO_BATCH_TOKENS, longest)
+    batches = list(micro_batches(held_out.documents, tokens, packing=held_out.packing))
     yield Preparing(what="running base and adapter, and the merged model, over held-out rows")
     quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device)
-    with _adapted(quantized, source.settings, source.weights):
-        streamed = stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device)
-        merged = compare(quantized, streamed, batches)
+    adapters = AdapterSet(quantized)
+    adapters.add("trained", AdapterFolder(source.base_name, source.revision, source.settings, dict(source.weights)))
+    adapters.activate("trained")
+    streamed = stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device)
+    merged = compare(quantized, streamed, batches)
+    adapters.activate(None)
     yield Preparing(what="running the base in NF4, and the original one, over held-out rows")
     original = stream_model(base.folder, base.config, compute_dtype=compute_dtype, device=device)
     return Measured(
@@ -99,27 +102,6 @@ def measure(
         merged=merged,
         quantized=compare(original, quantized, batches),
     )
-
-
-@contextmanager
-def _adapted(model: QuantizedModel, settings: LoraSettings, weights: Mapping[str, Tensor]) -> Iterator[None]:
-    """The model with its adapter, and with the modules that were trained whole in place of the base's."""
-    whole = {name: weights[name] for name in weights if name.rpartition(".")[0] in settings.modules_to_save}
-    low_rank = {name: own for name, own in weights.items() if name not in whole}
-    is_bf16 = all(own.dtype == torch.bfloat16 for own in low_rank.values())
-    plain = replace(settings, modules_to_save=())
-    attach_adapters(model, plain, low_rank, dtype=torch.bfloat16 if is_bf16 else torch.float32)
-    before = {}
-    for name, own in whole.items():
-        table, leaf = model.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        before[name] = table.get_buffer(leaf)
-        setattr(table, leaf, own.to(model.device))
-    try:
-        yield
-    finally:
-        for name, own in before.items():
-            setattr(model.module.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], own)
-        detach_adapters(model)
 
 
 def _compute_dtype(source: Source, device: torch.device) -> ComputeDtype:

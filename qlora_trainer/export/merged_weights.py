@@ -168,8 +168,12 @@ def merged_shapes(
 
 
 def unties_head(parts: Parts, settings: LoraSettings) -> bool:
-    """Whether merging gives a head of its own to a model that had none: PEFT trains a copy of one of the two."""
-    return parts.is_tied and any(name in settings.modules_to_save for name in (parts.head, parts.embeddings[0]))
+    """Whether merging gives a head of its own to a model that had none: PEFT trains a copy of one of the two.
+
+    Not where one copy serves both.
+    """
+    trained = (parts.head, parts.embeddings[0])
+    return parts.is_tied and settings.tied_head is None and any(name in settings.modules_to_save for name in trained)
 
 
 def _broken(

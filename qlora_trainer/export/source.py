@@ -14,12 +14,13 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_fit import expected_shapes, table_names
+from qlora_trainer.model.adapter_fit import base_tables, expected_shapes
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
+from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.run.folder import RunFolder, find_adapter
 
 
@@ -53,9 +54,9 @@ class Source:
     chat_template: str | None
 
     @property
-    def table_names(self) -> tuple[str, ...]:
+    def tables(self) -> BaseTables:
         """What `modules_to_save` may name."""
-        return table_names(self.parts)
+        return base_tables(self.parts)
 
 
 def read_source(target: Path, *, model: str | None) -> Source:
@@ -80,7 +81,7 @@ def read_source(target: Path, *, model: str | None) -> Source:
     base = resolve_base(model or base_name, None if model else revision, with_weights=False)
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, table_names=table_names(parts))
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
     require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights)
     template = folder / CHAT_TEMPLATE_FILE
     return Source(

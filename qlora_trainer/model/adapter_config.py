@@ -19,6 +19,7 @@ from qlora_trainer.model.lora_settings import (
     require_expressions,
     select_targets,
 )
+from qlora_trainer.model.table_names import BaseTables
 
 # Fields of adapter_config.json that change the result; anything but these values is refused, never ignored.
 _PLAIN_LORA: dict[str, tuple[object, ...]] = {
@@ -73,6 +74,8 @@ def adapter_config(
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
     }
+    if settings.tied_head is not None:
+        fields["ensure_weight_tying"] = True  # since PEFT 0.18; without it, two tables would be trained on
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -111,13 +114,13 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     return dict(fields)
 
 
-def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table_names: Sequence[str]) -> LoraSettings:
+def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], tables: BaseTables | None) -> LoraSettings:
     """What the checked fields mean for a base.
 
     Args:
         fields: of `read_config_fields`.
         linear_names: the linears of the base.
-        table_names: its embeddings and head, which `modules_to_save` may name; empty where it may not.
+        tables: its embeddings and head, which `modules_to_save` may name; None where it may not.
 
     Raises:
         ConfigError: the fields name something that the base does not have.
@@ -130,13 +133,14 @@ def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table
         chosen = in_layers(targets, numbers, [pattern] if isinstance(pattern, str) else pattern)
         targets = tuple(name for name in targets if name in chosen or name in fields["target_modules"])  # as PEFT does
     saved = fields.get("modules_to_save") or []
-    if saved and not table_names:
+    if saved and tables is None:
         raise ConfigError(
             where=ADAPTER_CONFIG_FILE,
             found=f"modules_to_save = {saved!r}: modules that were trained whole",
             expected="null: adapters of linears are all that is put on a base here",
             fix="Merge the adapter into its base with qlora-trainer merge, or choose another one.",
         )
+    modules_to_save, tied_head = _saved_modules(fields, tables) if saved and tables is not None else ((), None)
     return LoraSettings(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
@@ -146,8 +150,18 @@ def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table
         use_dora=fields.get("use_dora", False),
         rank_pattern=tuple((fields.get("rank_pattern") or {}).items()),
         alpha_pattern=tuple((fields.get("alpha_pattern") or {}).items()),
-        modules_to_save=select_targets(table_names, saved) if saved else (),
+        modules_to_save=modules_to_save,
+        tied_head=tied_head,
     )
+
+
+def _saved_modules(fields: Mapping[str, Any], tables: BaseTables) -> tuple[tuple[str, ...], str | None]:
+    """`LoraSettings.modules_to_save` and `.tied_head`: PEFT unties what it trains of two, unless it is told not to."""
+    chosen = select_targets(tables.names, fields["modules_to_save"], where="modules_to_save")
+    both = (tables.embeddings[0], tables.head)
+    if not (tables.is_tied and fields.get("ensure_weight_tying") and set(both) & set(chosen)):
+        return chosen, None
+    return tuple(name for name in tables.embeddings if name in (both[0], *chosen)), tables.head
 
 
 def wrong_adapter(where: Path, found: str, expected: str) -> ConfigError:
@@ -177,6 +191,8 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
     saved = fields.get("modules_to_save")
     if saved is not None and not _are_names(saved):
         raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
+    if type(fields.get("ensure_weight_tying", False)) is not bool:
+        raise wrong_adapter(path, f"ensure_weight_tying = {fields['ensure_weight_tying']!r}", "true or false")
 
 
 def _in_any_order(pattern: Sequence[tuple[str, Number]], targets: Sequence[str]) -> dict[str, Number]:

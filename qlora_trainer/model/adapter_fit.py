@@ -7,11 +7,12 @@ from transformers import PreTrainedModel
 
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
+from qlora_trainer.model.table_names import BaseTables
 
 
-def table_names(parts: Parts) -> tuple[str, ...]:
+def base_tables(parts: Parts) -> BaseTables:
     """The embeddings and the head of a base."""
-    return (*parts.embeddings, parts.head)
+    return BaseTables(parts.embeddings, parts.head, parts.is_tied)
 
 
 def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:

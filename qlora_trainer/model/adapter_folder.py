@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.model.adapter_config import read_config_fields, settings_of, wrong_adapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
+from qlora_trainer.model.table_names import BaseTables
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -30,7 +32,7 @@ class AdapterFolder:
         base_name: what the base is called in the adapter's config.
         revision: the base's hub revision, or None.
         settings: with targets resolved against the linears of a base.
-        weights: `{target}.lora_A` and `{target}.lora_B`.
+        weights: by our names, see `adapter_tensors`.
     """
 
     base_name: str
@@ -39,14 +41,21 @@ class AdapterFolder:
     weights: dict[str, Tensor]
 
 
-def adapter_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
     """What `adapter_model.safetensors` holds, by PEFT's names.
 
     Args:
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; `{target}.lora_magnitude_vector` [O] of DoRA;
-            `{module}.weight` of modules that are trained whole.
+            `{module}.weight` [V, H] and `{module}.bias` [V] of modules that are trained whole.
+        settings: what the adapter is. A table that serves embedding and head is in the file twice, as with PEFT.
     """
-    return {f"{_PREFIX}{name}{'.weight' if name.endswith(_MATRICES) else ''}": own for name, own in weights.items()}
+    whole = {}
+    if settings.tied_head is not None:
+        whole[f"{settings.tied_head}.weight"] = weights[f"{settings.modules_to_save[0]}.weight"]
+    return {
+        f"{_PREFIX}{name}{'.weight' if name.endswith(_MATRICES) else ''}": own
+        for name, own in {**weights, **whole}.items()
+    }
 
 
 def weights_by_our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,13 +81,30 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     return read_config_fields(folder / ADAPTER_CONFIG_FILE)
 
 
-def read_adapter_folder(folder: Path, *, linear_names: Sequence[str], table_names: Sequence[str] = ()) -> AdapterFolder:
+def whole_modules(folder: Path) -> list[str]:
+    """The modules whose own weights are in an adapter's file, by name: those that were trained whole.
+
+    Raises:
+        ConfigError: the file is broken or not safetensors.
+    """
+    try:
+        require_sane_header(folder / WEIGHTS_FILE)
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            names = [name.removeprefix(_PREFIX) for name in file.keys()]  # noqa: SIM118  # it is no mapping
+    except (SafetensorError, ValueError, OSError) as error:
+        raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
+    return sorted({name.rpartition(".")[0] for name in names if ".lora_" not in name})
+
+
+def read_adapter_folder(
+    folder: Path, *, linear_names: Sequence[str], tables: BaseTables | None = None
+) -> AdapterFolder:
     """Read an adapter; its targets are resolved against the base's own names.
 
     Args:
         folder: where it lies.
         linear_names: the linears of its base.
-        table_names: the base's embeddings and head, for `modules_to_save`.
+        tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
 
     Raises:
         ConfigError: see `read_adapter_fields`; or the weights file is broken or not safetensors.
@@ -89,6 +115,20 @@ def read_adapter_folder(folder: Path, *, linear_names: Sequence[str], table_name
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
-    settings = settings_of(fields, linear_names=linear_names, table_names=table_names)
+    settings = settings_of(fields, linear_names=linear_names, tables=tables)
     weights = weights_by_our_names(tensors)
+    if settings.tied_head is not None:
+        _forget_second_table(weights, settings, folder / WEIGHTS_FILE)
     return AdapterFolder(fields.get("base_model_name_or_path") or "", fields.get("revision"), settings, weights)
+
+
+def _forget_second_table(weights: dict[str, Tensor], settings: LoraSettings, path: Path) -> None:
+    """Of a table that serves embedding and head, PEFT writes both.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    table = f"{settings.modules_to_save[0]}.weight"
+    second = weights.pop(f"{settings.tied_head}.weight", None)
+    if second is not None and not torch.equal(weights.setdefault(table, second), second):
+        raise wrong_adapter(path, "ensure_weight_tying, but different tables for embedding and head", "one table")

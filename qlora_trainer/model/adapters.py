@@ -17,6 +17,7 @@ from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.random_draws import key32
+from qlora_trainer.model.trained_tables import table_parameters, table_shapes, table_weights, train_tables
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT calls it
 
@@ -29,7 +30,8 @@ def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype:
 def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int) -> dict[str, Tensor]:
     """Fresh adapters: A uniform in +-1/sqrt(I) as in PEFT, B zero, so the model starts unchanged.
 
-    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have.
+    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have. Tables
+    that are trained whole are what the model has.
     """
     weights = {}
     for name in settings.targets:
@@ -43,14 +45,18 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
             magnitude_O = torch.empty(linear.out_features, dtype=torch.float32, device=model.device)
             set_row_norms_(magnitude_O, linear)
             weights[f"{name}.{MAGNITUDE}"] = magnitude_O
-    return weights
+    return weights | table_weights(model, settings)
 
 
 def attach_adapters(
     model: QuantizedModel, settings: LoraSettings, weights: Mapping[str, Tensor], *, dtype: torch.dtype
 ) -> None:
-    """Give every target an adapter with the given weights, in place of any it had; see `build_adapters`."""
+    """Give every target an adapter with the given weights, in place of any it had; see `build_adapters`.
+
+    Tables that are trained whole take the place of the base's, which are gone.
+    """
     put_adapters(model, build_adapters(model, settings, weights, dtype=dtype))
+    train_tables(model, settings, weights, dtype=dtype)
 
 
 def build_adapters(
@@ -61,8 +67,8 @@ def build_adapters(
     Args:
         model: whose linears they are for.
         settings: which linears, and the scale.
-        weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R], with DoRA `{target}.lora_magnitude_vector` [O];
-            exactly these names. They are copied.
+        weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R], with DoRA `{target}.lora_magnitude_vector` [O],
+            and what is trained whole (see `model.trained_tables`); exactly these names. They are copied.
         dtype: what the matrices are held in; magnitudes are fp32. Gradients are accumulated in fp32 whatever it is.
 
     Raises:
@@ -113,13 +119,17 @@ def detach_adapters(model: QuantizedModel) -> None:
 
 
 def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
-    """`{target}.lora_A`, `{target}.lora_B` and with DoRA `{target}.lora_magnitude_vector`, in model order."""
-    return {
+    """`{target}.lora_A`, `{target}.lora_B` and with DoRA `{target}.lora_magnitude_vector`, in model order.
+
+    Behind them the tables that are trained whole.
+    """
+    low_rank = {
         f"{name}.{leaf}": parameter
         for name, linear in model.linears.items()
         if linear.adapter is not None
         for leaf, parameter in linear.adapter.named_parameters()
     }
+    return low_rank | table_parameters(model)
 
 
 def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -132,7 +142,7 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
             shapes[f"{name}.lora_B"] = (linear.out_features, rank)
             if settings.use_dora:
                 shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
-    return shapes
+    return shapes | table_shapes(model, settings)
 
 
 def require_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qlora_trainer.model import nf4
 from qlora_trainer.model.linear import NF4Linear
+from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.quantized import QuantizedModel
 
 # Of a weight, unpacked at once: 8 MiB in fp32, and at most a quarter of it, less than a product unpacks in 16 bits.
@@ -40,14 +41,51 @@ def set_row_norms_(
 
     A row of zeros has no direction that a length could be given to: its norm is told as 1, so that it stays zero.
     """
+    weight = linear.weight
+    parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.code)
+    row_norms_(norm_O, *parts, linear.in_features, a_RI, b_OR, scale)
+
+
+# One operation, so that a plan asks once for each kind of linear what happens inside, and not for every linear.
+@torch.library.custom_op("qlora_trainer::row_norms_", mutates_args=("norm_O",))
+def row_norms_(
+    norm_O: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor | None,
+    in_features: int,
+    a_RI: Tensor | None,
+    b_OR: Tensor | None,
+    scale: float,
+) -> None:
+    """`set_row_norms_` of the weight of those parts (see `NF4Weight`)."""
+    out_features = norm_O.shape[0]
+    weight = NF4Weight(packed, absmax, nested_absmax, offset, code, (out_features, in_features))
     wide_RI = None if a_RI is None else a_RI.float()
-    num_elements = linear.out_features * linear.in_features
-    rows = nf4.rows_at_once(linear.weight, max(CHUNK_ELEMENTS, -(-num_elements // MAX_CHUNKS)))
-    for first in range(0, linear.out_features, rows):
+    rows = nf4.rows_at_once(weight, max(CHUNK_ELEMENTS, -(-out_features * in_features // MAX_CHUNKS)))
+    for first in range(0, out_features, rows):
         chunk = slice(first, first + rows)
-        dense_OI = nf4.dequantize_rows(linear.weight, chunk)
+        dense_OI = nf4.dequantize_rows(weight, chunk)
         if wide_RI is not None and b_OR is not None:
             dense_OI.addmm_(b_OR[chunk].float(), wide_RI, alpha=scale)
         torch.linalg.vector_norm(dense_OI, dim=1, out=norm_O[chunk])
         del dense_OI  # before the next is made
     norm_O.masked_fill_(norm_O == 0.0, 1.0)
+
+
+@row_norms_.register_fake
+def _(
+    norm_O: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    offset: Tensor | None,
+    code: Tensor | None,
+    in_features: int,
+    a_RI: Tensor | None,
+    b_OR: Tensor | None,
+    scale: float,
+) -> None:
+    return None

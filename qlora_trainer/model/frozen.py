@@ -1,6 +1,11 @@
-"""The frozen 16-bit ends of the model: embeddings and output head, stored in bf16, used in the compute dtype."""
+"""The 16-bit ends of the model: embeddings and output head, stored in bf16, used in the compute dtype.
+
+They are frozen, unless a `weight` is a parameter that is trained whole (`model.trained_tables`).
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,12 +39,38 @@ class FrozenEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """int64 [...] -> [..., H] in the compute dtype."""
-        if self.device is not None:
-            found = look_up_on_host(self.weight, input_ids, self.device)
+        if self.weight.requires_grad:
+            rows: Tensor = _TrainedRows.apply(  # type: ignore[no-untyped-call]
+                self.weight, input_ids, self.compute_dtype
+            )
+        elif self.device is not None:
+            rows = look_up_on_host(self.weight, input_ids, self.device).to(self.compute_dtype)
         else:
-            found = nn.functional.embedding(input_ids, self.weight)
-        rows = found.to(self.compute_dtype)
+            rows = nn.functional.embedding(input_ids, self.weight).to(self.compute_dtype)
         return rows if self.scale is None else rows * self.scale
+
+
+class _TrainedRows(torch.autograd.Function):
+    """Rows of a trained table. Their gradients are added to its `.grad` in fp32, without a [V, H] in between.
+
+    Every row has its true gradient, that of the padding token too, which `nn.Embedding` leaves out.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_VH: Tensor, input_ids: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.weight_VH = weight_VH
+        ctx.save_for_backward(input_ids)
+        return nn.functional.embedding(input_ids, weight_VH).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        (input_ids,) = ctx.saved_tensors
+        grad_NH = grad.reshape(-1, grad.shape[-1]).float()
+        if grad.device.type == "cpu":
+            ctx.weight_VH.grad.index_add_(0, input_ids.flatten(), grad_NH)
+        else:  # sorts first: atomic additions would come in another order each time
+            ctx.weight_VH.grad.index_put_((input_ids.flatten(),), grad_NH, accumulate=True)
+        return None, None, None
 
 
 class FrozenHead(nn.Module):

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from qlora_trainer.config.schema import LoraSection
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.table_names import BaseTables, asked_tables, means
 
 ALL_LINEAR = "all-linear"
 # The number of a layer in a name, as PEFT 0.21 finds it (`check_target_module_exists`).
@@ -31,6 +32,7 @@ class LoraSettings:
         use_dora: a trained magnitude for each output row as well (Liu et al., 2024).
         rank_pattern, alpha_pattern: (regular expression, value); the first that fits the end of a name decides.
         modules_to_save: full names of the modules that are trained whole (embedding, head), in model order.
+        tied_head: full name of the head that uses the trained table of the embedding, of a base that ties both.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class LoraSettings:
     rank_pattern: tuple[tuple[str, int], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     modules_to_save: tuple[str, ...] = ()
+    tied_head: str | None = None
 
     def rank_of(self, name: str) -> int:
         """R of the adapter on the linear of that full name."""
@@ -57,22 +60,24 @@ class LoraSettings:
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str]) -> LoraSettings:
-    """What the config asks for, on a base with these linears.
+def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str], tables: BaseTables) -> LoraSettings:
+    """What the config asks for, on a base with these linears and tables.
 
     Args:
         section: of the config.
         rank: that was decided.
         linear_names: full names of every linear but the head.
+        tables: embeddings and head.
 
     Raises:
-        ConfigError: a target, a layer or a pattern means nothing there.
+        ConfigError: a target, a layer, a pattern or a table means nothing there.
     """
     targets = select_targets(linear_names, section.target_modules)
     if section.layers_to_transform is not None:
         targets = _in_asked_layers(targets, section.layers_to_transform)
     for key in ("rank_pattern", "alpha_pattern"):
         require_patterns([pattern for pattern, _ in getattr(section, key)], targets, where=f"lora.{key}")
+    modules_to_save, tied_head = asked_tables(section.modules_to_save, tables)
     return LoraSettings(
         rank=rank,
         alpha=section.alpha_for(rank),
@@ -82,6 +87,8 @@ def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str])
         use_dora=section.use_dora,
         rank_pattern=section.rank_pattern,
         alpha_pattern=section.alpha_pattern,
+        modules_to_save=modules_to_save,
+        tied_head=tied_head,
     )
 
 
@@ -116,13 +123,16 @@ def require_patterns(patterns: Sequence[str], targets: Sequence[str], *, where: 
             raise _wrong_pattern(where, f"{pattern!r}, which means no linear with an adapter", leaves)
 
 
-def select_targets(linear_names: Sequence[str], target_modules: str | Sequence[str]) -> tuple[str, ...]:
+def select_targets(
+    linear_names: Sequence[str], target_modules: str | Sequence[str], *, where: str = "lora.target_modules"
+) -> tuple[str, ...]:
     """The linears that `target_modules` means, by PEFT's rules.
 
     Args:
         linear_names: full names of every linear but the head.
         target_modules: `all-linear`; a regular expression that a full name must match as a whole; or a list of names,
             each a full name or the end of one after a dot.
+        where: what to call them in an error.
 
     Raises:
         ConfigError: no linear is meant, an entry of the list means none, or the expression is broken.
@@ -134,15 +144,15 @@ def select_targets(linear_names: Sequence[str], target_modules: str | Sequence[s
         try:
             pattern = re.compile(target_modules)
         except re.error as error:
-            raise _wrong_targets(f"{target_modules!r}, a broken regular expression ({error})", leaves) from error
+            raise _wrong_targets(where, f"{target_modules!r}, a broken regular expression ({error})", leaves) from error
         chosen = tuple(name for name in linear_names if pattern.fullmatch(name))
         if not chosen:
-            raise _wrong_targets(f"{target_modules!r}, which matches no linear", leaves)
+            raise _wrong_targets(where, f"{target_modules!r}, which matches no linear", leaves)
         return chosen
     for entry in target_modules:
-        if not any(_is_meant(name, entry) for name in linear_names):
-            raise _wrong_targets(f"{entry!r}, which names no linear", leaves)
-    return tuple(name for name in linear_names if any(_is_meant(name, entry) for entry in target_modules))
+        if not any(means(entry, name) for name in linear_names):
+            raise _wrong_targets(where, f"{entry!r}, which names no linear", leaves)
+    return tuple(name for name in linear_names if any(means(entry, name) for entry in target_modules))
 
 
 def in_layers(names: Sequence[str], layers: Collection[int], pattern: Sequence[str] = ()) -> tuple[str, ...]:
@@ -178,16 +188,12 @@ def _first_match(patterns: Sequence[tuple[str, Number]], name: str, otherwise: N
     return next((value for pattern, value in patterns if pattern_fits(pattern, name)), otherwise)
 
 
-def _is_meant(name: str, entry: str) -> bool:
-    return name == entry or name.endswith("." + entry)
-
-
-def _wrong_targets(found: str, leaves: str) -> ConfigError:
+def _wrong_targets(where: str, found: str, leaves: str) -> ConfigError:
     return ConfigError(
-        where="lora.target_modules",
+        where=where,
         found=found,
         expected=f"{ALL_LINEAR!r}, a regular expression, or a list out of: {leaves}",
-        fix="Correct lora.target_modules.",
+        fix=f"Correct {where}.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.model.tables import tables_of
+from qlora_trainer.model.trained_tables import table_weights
 from qlora_trainer.planning.tracker import StorageTracker
 
 
@@ -112,6 +113,16 @@ def dry_store(dry: DryModel) -> InputStore:
     """Where layers' inputs wait: in host memory, which a tracker tells apart; of a CPU, in what stands for a file."""
     device = dry.model.device
     return NoInputs() if device.type == "cpu" else HostInputs(SideStream(device))
+
+
+def without_frozen_tables(dry: DryModel, settings: LoraSettings) -> DryModel:
+    """The same model, of which the tables that are trained whole are counted no more: a run drops the frozen ones."""
+    with dry.fake_mode:
+        dropped = [weight.nbytes for weight in table_weights(dry.model, settings).values()]
+    left = list(dry.resident["embedding"])
+    for num_bytes in dropped:
+        left.remove(num_bytes)
+    return replace(dry, resident={**dry.resident, "embedding": tuple(left)})
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_inside_bytes
 from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
-from qlora_trainer.model import attention, row_ops
+from qlora_trainer.model import attention, dora, row_ops
 from qlora_trainer.planning.timeline import Probe
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
 
 ATTENTION = ("qlora_trainer::packed_attention", "qlora_trainer::packed_attention_backward")
 LOSS = "qlora_trainer::chunked_cross_entropy"
+ROW_NORMS = "qlora_trainer::row_norms_"
 # Where the tokens of a row are in each tensor of an attention; the lengths of the documents come behind the tensors.
 _TOKEN_AXES = {ATTENTION[0]: (2, 2, 2), ATTENTION[1]: (1, 2, 2, 2, 1, 2)}
 _CHUNK_ARGUMENT = 6  # of LOSS: how many positions are in a chunk
@@ -42,6 +43,7 @@ _BODIES: dict[str, Callable[..., Any]] = {
     ATTENTION[0]: attention.packed_attention._init_fn,
     ATTENTION[1]: attention.packed_attention_backward._init_fn,
     LOSS: loss.loss_and_gradient._init_fn,
+    ROW_NORMS: dora.row_norms_._init_fn,
 }
 
 
@@ -64,6 +66,8 @@ def bytes_of(inside: Inside) -> int:
         if expects_row_kernels(_device_of(inside.arguments)):
             return 0  # one kernel, which allocates nothing
         return _traced_bytes(inside.op, _two_blocks(inside.arguments))
+    if inside.op == ROW_NORMS:
+        return _traced_bytes(inside.op, inside.arguments)
     return library_inside_bytes(inside.op, _as_meta(inside.arguments))
 
 
@@ -168,6 +172,11 @@ def _with_tokens(arguments: tuple[Any, ...], probe_tokens: int, tokens: int, row
         else:
             changed.append(value)
     return tuple(changed)
+
+
+def norms_of_rank(inside: Inside, probe_rank: int, rank: int) -> Inside:
+    """`ROW_NORMS`, which knows no tokens, at another rank than it was recorded at."""
+    return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe_rank, rank))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -18,9 +18,10 @@ from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import can_tile
 from qlora_trainer.model.adapters import MAGNITUDE, adapter_shapes
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
+from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
-from qlora_trainer.planning.dry_model import DryModel, build_dry_model
+from qlora_trainer.planning.dry_model import DryModel, build_dry_model, without_frozen_tables
 from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training
 from qlora_trainer.planning.placed import Placed, place
 from qlora_trainer.planning.plan import is_paged, optimizer_bits
@@ -101,7 +102,8 @@ class Planner:
             alignment_bytes=alignment,
         )
         rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
-        settings = asked_settings(config.lora, rank, list(dry.model.linears))
+        settings = asked_settings(config.lora, rank, list(dry.model.linears), base_tables_of(dry.model))
+        dry = without_frozen_tables(dry, settings)
 
         @cache
         def traced(rank: int, levers: Levers) -> Prices:
@@ -193,7 +195,8 @@ class Planner:
         tiles = {"tile_tokens": TILE_TOKENS} if can_tile(self.dry.model) else {}
         # On a CPU the host is the device.
         optimizer = {"optimizer_on_host": True} if self.budget.kind == "cuda" else {}
-        return {**tiles, **optimizer, "embedding_residency": "host", "base_residency": "streamed"}
+        tables = {} if self.settings.modules_to_save else {"embedding_residency": "host"}  # what is trained stays
+        return {**tiles, **optimizer, **tables, "base_residency": "streamed"}
 
     def price(self, layout: Layout, optimizer: str) -> Usage:
         """What a layout takes, put together from the parts of a step."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
 from qlora_trainer.planning.full_trace import StateTrace
-from qlora_trainer.planning.inside import LOSS, bytes_of, resized
+from qlora_trainer.planning.inside import LOSS, ROW_NORMS, bytes_of, norms_of_rank, resized
 from qlora_trainer.planning.replay import Reserved
 from qlora_trainer.planning.shallow_trace import LayerParts, Policy, StepParts
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Level, Outline, Segment, outline
@@ -101,6 +101,9 @@ class Prices:
         return self._outlines[key]
 
     def _resized(self, inside: Inside, layout: Layout) -> Inside:
+        if inside.op == ROW_NORMS:
+            probe = self.parts.probe
+            return norms_of_rank(inside, probe.rank, layout.rank) if probe.has_rank else inside
         return resized(
             inside,
             self.parts.probe,

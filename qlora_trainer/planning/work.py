@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_trainer.planning.inside import ROW_OPS
+from qlora_trainer.planning.inside import ROW_NORMS, ROW_OPS
 from qlora_trainer.planning.timeline import Probe
 from qlora_trainer.planning.tracker import StorageTracker, Work
 
@@ -64,6 +64,8 @@ def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
     for work in part:
         if work.op == _UNPACK:
             unpacked_elements += 2 * work.moved[0]  # two weights a packed byte
+        elif work.op == ROW_NORMS:
+            unpacked_elements += 2 * work.moved[1]
         elif work.flops:
             _add(flops, work.flops, probe)
         elif work.op in ROW_OPS or not work.op.startswith(_OURS):  # attention and loss: see `throughput`

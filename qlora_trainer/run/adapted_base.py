@@ -24,6 +24,7 @@ from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
+from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.run.folder import RunFolder, find_adapter
 
 
@@ -89,9 +90,9 @@ def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = 
         device=device,
     )
     model.module.eval()
-    adapters = AdapterSet(model)
+    adapters, tables = AdapterSet(model), base_tables_of(model)
     for name, folder in named.folders.items():
-        adapters.add(name, read_adapter_folder(folder, linear_names=list(model.linears)))
+        adapters.add(name, read_adapter_folder(folder, linear_names=list(model.linears), tables=tables))
     return adapters
 
 
@@ -106,13 +107,6 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> P
 
 def _base_named(folder: Path) -> tuple[str, str | None]:
     fields = read_adapter_fields(folder)
-    if fields.get("modules_to_save"):
-        raise ConfigError(
-            where=str(folder),
-            found=f"modules that were trained whole ({', '.join(fields['modules_to_save'])})",
-            expected="an adapter on linears alone: the base's own tables are shared",
-            fix="Merge it with `qlora-trainer merge`, and name the result with --base.",
-        )
     return fields.get("base_model_name_or_path") or "", fields.get("revision")
 
 
@@ -124,7 +118,7 @@ def _shared_base(named: Mapping[str, tuple[str, str | None]], folders: Mapping[s
             where=str(folders[first]),
             found="an adapter that names no base",
             expected="the base that it was trained on",
-            fix="Name it with --base.",
+            fix="Name it with --model.",
         )
     for name, other in named.items():
         if other != named[first]:
@@ -133,7 +127,7 @@ def _shared_base(named: Mapping[str, tuple[str, str | None]], folders: Mapping[s
                 where="adapters",
                 found=f"{folders[first]} for the base {texts[0]} and {folders[name]} for {texts[1]}",
                 expected="adapters of one base",
-                fix="Take them one at a time, or name the base that both were trained on with --base.",
+                fix="Take them one at a time, or name the base that both were trained on with --model.",
             )
     return resolve_base(base_name, revision, with_weights=False)
 

@@ -30,6 +30,7 @@ REFUSED_KEYS = frozenset(
         "lora.use_dora",
         "lora.rank_pattern",
         "lora.alpha_pattern",
+        "lora.modules_to_save",
         "data.train",
         "data.eval",
         "data.eval_fraction",

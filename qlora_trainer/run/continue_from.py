@@ -2,11 +2,15 @@
 
 What the adapter is (rank, alpha, targets, variant) is taken from its folder where the config does not say it; where it
 does, both must mean the same. How it is trained (dropout, dtype, optimizer, which starts anew) is the config's.
+
+Of the hub a commit is taken: `owner/name`, or `owner/name@revision` with a branch, tag or commit, becomes
+`owner/name@commit` in the config of the run, which its resume has to name as well, or find again.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,14 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
-from qlora_trainer.model.adapter_fit import expected_shapes, table_names
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapter_fit import base_tables, expected_shapes
+from qlora_trainer.model.adapter_folder import (
+    WEIGHTS_FILE,
+    AdapterFolder,
+    read_adapter_fields,
+    read_adapter_folder,
+    whole_modules,
+)
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
@@ -31,6 +41,8 @@ from qlora_trainer.run.records import Preparing
 from qlora_trainer.step.state import first_non_finite
 
 _KEY = "lora.init_from"
+_REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_./-]{0,198}[A-Za-z0-9_])?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 # Keys of the section `lora` that say what an adapter is -> field of adapter_config.json, and what is meant without it.
 _FIELDS: dict[str, tuple[str, Any]] = {
     "rank": ("r", None),
@@ -41,6 +53,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "use_dora": ("use_dora", False),
     "rank_pattern": ("rank_pattern", {}),
     "alpha_pattern": ("alpha_pattern", {}),
+    "modules_to_save": ("modules_to_save", ()),
 }
 
 
@@ -58,10 +71,8 @@ def filled_in(config: RunConfig) -> RunConfig:
         return config
     folder = initial_folder(config.lora.init_from)
     fields = read_adapter_fields(folder)
-    if fields.get("modules_to_save"):
-        raise _mismatch(
-            _KEY, f"modules_to_save {', '.join(fields['modules_to_save'])} in {folder}", "LoRA matrices only"
-        )
+    if fields.get("ensure_weight_tying"):
+        fields["modules_to_save"] = whole_modules(folder)  # one table for two, of which PEFT's config names one
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
     for key in ("rank", "alpha", "use_rslora", "use_dora"):
@@ -70,7 +81,7 @@ def filled_in(config: RunConfig) -> RunConfig:
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
     kept = {key: value for key, value in given.items() if value != "auto"}
     try:
-        section = LoraSection.model_validate(values | kept)
+        section = LoraSection.model_validate(values | kept | {"init_from": _pinned(config.lora.init_from, folder)})
     except ValidationError as error:
         first = error.errors()[0]
         found = f"{_FIELDS[str(first['loc'][0])][0]} = {first['input']!r}"
@@ -84,14 +95,40 @@ def initial_folder(name: str) -> Path:
     Raises:
         ConfigError: nothing there, or nothing that can be fetched.
     """
-    if os.path.exists(name) or name.startswith(("/", ".", "~")) or not is_hub_id(name):
+    hub_id = _hub_id(name)
+    if hub_id is None:
         return find_adapter(Path(name))
     try:  # of all that a hub repository may hold, only what is no code and no pickle
-        fetched = snapshot_download(name, allow_patterns=[ADAPTER_CONFIG_FILE, WEIGHTS_FILE])
+        fetched = snapshot_download(hub_id[0], revision=hub_id[1], allow_patterns=[ADAPTER_CONFIG_FILE, WEIGHTS_FILE])
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError, OSError) as error:
         found = f"{name!r}, no folder, and nothing that could be fetched from the hub ({str(error).splitlines()[0]})"
         raise _mismatch(_KEY, found, "a run, an adapter folder or a hub id that you may read") from error
     return find_adapter(Path(fetched))
+
+
+def _hub_id(name: str) -> tuple[str, str | None] | None:
+    """The repository and the revision, if one is named; None where a path is meant.
+
+    Raises:
+        ConfigError: what is behind the @ can be no branch, tag or commit.
+    """
+    repository, at, revision = name.partition("@")
+    if os.path.exists(name) or name.startswith(("/", ".", "~")) or not is_hub_id(repository):
+        return None
+    if at and (not _REVISION.fullmatch(revision) or ".." in revision or "//" in revision):
+        raise ConfigError(
+            where=_KEY,
+            found=f"{name!r}",
+            expected="owner/name@revision, with a branch, a tag or a commit",
+            fix=f"Correct {_KEY}.",
+        )
+    return repository, revision or None
+
+
+def _pinned(name: str, folder: Path) -> str:
+    """A hub id with the commit that was fetched, by which the hub's cache names the folder; other names as they are."""
+    hub_id = _hub_id(name)
+    return name if hub_id is None or not _COMMIT.fullmatch(folder.name) else f"{hub_id[0]}@{folder.name}"
 
 
 def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | None:
@@ -111,14 +148,14 @@ def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | No
     folder = initial_folder(config.lora.init_from)
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, table_names=table_names(parts))
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
     try:
         require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights)
     except ConfigError as error:
         raise ConfigError(
             where=f"{_KEY} {folder}", found=error.found, expected=error.expected, fix=error.fix
         ) from error
-    _require_equal(asked_settings(config.lora, rank, parts.linears), adapter.settings, folder)
+    _require_equal(asked_settings(config.lora, rank, parts.linears, base_tables(parts)), adapter.settings, folder)
     broken = first_non_finite(adapter.weights)
     if broken is not None:
         raise _mismatch(f"{_KEY} {folder}", f"a number in {broken} that is not finite", "finite weights")
@@ -141,6 +178,8 @@ def initial_hash(config: RunConfig) -> dict[str, str]:
 
 
 def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> None:
+    if (asked.modules_to_save, asked.tied_head) != (given.modules_to_save, given.tied_head):
+        raise _mismatch("lora.modules_to_save", _whole(asked), f"{_whole(given)}, as {folder} has it")
     if asked.targets != given.targets:
         only = sorted(set(asked.targets) ^ set(given.targets))
         found = f"{len(asked.targets)} linears, {len(only)} of them or of the adapter's not in both, such as {only[0]}"
@@ -152,6 +191,11 @@ def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> No
         ):
             if ours != theirs:
                 raise _mismatch(f"lora.{key}_pattern", f"{key} {ours} of {name}", f"{theirs}, as {folder} has it")
+
+
+def _whole(settings: LoraSettings) -> str:
+    names = ", ".join(settings.modules_to_save) or "nothing"
+    return f"{names} trained whole{', as embedding and head in one' * (settings.tied_head is not None)}"
 
 
 def _as_config(value: Any) -> Any:

@@ -71,7 +71,7 @@ def eval_config(targets: Mapping[str, Path], data: Sequence[str], *, overrides: 
     _require_one_held_out(configs)
     run = next(iter(runs.values()))
     config = load_config(run.config_path, [*template, *sizes, *overrides])
-    if config.data.eval is None and (config.data.streaming or config.data.eval_fraction == 0):
+    if not holds_out(config):
         raise DataError(
             where=f"eval {run.path}",
             found="a run that held no rows out",
@@ -79,6 +79,11 @@ def eval_config(targets: Mapping[str, Path], data: Sequence[str], *, overrides: 
             fix="Name a file with --data.",
         )
     return JudgedOn(config, run)
+
+
+def holds_out(config: RunConfig) -> bool:
+    """Whether a run of that config leaves rows to judge its adapter on."""
+    return config.data.eval is not None or (config.data.eval_fraction > 0 and not config.data.streaming)
 
 
 def _settings_for_files(configs: Mapping[str, RunConfig], data: Sequence[str]) -> list[str]:
@@ -153,5 +158,5 @@ def _require_keys_in_use(overrides: Sequence[str]) -> None:
                 where=f"--set {override}",
                 found=f"{key}, which eval does not look at",
                 expected="a key that says how data is read, such as data.seq_len, or quantization.compute_dtype",
-                fix="Name rows with --data, and a base with --base.",
+                fix="Name rows with --data, and a base with --model.",
             )

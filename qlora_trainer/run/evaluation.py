@@ -246,7 +246,7 @@ def _score_or_halve(
     while True:
         with suppress(OutOfMemoryError), memory_errors_as_ours():
             return score(
-                adapters.model, _micro_batches(documents, tokens, packing=packing), loss_chunk_tokens=chunk_tokens
+                adapters.model, micro_batches(documents, tokens, packing=packing), loss_chunk_tokens=chunk_tokens
             )
         if tokens == longest:
             raise DoesNotFitError(
@@ -259,7 +259,8 @@ def _score_or_halve(
         yield Preparing(what=f"memory ran out: again in micro-batches of {tokens:,} tokens")
 
 
-def _micro_batches(documents: Sequence[Document], tokens: int, *, packing: bool) -> Iterator[MicroBatch]:
+def micro_batches(documents: Sequence[Document], tokens: int, *, packing: bool) -> Iterator[MicroBatch]:
+    """All documents, in rows of at most `tokens` tokens, which the longest of them has room in."""
     lengths = [document.num_tokens for document in documents]
     for positions in (cut if packing else cut_padded)(lengths, tokens):
         yield make_micro_batch([documents[position] for position in positions], seed=0, step=0, packing=packing)

@@ -46,7 +46,7 @@ def export_adapter(
     """
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     replaced = folder.with_name(f"{TEMPORARY_PREFIX}replaced-{folder.name}")
-    tensors = adapter_tensors(weights)
+    tensors = adapter_tensors(weights, settings)
     config = adapter_config(settings, linear_names=linear_names, base_name=base_name, revision=revision)
     try:
         storage.make_dir(temporary)

@@ -2,7 +2,8 @@
 
 A micro-batch of full size, every token supervised, goes through forward, backward, the optimizer's update and an
 evaluation, and the state is rendered as a checkpoint would be. Then adapters and optimizer are as they were: what they
-start from is drawn again from the seed.
+start from is drawn again from the seed. The update has a learning rate of 0, so that tables that are trained whole,
+which cannot be drawn, stay what they are; it computes all the same.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer
 from qlora_trainer.step.state import first_non_finite
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
-
-_LEARNING_RATE = 1e-4  # any that is not 0: the update must really happen
 
 
 def rehearse(
@@ -59,7 +58,7 @@ def rehearse(
         if scaler is not None:
             scaler.unscale_(optimizer.gradient)
         norm = optimizer.clip_gradients(max_grad_norm)
-        optimizer.update(_LEARNING_RATE, norm)
+        optimizer.update(0.0, norm)
         evaluate(model, [micro_batch], loss_chunk_tokens=knobs.loss_chunk)
         weights = {name: parameter.data for name, parameter in trainable_parameters(model).items()}
         for tensors in (weights, optimizer.state_dict()):

@@ -3,6 +3,10 @@
 Forward computes the gradient too, chunk by chunk, while the logits are at hand, so each is made once and nothing but
 one [N, H] gradient is kept for backward (the idea of Liger Kernel's fused linear cross-entropy, Hsu et al., 2024).
 
+Where the head is trained, the gradients of its weight and bias are added to their `.grad`, which is fp32, in the same
+go: a block of [V, H] in the compute dtype is all that is made for it. They cannot wait for backward, and so they get no
+factor from there: `gradient_scale` has to say all.
+
 A projection that is stored in 16 bits and multiplied in fp32, or that lives on the host, is multiplied in blocks of
 tokens of the vocabulary (`model.vocabulary_blocks`).
 
@@ -36,10 +40,12 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropies of all N positions, in nats: a 0-dim fp32 tensor, differentiable in `hidden_NH`.
 
+    With gradients enabled, those of a trained head are added to its `.grad` here.
+
     Args:
         hidden_NH: what the head sees at each supervised position, in the compute dtype.
         targets_N: int64 token to predict there.
-        head: frozen output projection.
+        head: output projection.
         logit_shape: scale and soft cap.
         chunk_tokens: C; the largest temporaries are one or two fp32 [C, V].
         gradient_scale: what the gradient, not the loss, is multiplied by before it is rounded to the compute dtype:
@@ -47,12 +53,11 @@ def chunked_cross_entropy(
         total: what the sum begins with, 0-dim fp32, so that positions one call after the other add up as in one.
     """
     needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
-    loss: Tensor
-    loss, _gradient = loss_and_gradient(
+    loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         targets_N,
-        head.weight,
-        head.bias,
+        head.weight.detach(),
+        None if head.bias is None else head.bias.detach(),
         logit_shape.scale,
         logit_shape.softcap,
         chunk_tokens,
@@ -60,8 +65,34 @@ def chunked_cross_entropy(
         gradient_scale,
         head.is_on_host,
         total,
+        *(_own_gradient(parameter) if needs_gradient else None for parameter in (head.weight, head.bias)),
     )
     return loss
+
+
+def _own_gradient(parameter: Tensor | None) -> Tensor | None:
+    """What a trained weight's gradients add up in."""
+    if parameter is None or not parameter.requires_grad:
+        return None
+    assert parameter.grad is not None, "the gradient of a trained head has no place yet"
+    return parameter.grad
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """`loss_and_gradient`, whose gradient waits for backward. An operation that writes into what it is given, the
+    gradients of the head, cannot have a formula for its own."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        loss: Tensor
+        loss, grad_NH = loss_and_gradient(*args)
+        ctx.save_for_backward(grad_NH)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NH,) = ctx.saved_tensors
+        return grad_NH * grad_loss.to(grad_NH.dtype), *(None,) * 12
 
 
 def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, *, chunk_tokens: int) -> int:
@@ -72,6 +103,8 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
     if hidden_NH.dtype != torch.float32:
         num_bytes += itemsize * chunk_elements
     if head.weight.dtype != hidden_NH.dtype:
+        num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
+    if head.weight.requires_grad and hidden_NH.dtype != torch.float32:
         num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
     return num_bytes + hidden_NH.nbytes
 
@@ -107,7 +140,7 @@ def add_cross_entropy_(loss: Tensor, logits_CV: Tensor, targets_C1: Tensor) -> t
     return exp_CV, sum_C1
 
 
-@torch.library.custom_op("qlora_trainer::chunked_cross_entropy", mutates_args=())
+@torch.library.custom_op("qlora_trainer::chunked_cross_entropy", mutates_args=("weight_grad_VH", "bias_grad_V"))
 def loss_and_gradient(
     hidden_NH: Tensor,
     targets_N: Tensor,
@@ -120,11 +153,13 @@ def loss_and_gradient(
     gradient_scale: Tensor | None = None,
     is_on_host: bool = False,
     total: Tensor | None = None,
+    weight_grad_VH: Tensor | None = None,
+    bias_grad_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed).
 
     `is_on_host`: whether the projection lives on the host (see `model.vocabulary_blocks`). `total`: what the sum begins
-    with.
+    with. The gradients of weight and bias are added to those two, fp32, where they are given.
     """
     loss = hidden_NH.new_zeros((), dtype=torch.float32) if total is None else total.clone()
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
@@ -149,8 +184,13 @@ def loss_and_gradient(
                 grad_CV.mul_(scale)
             if gradient_scale is not None:
                 grad_CV.mul_(gradient_scale)
-            _set_to_product_(grad_NH[chunk], grad_CV.to(hidden_NH.dtype), blocks)
-            del grad_CV
+            if bias_grad_V is not None:
+                bias_grad_V += grad_CV.sum(0)
+            rounded_CV = grad_CV.to(hidden_NH.dtype)
+            if weight_grad_VH is not None:
+                _add_product_(weight_grad_VH, rounded_CV, hidden_NH[chunk])
+            _set_to_product_(grad_NH[chunk], rounded_CV, blocks)
+            del grad_CV, rounded_CV
         del tanh_CV  # before the next chunk's is made
     return loss, grad_NH
 
@@ -179,6 +219,17 @@ def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, blocks: VocabularyBlocks) 
         out_CH.copy_(sum_CH)
 
 
+def _add_product_(weight_grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    """Add the chunk's gradient of the weight: each product in the compute dtype, their sum in fp32."""
+    if hidden_CH.dtype == torch.float32:
+        weight_grad_VH.addmm_(grad_CV.t(), hidden_CH)
+        return
+    rows = rows_in_block(weight_grad_VH)
+    for first in range(0, weight_grad_VH.shape[0], rows):
+        block = slice(first, first + rows)
+        weight_grad_VH[block] += torch.mm(grad_CV[:, block].t(), hidden_CH)
+
+
 @loss_and_gradient.register_fake
 def _(
     hidden_NH: Tensor,
@@ -192,22 +243,11 @@ def _(
     gradient_scale: Tensor | None = None,
     is_on_host: bool = False,
     total: Tensor | None = None,
+    weight_grad_VH: Tensor | None = None,
+    bias_grad_V: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     return hidden_NH.new_empty((), dtype=torch.float32), grad_NH
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward(ctx: Any, grad_loss: Tensor, _grad_gradient: Tensor) -> tuple[Any, ...]:
-    (grad_NH,) = ctx.saved_tensors
-    return (grad_NH * grad_loss.to(grad_NH.dtype), *[None] * 10)
-
-
-loss_and_gradient.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _shape_logits_(logits_CV: Tensor, scale: float, softcap: float) -> Tensor | None:

@@ -49,7 +49,7 @@ class OptimizerSettings:
         weight_decay: decoupled (Loshchilov & Hutter, 2019).
         paging_folder: where the files of paged state lie on a CPU.
         rate_ratio: learning rate of the B matrices over that of A (LoRA+, Hayou et al., 2024); of DoRA's magnitudes
-            too, as in PEFT.
+            and of a head's bias too, as in PEFT.
     """
 
     bits: Literal[8, 32]
@@ -374,7 +374,7 @@ def _lay_out(parameters: Mapping[str, nn.Parameter], *, has_two_rates: bool) -> 
 
 
 def _has_own_rate(name: str) -> bool:
-    return name.endswith((".lora_B", MAGNITUDE))
+    return name.endswith((".lora_B", MAGNITUDE, ".bias"))
 
 
 def _padded(num_elements: int) -> int:

@@ -39,6 +39,8 @@ def accumulate_gradients(
     refresh_norms(model)  # once for all micro-batches: no weight changes between them
     total = torch.zeros((), dtype=torch.float32, device=model.device)
     gradient_scale = None if loss_scale is None else loss_scale / num_supervised_tokens
+    if gradient_scale is None and model.head.weight.requires_grad:  # the gradient of a head does not wait for backward
+        gradient_scale = torch.full_like(total, 1.0 / num_supervised_tokens)
     for micro_batch in micro_batches:
         loss_sum = summed_loss(
             model,

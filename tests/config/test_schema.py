@@ -39,6 +39,7 @@ def test_defaults() -> None:
             "use_dora": False,
             "rank_pattern": (),
             "alpha_pattern": (),
+            "modules_to_save": (),
             "init_from": None,
         },
         "data": {
@@ -247,3 +248,10 @@ def test_keys_that_other_parts_of_the_project_promise() -> None:
         training.max_grad_norm training.seed training.save_every training.eval_every memory.budget memory.host_budget
         memory.micro_batch_tokens memory.activation_checkpointing output.dir"""
     assert set(promised.split()) <= set(DOTTED_KEYS)
+
+
+def test_a_table_that_is_trained_stays_on_the_device() -> None:
+    sections = {"model": {"base": "a"}, "data": {"train": "b"}, "lora": {"modules_to_save": ["lm_head"]}}
+    RunConfig.model_validate(sections | {"memory": {"embedding_residency": "device"}})
+    with pytest.raises(ValidationError, match=r"auto or device, since lora\.modules_to_save trains a table"):
+        RunConfig.model_validate(sections | {"memory": {"embedding_residency": "host"}})

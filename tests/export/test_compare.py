@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.export import compare as module
-from qlora_trainer.export.compare import Comparison, compare, is_worse, micro_batches
+from qlora_trainer.export.compare import Comparison, compare, is_worse
 from qlora_trainer.model.base import resolve_base
 from qlora_trainer.model.streamed import StreamedModel, stream_model
+from qlora_trainer.run.evaluation import micro_batches
 from tests.export.made_adapters import model_logits
 from tests.hardware.profiled_memory import allocated_by
 from tests.model.tiny_bases import CONFIGS, small_config, write_base
@@ -44,7 +45,7 @@ def test_figures_are_those_of_full_logits(
 ) -> None:
     monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
     one, other = (write_base(tmp_path / str(seed), CONFIGS[name], seed=seed) for seed in (0, 1))
-    found = compare(streamed(one), streamed(other), micro_batches(DOCUMENTS, packing=packing))
+    found = compare(streamed(one), streamed(other), list(micro_batches(DOCUMENTS, 2048, packing=packing)))
     (own_NV, targets_N), (other_NV, _) = (learned(model_logits(folder, DOCUMENTS)) for folder in (one, other))
     own, others = (torch.distributions.Categorical(logits=logits.double()) for logits in (own_NV, other_NV))
     assert found.num_tokens == targets_N.numel()
@@ -57,7 +58,7 @@ def test_figures_are_those_of_full_logits(
 
 def test_a_model_is_no_distance_from_itself(tmp_path: Path) -> None:
     folder = write_base(tmp_path / "base", CONFIGS["llama"])
-    found = compare(streamed(folder), streamed(folder), micro_batches(DOCUMENTS, packing=True))
+    found = compare(streamed(folder), streamed(folder), list(micro_batches(DOCUMENTS, 2048, packing=True)))
     assert (found.kl, found.agreement, found.loss) == (0.0, 1.0, found.reference_loss)
 
 
@@ -66,7 +67,7 @@ def test_full_logits_never_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "_CHUNK_BYTES", 6 * 4 * 16384 * 8)
     config = small_config("llama", vocab_size=16384)
     model = streamed(write_base(tmp_path / "base", config))
-    batches = micro_batches(tiny_documents(130, 126), packing=True)
+    batches = list(micro_batches(tiny_documents(130, 126), 2048, packing=True))
     num_bytes = allocated_by(lambda: compare(model, model, batches)).peak_bytes
     assert num_bytes < 256 * 16384 * 4 / 2  # half of one model's full logits; the head is upcast in 4 MB of it
 

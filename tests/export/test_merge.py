@@ -112,6 +112,18 @@ def test_a_tied_head_that_was_trained_on_its_own_is_untied(saved: list[str], bas
     assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
 
 
+def test_a_table_that_was_trained_for_both_stays_one(base: Path, tmp_path: Path) -> None:
+    """PEFT with `ensure_weight_tying`. Mutation tried: the head of the base, as where PEFT unties it."""
+    base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama-tied"], base)
+    wrapped = make_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"], ensure_weight_tying=True)
+    with torch.no_grad():
+        expected_TV = logits(wrapped, DOCUMENTS)
+    folder = unmeasured(tmp_path / "adapter", tmp_path / "to")
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    assert "lm_head.weight" not in weights_of(folder)
+    assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
+
+
 def test_sums_are_rounded_once(base: Path, tmp_path: Path) -> None:
     """bf16 holds the fp32 sum, rounded; not a sum of rounded parts."""
     base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
@@ -347,43 +359,49 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path, base: Path, capsys: 
     assert not (tmp_path / "to").exists()
 
 
-def test_a_base_whose_index_leads_out_of_its_folder_is_refused(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def pair(base: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A base in three shards and an adapter on it, alone in a folder: what is refused leaves nothing beside them."""
     folder = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
     make_adapter(tmp_path / "adapter", folder)
+    return folder, tmp_path / "adapter"
+
+
+def refused_to_merge(adapter: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """The complaint; nothing is left of what was begun."""
+    capsys.readouterr()
+    assert merged_run(adapter, adapter.parent / "to", "--force", *options) == 2
+    assert sorted(os.listdir(adapter.parent)) == ["adapter", "base"]
+    return complaint(capsys)
+
+
+def test_a_base_whose_index_leads_out_of_its_folder_is_refused(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, adapter = pair
     index = folder / "model.safetensors.index.json"
     text = index.read_text()
     for file_name in ("../model.safetensors", "/etc/passwd", "a\\u0000b"):
         index.write_text(text.replace("model-00001-of-00003.safetensors", file_name))
-        capsys.readouterr()
-        assert merged_run(tmp_path / "adapter", tmp_path / "to", "--force") == 2
-        assert "weight_map that names" in complaint(capsys)
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+        assert "weight_map that names" in refused_to_merge(adapter, capsys)
 
 
 def test_a_shard_of_the_base_that_is_cut_short_is_refused(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
-    make_adapter(tmp_path / "adapter", folder)
+    folder, adapter = pair
     path = folder / "model-00002-of-00003.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    capsys.readouterr()
-    assert merged_run(tmp_path / "adapter", tmp_path / "to", "--force") == 2
-    assert "model-00002-of-00003.safetensors" in complaint(capsys)
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+    assert "model-00002-of-00003.safetensors" in refused_to_merge(adapter, capsys)
 
 
 def test_numbers_that_a_dtype_does_not_hold_are_refused(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
-    make_adapter(tmp_path / "adapter", base, lora_alpha=10**7)
-    capsys.readouterr()
-    assert merged_run(tmp_path / "adapter", tmp_path / "to", "--dtype", "fp16", "--force") == 2
-    assert "NaN or an infinity in float16" in complaint(capsys)
-    assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
+    folder, adapter = pair
+    shutil.rmtree(adapter)
+    make_adapter(adapter, folder, lora_alpha=10**7)
+    assert "NaN or an infinity in float16" in refused_to_merge(adapter, capsys, "--dtype", "fp16")
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,8 @@ def with_adapters(
             use_dora=settings.use_dora,
             rank_pattern=dict(settings.rank_pattern),
             alpha_pattern=dict(settings.alpha_pattern),
+            modules_to_save=list(settings.modules_to_save) or None,
+            ensure_weight_tying=settings.tied_head is not None,
         ),
     )
     parameters = adapter_parameters(wrapped)
@@ -84,11 +86,13 @@ def _known_warnings() -> Iterator[None]:
 
 
 def adapter_parameters(wrapped: nn.Module) -> dict[str, nn.Parameter]:
-    """PEFT's LoRA parameters under our names."""
+    """PEFT's parameters under our names: LoRA's, and those of modules that are trained whole."""
     return {
-        name.removeprefix(PEFT_PREFIX).removesuffix(".default.weight"): parameter
+        name.removeprefix(PEFT_PREFIX)
+        .replace(".modules_to_save.default", "")
+        .removesuffix(".default.weight"): parameter
         for name, parameter in wrapped.named_parameters()
-        if ".lora_" in name
+        if ".lora_" in name or ".modules_to_save." in name
     }
 
 

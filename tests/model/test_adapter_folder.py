@@ -24,6 +24,7 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import select_targets
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.run.export import export_adapter
 from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, logits, wrap
 from tests.model.tiny_bases import CONFIGS
@@ -260,7 +261,9 @@ def test_modules_that_were_trained_whole_are_refused_where_they_cannot_be_used(t
     folder = _plain_folder(tmp_path / "adapter", modules_to_save=["lm_head"])
     with pytest.raises(ConfigError, match=r"modules_to_save = \['lm_head'\].*qlora-trainer merge"):
         read_adapter_folder(folder, linear_names=["q_proj"])
-    read = read_adapter_folder(folder, linear_names=["q_proj"], table_names=["model.embed_tokens", "lm_head"])
+    read = read_adapter_folder(
+        folder, linear_names=["q_proj"], tables=BaseTables(("model.embed_tokens",), "lm_head", False)
+    )
     assert read.settings.modules_to_save == ("lm_head",)
 
 

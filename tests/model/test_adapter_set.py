@@ -33,6 +33,8 @@ TARGETS: dict[str, str | list[str]] = {
     "half": "all-linear",
     "dora": ["q_proj", "o_proj", "down_proj"],
     "other-dora": "all-linear",
+    "tables": ["q_proj"],
+    "head": ["v_proj"],
 }
 VARIANTS = {
     "all": LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=()),
@@ -45,6 +47,10 @@ VARIANTS = {
     "half": LoraSettings(rank=4, alpha=8.0, dropout=0.0, targets=()),
     "dora": LoraSettings(rank=3, alpha=6.0, dropout=0.0, targets=(), use_dora=True),
     "other-dora": LoraSettings(rank=2, alpha=9.0, dropout=0.0, targets=(), use_dora=True, use_rslora=True),
+    "tables": LoraSettings(
+        rank=2, alpha=4.0, dropout=0.0, targets=(), modules_to_save=("model.embed_tokens", "lm_head")
+    ),
+    "head": LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=(), modules_to_save=("lm_head",)),
 }
 
 

@@ -62,7 +62,7 @@ def test_layers_are_those_that_peft_transforms(
     expected = tuple(name for name in LINEARS if check_target_module_exists(config, name))
     fields = {"r": 4, "lora_alpha": 8, "target_modules": targets}
     fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
-    assert settings_of(fields, linear_names=LINEARS, table_names=()).targets == expected
+    assert settings_of(fields, linear_names=LINEARS, tables=None).targets == expected
 
 
 @settings(max_examples=200)
@@ -72,7 +72,7 @@ def test_a_written_pattern_may_be_sorted(keys: list[str], count: int) -> None:
     pattern = tuple((key, 10 + number) for number, key in enumerate(keys[:count]))
     lora = LoraSettings(4, 8.0, 0.0, LINEARS, rank_pattern=pattern, alpha_pattern=pattern)
     written = json.loads(adapter_config(lora, linear_names=LINEARS, base_name="base", revision=None))
-    again = settings_of(json.loads(json.dumps(written, sort_keys=True)), linear_names=LINEARS, table_names=())
+    again = settings_of(json.loads(json.dumps(written, sort_keys=True)), linear_names=LINEARS, tables=None)
     for name in LINEARS:
         assert (again.rank_of(name), again.alpha_of(name)) == (lora.rank_of(name), lora.alpha_of(name))
 

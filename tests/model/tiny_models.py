@@ -19,6 +19,7 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel, hidden_states
+from qlora_trainer.model.trained_tables import table_parameters, table_weights
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from qlora_trainer.step.train_step import accumulate_gradients
@@ -73,6 +74,8 @@ def random_adapter(model: QuantizedModel, settings: LoraSettings, *, b_size: flo
         weights[f"{name}.lora_B"] = b_size * b_OR
         if settings.use_dora:
             weights[f"{name}.lora_magnitude_vector"] = 0.5 + torch.rand(linear.out_features, generator=generator)
+    for name, own in table_weights(model, settings).items():
+        weights[name] = own.float() + b_size * torch.randn(own.shape, generator=generator)
     return {name: tensor.bfloat16().float() for name, tensor in weights.items()}
 
 
@@ -119,6 +122,8 @@ def our_step(
 ) -> Step:
     """Loss and gradients over `documents` in one packed row, every layer recomputed, the loss in chunks of 16."""
     attach_adapters(model, settings, weights, dtype=adapter_dtype)
+    for parameter in table_parameters(model).values():  # the optimizer's part: they need a place for gradients
+        parameter.grad = torch.zeros(parameter.shape)
     recompute_layers(model, len(decoder_layers(model)))
     num_supervised_tokens = sum(document.num_supervised_tokens for document in documents)
     loss = accumulate_gradients(

@@ -57,11 +57,14 @@ class Case:
     dora: bool = False
     levers: Levers = NO_LEVERS
     num_offloaded: int = 0
+    tables: tuple[str, ...] = ()
+    tied_head: str | None = None
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
+        policy += "-tables" * bool(self.tables)
         policy += "".join(f"-{name}={value}" for name, value in self.pulled.items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
 
@@ -107,6 +110,8 @@ FAST = [
     Case("llama", 4, 0.1, FP32, 512, num_offloaded=4),
     Case("gemma2", 3, 0.0, FP32, 128, num_offloaded=2, levers=Levers(base_residency="streamed")),
     Case("phi3", 4, 0.0, BF16, 512, num_offloaded=3, levers=Levers(base_residency="streamed", tile_tokens=128)),
+    Case("llama", 0, 0.0, FP32, 128, tables=("model.embed_tokens", "lm_head")),
+    Case("qwen3", 4, 0.0, BF16, 512, tables=("model.embed_tokens",), tied_head="lm_head"),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -165,7 +170,15 @@ def require_close(predicted_bytes: int, counted_bytes: int) -> None:
 
 def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> None:
     model = load_for_training(base, cache, case.dtype)
-    settings = LoraSettings(8, 16.0, case.dropout, tuple(model.linears), use_dora=case.dora)
+    settings = LoraSettings(
+        8,
+        16.0,
+        case.dropout,
+        tuple(model.linears),
+        use_dora=case.dora,
+        modules_to_save=case.tables,
+        tied_head=case.tied_head,
+    )
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
     optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())
     optimizer = AdapterOptimizer(trainable_parameters(model), optimizer_settings)

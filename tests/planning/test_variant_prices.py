@@ -30,6 +30,8 @@ VARIANTS = {
     "dora": ["lora.use_dora=true"],
     "dora-all": ["lora.use_dora=true", "lora.rank_pattern={q_proj: 64, down_proj: 3}", "lora.dropout=0.1"],
     "layers": ["lora.layers_to_transform=[1, 4]"],
+    "head": ["lora.modules_to_save=[lm_head]"],
+    "tables": ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.layers_to_transform=[1, 4]"],
 }
 
 
@@ -81,6 +83,22 @@ def test_magnitudes_are_fp32_and_have_a_norm_beside_them(dtype: str, item_bytes:
     padded = 256 * sum(-(-size // 256) for size in NUM_LAYERS * [64, 32, 32, 256, 512, 512, 256])
     assert resident["dora"]["gradient"] - resident["plain"]["gradient"] == 4 * padded
     assert resident["dora"]["optimizer"] - resident["plain"]["optimizer"] == 12 * padded
+
+
+def test_a_table_that_is_trained_takes_the_place_of_the_frozen_one(planners: Callable[[str, str], Planner]) -> None:
+    """A copy in 16 bits, its gradient in 32 and its state in 96; and it stays on the device."""
+    plain, head = planners("rslora", "cpu"), planners("head", "cpu")
+    layouts = [layout_of(planner.space(RANK, 256), 256, 64, NUM_LAYERS) for planner in (plain, head)]
+    frozen, trained = (
+        planner.price(layout, "adamw_32bit").resident for planner, layout in zip((plain, head), layouts, strict=True)
+    )
+    table = math.prod(head.shapes(RANK)["lm_head.weight"])
+    assert trained["embedding"] == frozen["embedding"] - 2 * table
+    assert trained["adapter"] == frozen["adapter"] + 2 * table
+    assert trained["gradient"] == frozen["gradient"] + 4 * table
+    assert trained["optimizer"] == frozen["optimizer"] + 12 * table
+    assert "embedding_residency" in plain.pullable()
+    assert "embedding_residency" not in head.pullable()
 
 
 def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], Planner]) -> None:

@@ -76,11 +76,6 @@ def test_adapters_of_different_bases_are_refused(tmp_path: Path, base: Path, ada
     assert "names no base" in refused({"b": other})
 
 
-def test_modules_that_were_trained_whole_are_refused_by_name(adapter: Path) -> None:
-    change_config(adapter, modules_to_save=["lm_head"])
-    assert "found modules that were trained whole (lm_head)" in refused({"a": adapter})
-
-
 def test_runs_that_quantized_their_bases_otherwise_are_refused(tmp_path: Path, base: Path) -> None:
     for name, choice in (("x", True), ("y", False)):
         (tmp_path / name).mkdir()

@@ -27,6 +27,8 @@ from tests.model.tiny_models import tiny_documents
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint
 
+pytestmark = pytest.mark.usefixtures("plans_made_once")
+
 # What PEFT makes, and we must take from its folder: each changes the result.
 FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -231,23 +233,60 @@ def test_a_name_of_nothing_is_refused(name: str, tmp_path: Path, base: Path) -> 
         filled_in(tiny_config(tmp_path, base, f"lora.init_from={name}"))
 
 
+def snapshot(tmp_path: Path, base: Path, commit: str) -> Path:
+    """As the hub's cache names what it has fetched."""
+    return peft_folder(tmp_path / "snapshots" / commit, base)
+
+
+class Hub:
+    """In the place of `snapshot_download`: what was asked for, and the folder of a branch or a commit."""
+
+    def __init__(self, folders: dict[str | None, Path]) -> None:
+        self.folders = folders
+        self.asked: list[tuple[str, str | None, list[str]]] = []
+
+    def __call__(self, name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        self.asked.append((name, revision, allow_patterns))
+        if revision not in self.folders:
+            raise OSError("no network")
+        return str(self.folders[revision])
+
+
 def test_of_a_hub_repository_only_the_adapter_is_fetched(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = peft_folder(tmp_path / "theirs", base)
-    asked: list[tuple[str, list[str]]] = []
+    hub = Hub({None: peft_folder(tmp_path / "theirs", base)})
+    monkeypatch.setattr(continue_from, "snapshot_download", hub)
+    assert initial_folder("owner/name") == tmp_path / "theirs"
+    assert hub.asked == [("owner/name", None, ["adapter_config.json", "adapter_model.safetensors"])]
+    with pytest.raises(ConfigError, match=r"lora\.init_from: found 'owner/name@v2', no folder, .*no network"):
+        initial_folder("owner/name@v2")
 
-    def fetch(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append((name, allow_patterns))
-        return str(folder)
 
-    monkeypatch.setattr(continue_from, "snapshot_download", fetch)
-    assert initial_folder("owner/name") == folder
-    assert asked == [("owner/name", ["adapter_config.json", "adapter_model.safetensors"])]
+def test_a_hub_id_is_pinned_to_its_commit(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch that moves on is another adapter: a resume refuses it, and takes the commit by its name."""
+    old, new = "a" * 40, "b" * 40
+    folder = snapshot(tmp_path, base, old)
+    hub = Hub({None: folder, "main": folder, old: folder})
+    monkeypatch.setattr(continue_from, "snapshot_download", hub)
+    for name in ("owner/name", "owner/name@main", f"owner/name@{old}"):
+        assert filled_in(begun_with(tmp_path, base, Path(name))).lora.init_from == f"owner/name@{old}"
+    assert [revision for _, revision, _ in hub.asked] == [None, "main", old]
+    config = begun_with(tmp_path, base, Path("owner/name"))
+    run_until_step(config, 3)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "last" / "state.json").read_text())
+    assert state["config"]["lora"]["init_from"] == f"owner/name@{old}"
+    hub.folders[None] = hub.folders[new] = snapshot(tmp_path, base, new)
+    found = rf"lora\.init_from at --resume: found 'owner/name@{new}'; expected 'owner/name@{old}'"
+    with pytest.raises(ConfigError, match=found):
+        run_to_end(config, resume="auto")
+    run_to_end(begun_with(tmp_path, base, Path(f"owner/name@{old}")), resume="auto")
 
-    def fail(name: str, *, allow_patterns: list[str]) -> str:
-        raise OSError("no network")
 
-    monkeypatch.setattr(continue_from, "snapshot_download", fail)
-    with pytest.raises(ConfigError, match=r"lora\.init_from: found 'owner/name', no folder, .*no network"):
-        initial_folder("owner/name")
+@pytest.mark.parametrize("revision", ["", "../x", "a..b", "-x", "a b", "x/", "a//b", "x" * 300, "a@b"])
+def test_what_can_be_no_revision_is_refused(
+    revision: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(continue_from, "snapshot_download", None)
+    with pytest.raises(ConfigError, match=r"lora\.init_from: found .* expected owner/name@revision"):
+        filled_in(tiny_config(tmp_path, base, f"lora.init_from='owner/name@{revision}'"))

@@ -68,12 +68,15 @@ def test_which_weights_have_their_own_rate_is_as_in_peft() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.Linear(8, 8)
+            self.lm_head = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.up(x)
+            out: Tensor = self.lm_head(self.up(x))
             return out
 
-    wrapped = peft.get_peft_model(Model(), peft.LoraConfig(target_modules=["up"], use_dora=True))
+    wrapped = peft.get_peft_model(
+        Model(), peft.LoraConfig(target_modules=["up"], modules_to_save=["lm_head"], use_dora=True)
+    )
     theirs = create_loraplus_optimizer(
         wrapped,
         optimizer_cls=torch.optim.AdamW,
@@ -82,6 +85,6 @@ def test_which_weights_have_their_own_rate_is_as_in_peft() -> None:
     )
     fast = {id(own) for group in theirs.param_groups if group["lr"] == RATE * RATIO for own in group["params"]}
     names = {name: own for name, own in wrapped.named_parameters() if own.requires_grad}
-    assert len(names) == 3
+    assert len(names) == 5
     for name, parameter in names.items():
         assert optimizer_module._has_own_rate(name.removesuffix(".default.weight")) == (id(parameter) in fast)

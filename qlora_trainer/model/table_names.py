@@ -1,0 +1,77 @@
+"""Embeddings and head of a base by name: what `modules_to_save` may name, and what it means where they are one table.
+
+transformers models that tie both have one table. PEFT trains a copy of either for itself, which unties them, unless
+`ensure_weight_tying` is set: then one copy serves both. Here a run trains one table for both, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_trainer.errors import ConfigError
+
+_KEY = "lora.modules_to_save"
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTables:
+    """The tables of a base over its vocabulary.
+
+    Attributes:
+        embeddings: full names, the input embedding first.
+        head: full name of the output projection.
+        is_tied: the head has no table of its own, but the input embedding's.
+    """
+
+    embeddings: tuple[str, ...]
+    head: str
+    is_tied: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `modules_to_save` may name, in model order."""
+        return (*self.embeddings, self.head)
+
+
+def asked_tables(wanted: Sequence[str], tables: BaseTables) -> tuple[tuple[str, ...], str | None]:
+    """What `lora.modules_to_save` means on a base.
+
+    Args:
+        wanted: full names, or their ends after a dot.
+        tables: of the base.
+
+    Returns:
+        Full names of what gets a table of its own that is trained, and the head that uses that of the embedding, too.
+
+    Raises:
+        ConfigError: a name means no table, or one of two that the base ties.
+    """
+    for name in wanted:
+        if not any(means(name, own) for own in tables.names):
+            raise ConfigError(
+                where=_KEY,
+                found=f"{name!r}, which names neither an embedding nor the head of this base",
+                expected=f"a list out of: {', '.join(_leaf(own) for own in tables.names)}",
+                fix=f"Correct {_KEY}.",
+            )
+    chosen = tuple(own for own in tables.names if any(means(name, own) for name in wanted))
+    both = (tables.embeddings[0], tables.head)
+    tied = [name for name in both if name in chosen] if tables.is_tied else []
+    if len(tied) == 1:
+        raise ConfigError(
+            where=_KEY,
+            found=f"{_leaf(tied[0])} alone, of a base in which embedding and head are one table",
+            expected="both, which are trained as the one table that they are, or neither",
+            fix=f"Write {_KEY}: [{', '.join(map(_leaf, both))}].",
+        )
+    return (chosen[:-1], tables.head) if tied else (chosen, None)
+
+
+def means(name: str, own: str) -> bool:
+    """Whether `name` is a full name, or its end after a dot."""
+    return own == name or own.endswith("." + name)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

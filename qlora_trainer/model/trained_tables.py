@@ -1,0 +1,122 @@
+"""Embedding and head that are trained whole: put onto a model in the place of the frozen ones, as its parameters.
+
+Their gradients are added straight to `.grad`, which is fp32: that of the head by the loss while a chunk's logits are
+there (`step.loss`), that of the embedding where backward arrives (`model.frozen`).
+
+Legend: V vocabulary, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
+from qlora_trainer.model.lora_settings import LoraSettings
+from qlora_trainer.model.quantized import CausalModel
+from qlora_trainer.model.table_names import BaseTables
+
+Table = FrozenEmbedding | FrozenHead
+_LEAVES = ("weight", "bias")
+
+
+def tables_of(model: CausalModel) -> dict[str, Table]:
+    """Embeddings and head by name, in model order."""
+    return {name: part for name, part in model.module.named_modules() if isinstance(part, Table)}
+
+
+def base_tables_of(model: CausalModel) -> BaseTables:
+    """Their names."""
+    found = tables_of(model)
+    embeddings = [name for name, part in found.items() if isinstance(part, FrozenEmbedding)]
+    embeddings.sort(key=lambda name: found[name] is not model.module.get_input_embeddings())  # stable: that one first
+    head = next(name for name, part in found.items() if part is model.head)
+    return BaseTables(tuple(embeddings), head, bool(getattr(model.module.config, "tie_word_embeddings", False)))
+
+
+def table_shapes(model: CausalModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what `settings.modules_to_save` trains: a weight [V, H] each, and a head's bias [V]."""
+    return {name: tuple(tensor.shape) for name, tensor in table_weights(model, settings).items()}
+
+
+def table_weights(model: CausalModel, settings: LoraSettings) -> dict[str, Tensor]:
+    """The same tables as they are now: those of the base, until they are trained."""
+    found = tables_of(model)
+    return {
+        f"{name}.{leaf}": tensor.detach()
+        for name in settings.modules_to_save
+        for leaf in _LEAVES
+        if (tensor := getattr(found[name], leaf, None)) is not None
+    }
+
+
+def train_tables(
+    model: CausalModel, settings: LoraSettings, weights: Mapping[str, Tensor], *, dtype: torch.dtype
+) -> None:
+    """Put a copy of each table that `settings` names in the place of the frozen one, to be trained.
+
+    Args:
+        model: whose tables they are; what is replaced is gone.
+        settings: which, and whether the head uses that of the embedding.
+        weights: `{module}.weight` and, of a head that has one, `{module}.bias`; other names are passed over.
+        dtype: what a weight is held in; a bias is fp32. Gradients are fp32 whatever it is.
+    """
+    found = tables_of(model)
+    for name in settings.modules_to_save:
+        for leaf in _LEAVES:
+            if (given := weights.get(f"{name}.{leaf}")) is not None:
+                own_dtype = dtype if leaf == "weight" else torch.float32
+                parameter = nn.Parameter(given.to(device=model.device, dtype=own_dtype, copy=True))
+                parameter.grad_dtype = torch.float32
+                put(found[name], leaf, parameter)
+    if settings.tied_head is not None:
+        put(found[settings.tied_head], "weight", found[settings.modules_to_save[0]].weight)
+
+
+def put(table: Table, leaf: str, tensor: Tensor) -> None:
+    """Set a table's "weight" or "bias": a parameter is trained, any other tensor is not."""
+    delattr(table, leaf)
+    if isinstance(tensor, nn.Parameter):
+        table.register_parameter(leaf, tensor)
+    else:
+        table.register_buffer(leaf, tensor, persistent=False)
+
+
+def table_parameters(model: CausalModel) -> dict[str, nn.Parameter]:
+    """`{module}.weight` and `{module}.bias` of all that is trained, in model order; one that serves two only once."""
+    found: dict[str, nn.Parameter] = {}
+    for name, table in tables_of(model).items():
+        for leaf, parameter in table.named_parameters():
+            if parameter.requires_grad and all(parameter is not other for other in found.values()):
+                found[f"{name}.{leaf}"] = parameter
+    return found
+
+
+def held_tables(
+    model: CausalModel, settings: LoraSettings, weights: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """(module, leaf) -> a copy of each table that an adapter has in the place of the base's, in the dtype it is in."""
+    tables = {
+        (name, leaf): weights[f"{name}.{leaf}"].to(device=model.device, copy=True)
+        for name in settings.modules_to_save
+        for leaf in _LEAVES
+        if f"{name}.{leaf}" in weights
+    }
+    if settings.tied_head is not None:
+        tables[settings.tied_head, "weight"] = tables[settings.modules_to_save[0], "weight"]
+    return tables
+
+
+def base_tables(model: CausalModel, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Tensor]:
+    """(module, leaf) -> what is there now."""
+    return {(name, leaf): getattr(model.module.get_submodule(name), leaf) for name, leaf in places}
+
+
+def set_tables(model: CausalModel, tables: Mapping[tuple[str, str], Tensor]) -> None:
+    """Put tables, not to be trained, where they belong; no weight is copied."""
+    for (name, leaf), tensor in tables.items():
+        table = model.module.get_submodule(name)
+        if getattr(table, leaf) is not tensor:
+            setattr(table, leaf, tensor)
