@@ -21,8 +21,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,16 @@ def real(names: Sequence[str], folder: Path | None) -> list[dict[str, Any]]:
 
 def traced() -> list[dict[str, Any]]:
     """Contexts, bytes a token, and the smallest cards, as rows."""
-    rows = [_bytes_a_token()]
-    rows += [_context(gib) for gib in PUBLISHED_CONTEXTS]
-    rows += [_smallest("llama-3.1-8b", 32, 4), _smallest("llama-2-70b", 16, 12)]
-    for row in rows:
-        print(traced_row(row), flush=True)
+    makers: list[Callable[[], dict[str, Any]]] = [
+        _bytes_a_token,
+        *(partial(_context, gib) for gib in PUBLISHED_CONTEXTS),
+        partial(_smallest, "llama-3.1-8b", 32, 4),
+        partial(_smallest, "llama-2-70b", 16, 12),
+    ]
+    rows = []
+    for make in makers:
+        rows.append(make())
+        print(traced_row(rows[-1]), flush=True)
     return rows
 
 
