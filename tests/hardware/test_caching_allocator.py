@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_trainer.hardware import caching_allocator
@@ -149,6 +149,7 @@ def test_small_and_large_have_pools_of_their_own() -> None:
 
 
 @MODES
+@settings(max_examples=60)  # each looks at the whole state after every step
 @given(steps=STEPS)
 def test_what_holds_for_any_sequence(is_expandable: bool, steps: list[tuple[str, int]]) -> None:
     """Mutations tried: no merging with the block before; the rest of a split block forgotten."""
