@@ -28,7 +28,7 @@ from qlora_trainer.planning.plan import (
     micro_batches_per_step,
 )
 from qlora_trainer.planning.planner import MAX_RANKS, Planner
-from qlora_trainer.planning.rungs import fastest_that_fits, with_levers
+from qlora_trainer.planning.rungs import fastest_that_fits, tried
 from qlora_trainer.planning.search import Candidate, Space, find, smallest
 
 MAX_ALTERNATIVES = 4
@@ -99,8 +99,11 @@ def choose(planner: Planner, rank: int) -> Plan:
             return _fitting_plan(planner, chosen, [chosen, *found[1:]], space)
         slack += chosen.usage.peak_bytes - found[0].usage.peak_bytes
     # Prices that are too low several times in a row say nothing of the smallest plan.
-    space = with_levers(settled, planner.levers())
-    least = planner.confirmed(smallest(space, planner.price, planner.estimate))
+    # Of a tiny model more levers may need more: three weights for a tile, a block of a table.
+    spaces = tried(settled, planner.levers())
+    smallest_of = [smallest(one, planner.price, planner.estimate) for one in spaces]
+    candidate, space = min(zip(smallest_of, spaces, strict=True), key=lambda pair: planner.excess_bytes(pair[0].usage))
+    least = planner.confirmed(candidate)
     if planner.is_within(least.usage):
         return _fitting_plan(planner, least, [least], space)
     return _does_not_fit(planner, least, space)

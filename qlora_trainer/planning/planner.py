@@ -183,7 +183,8 @@ class Planner:
         offload = [Lever("offload", self.dry.num_layers)] if memory.activation_offload == "auto" else []
         open_keys = {
             "tile_tokens": memory.tile_tokens,
-            "optimizer_on_host": memory.optimizer_residency,
+            # Who names a paged one has said where it lives.
+            "optimizer_on_host": "paged" if is_paged(self.config.training.optimizer) else memory.optimizer_residency,
             "embedding_residency": memory.embedding_residency,
             "base_residency": memory.base_residency,
         }
@@ -314,6 +315,11 @@ class Planner:
         process = self.budget.memory.process_bytes(used.peak_bytes + slack_bytes, used.paged_bytes)
         host = self.budget.memory.host_peak_bytes(process) + used.host_bytes
         return process <= self.budget.budget_bytes and host <= self.budget.host_budget_bytes
+
+    def excess_bytes(self, used: Usage) -> int:
+        """By how much the budget that is harder to keep would be passed; negative within both."""
+        device = self.needed_bytes(used) - self.budget.budget_bytes
+        return max(device, self.needed_host_bytes(used) - self.budget.host_budget_bytes)
 
     def is_well_within(self, used: Usage) -> bool:
         """Whether both budgets hold it with room for what a trace at full depth may add to a price."""

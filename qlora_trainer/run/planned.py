@@ -102,9 +102,7 @@ def _with_pins(config: RunConfig) -> str:
         "memory.base_residency": memory.base_residency,
     }
     least = ("auto", "adamw_8bit", "paged_adamw_8bit", "host", "streamed")
-    pins = [
-        f"{key} = {str(value).lower()}" for key, value in asked.items() if value is not True and value not in least
-    ]
+    pins = [f"{key} = {str(value).lower()}" for key, value in asked.items() if value is not True and value not in least]
     return f" with the pinned {' and '.join(pins)}" if pins else ""
 
 

@@ -105,7 +105,7 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
     if head.weight.dtype != hidden_NH.dtype:
         num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
     if head.weight.requires_grad and hidden_NH.dtype != torch.float32:
-        num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
+        num_bytes += (itemsize + 4) * rows_in_block(head.weight) * head.in_features
     return num_bytes + hidden_NH.nbytes
 
 
@@ -227,7 +227,8 @@ def _add_product_(weight_grad_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) ->
     rows = rows_in_block(weight_grad_VH)
     for first in range(0, weight_grad_VH.shape[0], rows):
         block = slice(first, first + rows)
-        weight_grad_VH[block] += torch.mm(grad_CV[:, block].t(), hidden_CH)
+        # In fp32 by name: a CPU makes that copy of a 16-bit term anyway, where no trace sees it.
+        weight_grad_VH[block] += torch.mm(grad_CV[:, block].t(), hidden_CH).float()
 
 
 @loss_and_gradient.register_fake

@@ -109,14 +109,14 @@ def test_a_wrong_place_for_a_plot_is_told_before_anything_is_planned(
 
 
 def test_what_does_not_fit_is_json_one_line_and_exit_code_3(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ("plan", "--model", "smollm2-135m", "--vram", "600MiB", "--set", "data.seq_len=256", "--json")
+    arguments = ("plan", "--model", "smollm2-135m", "--vram", "480MiB", "--set", "data.seq_len=256", "--json")
     out, err = called(capsys, *arguments, exit_code=3)
     plan: dict[str, Any] = json.loads(out)
     assert plan["fits"] is False
     assert plan["missing_bytes"] == plan["predicted"]["process_peak_bytes"] - plan["budget_bytes"]
     assert all(change.keys() == {"knob", "from", "to", "allocated_peak_bytes"} for change in plan["would_fit"])
     assert [change["knob"] for change in plan["would_fit"]][-1] == "--vram"  # memory.budget does not count beside it
-    assert err.startswith("qlora-trainer: error: --vram: found 0.59 GiB on GPU with 600MiB")
+    assert err.startswith("qlora-trainer: error: --vram: found 0.47 GiB on GPU with 480MiB")
     assert err.count("\n") == 1
     assert f"{plan['missing_bytes'] / GIB:.2f} GiB too little" in err
     for change in plan["would_fit"]:

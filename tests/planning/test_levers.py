@@ -163,13 +163,17 @@ TILED, ON_HOST = Levers(tile_tokens=64), Levers(embedding_residency="host")
 
 
 @pytest.mark.parametrize("device", BUDGETS)
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize(
-    "num_recomputed, tokens, tile_tokens",
-    [(NUM_LAYERS, 512, 64), (NUM_LAYERS, 1024, 256), (3, 512, 100), (4, 512, 512)],
+    "name, num_recomputed, tokens, tile_tokens",
+    [
+        ("llama", NUM_LAYERS, 512, 64),
+        ("llama", 3, 512, 100),
+        ("llama", 4, 512, 512),
+        ("gemma2", NUM_LAYERS, 512, 256),
+    ],
 )
 def test_tiles_are_priced_as_they_are_traced(
-    num_recomputed: int, tokens: int, tile_tokens: int, name: str, device: str, planners: Callable[[str, str], Planner]
+    name: str, num_recomputed: int, tokens: int, tile_tokens: int, device: str, planners: Callable[[str, str], Planner]
 ) -> None:
     """One trace, at tiles of the probe's, is good for any size of them."""
     own = layout(num_recomputed, 0, tokens=tokens, levers=Levers(tile_tokens=tile_tokens))

@@ -150,14 +150,15 @@ def test_what_fits_just_so_fits(traced_on: Callable[[str], Traced]) -> None:
 
 def test_eight_bits_are_offered_and_never_taken_unasked() -> None:
     """The width of the state changes what is learned; where it lives does not, and is paged on a GPU."""
-    traced = Traced(BARE_GPU, "lora.rank=16", num_layers=2)
+    traced = Traced(BARE_GPU, "lora.rank=16", "memory.optimizer_residency=paged", num_layers=2)
     least = traced.least_bytes()
     too_little, just_enough = traced.plan(least - MIB // 4), traced.plan(least)
     assert just_enough.fits
     assert too_little.knobs.optimizer == just_enough.knobs.optimizer == "paged_adamw_32bit"
     offered = [(change.knob, change.before, change.after) for change in too_little.would_fit]
-    assert offered[0] == ("training.optimizer", "paged_adamw_32bit", "paged_adamw_8bit")
-    assert [knob for knob, _, _ in offered[1:]] == ["data.seq_len", "lora.rank", "memory.budget"]
+    assert offered[0] == ("memory.optimizer_residency", "paged", "host")
+    assert offered[1] == ("training.optimizer", "paged_adamw_32bit", "paged_adamw_8bit")
+    assert [knob for knob, _, _ in offered[2:]] == ["lora.rank", "memory.budget"]
 
 
 PINS = [
@@ -344,6 +345,7 @@ def test_a_change_goes_out_from_what_was_asked_for(policy: str, before: int | st
     """Fails where it goes out from what was made of it: whole rows of 64, a chunk no longer than those."""
     asked = ["memory.micro_batch_tokens=1000", "memory.loss_chunk_tokens=4096", "lora.rank=2"]
     asked.append(f"memory.activation_checkpointing={policy}")
+    asked += ["memory.tile_tokens=0", "memory.embedding_residency=device", "memory.base_residency=device"]
     far = planned(within(CPU, 1000), *asked)
     found = offered(within(CPU, round(0.99 * needed_bytes(far))), *asked)
     assert found["memory.micro_batch_tokens"][0] == 1000
@@ -539,7 +541,7 @@ def test_the_json_form_of_a_plan_that_fits(fitting: Plan) -> None:
         assert tuple(one["predicted"]["phases"]) == PHASES
         assert tuple(one["predicted"]["breakdown"]) == tuple(one["predicted"]["resident"]) == CATEGORIES
     for cell in values["frontier"]:
-        assert cell.keys() == {"rank", "seq_len", "micro_batch_tokens", "tokens_per_second"}
+        assert cell.keys() == {"rank", "seq_len", "micro_batch_tokens", "tokens_per_second", "levers"}
     assert {cell["rank"] for cell in values["frontier"]} == {8, 16, 32, 64, 128}
     assert {cell["seq_len"] for cell in values["frontier"]} == {SEQ_LEN, 512}  # the model has 512 positions
 

@@ -29,9 +29,7 @@ def name_of(space: Space) -> str:
     return "+".join(pulled_levers(space.levers, num_offloaded=space.offload[1])) or "none"
 
 
-def searched(
-    speeds: Mapping[str, float], *, num_kept: int = 0
-) -> tuple[list[str], Callable[[Space], list[Candidate]]]:
+def searched(speeds: Mapping[str, float], *, num_kept: int = 0) -> tuple[list[str], Callable[[Space], list[Candidate]]]:
     """Sets that were looked at, and a search in which only those of `speeds` fit."""
     seen: list[str] = []
 

@@ -163,9 +163,8 @@ def test_a_tensor_that_is_left_on_the_host_raises(
 ) -> None:
     moved = MicroBatch.to
 
-    def forgetful(micro_batch: MicroBatch, device: torch.device, **options: Any) -> MicroBatch:
-        left: dict[str, Any] = {name: getattr(micro_batch, name)}
-        return replace(moved(micro_batch, device, **options), **left)
+    def forgetful(micro_batch: MicroBatch, device: torch.device, **options: bool) -> MicroBatch:
+        return replace(moved(micro_batch, device, **options), **{name: getattr(micro_batch, name)})
 
     monkeypatch.setattr(MicroBatch, "to", forgetful)
     folder, base = known

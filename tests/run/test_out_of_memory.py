@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import DoesNotFitError
+from qlora_trainer.model import acceptance
+from qlora_trainer.model import base as base_module
 from qlora_trainer.run import attempts, inputs, loop, prepare
 from qlora_trainer.run.folder import open_run_folder
 from qlora_trainer.run.knobs import Knobs
@@ -209,6 +211,14 @@ def resumed(stopped: Path, base: Path, name: str) -> int:
     shutil.copytree(stopped / "run", run, symlinks=True)
     options = (*OPTIONS, "training.save_every=1", "training.max_steps=3", f"output.dir={run}")
     return train_command(tiny_config(stopped, base, *options), "--resume", "auto")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def accepted_each_time(accepted_once: None) -> Iterator[None]:
+    """Here the operations of an acceptance count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base_module, "require_accepted", acceptance.require_accepted)
+        yield
 
 
 @pytest.fixture(scope="module")

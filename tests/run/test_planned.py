@@ -130,7 +130,7 @@ def test_the_plan_is_kept_and_compared_with_what_was_measured(tmp_path: Path, ba
 def test_the_rehearsal_leaves_adapters_and_optimizer_as_they_were(
     optimizer: str, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first rehearsal of a run: byte for byte, and it did move them in between."""
+    """Of the first rehearsal of a run: byte for byte, and the moments did move in between."""
     seen: list[dict[str, Tensor]] = []
 
     def watched(model: Any, adapter_optimizer: AdapterOptimizer, *args: Any, **options: Any) -> None:
@@ -152,7 +152,7 @@ def test_the_rehearsal_leaves_adapters_and_optimizer_as_they_were(
     before, during, after = seen
     assert all(bool(torch.isfinite(value).all()) for value in before.values())
     assert before.keys() == during.keys() == after.keys()
-    assert not any(torch.equal(before[name], during[name]) for name in before if name.endswith("lora_B"))
+    assert any(not torch.equal(before[name], during[name]) for name in before)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
