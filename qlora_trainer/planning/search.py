@@ -142,8 +142,8 @@ def largest_that(is_fine: Callable[[int], bool], values: Sequence[int]) -> int |
 
 
 def _fitting(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[Usage], bool]) -> Iterator[Candidate]:
-    policies = range(space.num_policies)
     for loss_chunk in space.loss_chunks:
+        num_policies = space.num_policies
         for tokens in space.tokens:
             if loss_chunk > tokens and loss_chunk != space.loss_chunks[0]:
                 continue
@@ -151,9 +151,10 @@ def _fitting(space: Space, price: Pricer, estimate: Estimator, fits: Callable[[U
             def is_fine(policy: int, tokens: int = tokens, loss_chunk: int = loss_chunk) -> bool:
                 return fits(price(layout_of(space, tokens, loss_chunk, *space.policy(policy)), space.optimizer))
 
-            policy = largest_that(is_fine, policies)
+            policy = largest_that(is_fine, range(num_policies))
             if policy is None:
                 break  # more tokens need more
+            num_policies = policy + 1  # and leave no more room for activations
             layout = layout_of(space, tokens, loss_chunk, *space.policy(policy))
             yield Candidate(layout, space.optimizer, price(layout, space.optimizer), estimate(layout))
 
