@@ -75,15 +75,20 @@ class Terminal:
 
     def __init__(self, *arguments: str, cwd: Path) -> None:
         self.master, slave = pty.openpty()
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "qlora_trainer.cli", *arguments],
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            cwd=cwd,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "dumb"},
-            start_new_session=True,
-        )
+        # A handler becomes the default one in a child, but what is ignored stays so: all of a script's background is.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "qlora_trainer.cli", *arguments],
+                stdin=slave,
+                stdout=slave,
+                stderr=slave,
+                cwd=cwd,
+                env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "TERM": "dumb"},
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
         os.close(slave)
         self.seen = ""
 
