@@ -1,11 +1,17 @@
 """Attention within one document: the library's fused kernel where it can, exact query-chunked math where it cannot.
 
-| device | window | soft cap | kernel                                   | kept for backward |
-|--------|--------|----------|------------------------------------------|-------------------|
-| CPU    | no     | no       | torch's CPU flash attention              | out, log-sum-exp  |
-| CUDA   | no     | no       | `scaled_dot_product_attention`, run again in backward | out  |
-| any    | yes    | any      | query-chunked math                       | out, log-sum-exp  |
-| any    | any    | yes      | query-chunked math                       | out, log-sum-exp  |
+| device | dtype      | window | soft cap | kernel                    | kept for backward               |
+|--------|------------|--------|----------|---------------------------|---------------------------------|
+| CPU    | any        | no     | no       | torch's flash attention   | out, log-sum-exp                |
+| CUDA   | bf16       | no     | no       | FlashAttention 2          | out; forward is run again there |
+| CUDA   | fp16, fp32 | no     | no       | memory-efficient attention, or FlashAttention 2 | the same  |
+| any    | any        | yes    | any      | math in chunks of queries | out, log-sum-exp                |
+| any    | any        | any    | yes      | math in chunks of queries | out, log-sum-exp                |
+
+CUDA's kernels are behind `scaled_dot_product_attention`, which falls back to T x T matrices without a word where a
+condition of theirs is not met (ATen/native/transformers/cuda/sdp_utils.cpp). Here all are: FlashAttention, which knows
+grouped heads, wants sm_80 and 16 bits; the other one, the only one of older cards, knows none, so that keys and values
+are repeated for every query head; and sizes of heads that they do not take get the math in chunks.
 
 A window that is at least as long as the document is no window. Chunked math never builds a T x T matrix: its largest
 temporary is `QUERY_CHUNK x (QUERY_CHUNK + min(window, T))` floats a head. Source of the backward formulas: Dao et al.,
@@ -17,6 +23,7 @@ Legend: B rows, H query heads, K key/value heads, G = H / K, T tokens, D head si
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +50,24 @@ class AttentionShape:
     def is_plain(self, q_BHTD: Tensor, v_BKTD: Tensor) -> bool:
         """Whether a fused causal kernel computes this exactly."""
         has_window = 0 < self.window < q_BHTD.shape[2]
-        return not has_window and self.softcap == 0.0 and q_BHTD.shape[-1] == v_BKTD.shape[-1]
+        is_causal_only = not has_window and self.softcap == 0.0 and q_BHTD.shape[-1] == v_BKTD.shape[-1]
+        return is_causal_only and (_has_cpu_kernel(q_BHTD) or _has_gpu_kernel(q_BHTD.dtype, q_BHTD.shape[-1]))
+
+
+def _has_cpu_kernel(q_BHTD: Tensor) -> bool:
+    return q_BHTD.device.type == "cpu"
+
+
+def _has_gpu_kernel(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether one of torch's fused kernels takes heads of that size, on every card that computes in the dtype."""
+    if takes_groups(dtype):  # FlashAttention; its backward has no sizes between 192 and 224 on sm_86, 89 and 120
+        return head_dim <= 192 or 224 < head_dim <= 256
+    return head_dim % 8 == 0
+
+
+def takes_groups(dtype: torch.dtype) -> bool:
+    """Whether the GPU's kernel of this dtype takes fewer key and value heads than query heads as they are."""
+    return dtype == torch.bfloat16  # cards that have it have FlashAttention
 
 
 def working_bytes(q_BHTD: Tensor, longest_document: int, shape: AttentionShape) -> int:
@@ -65,7 +89,7 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape
     """Causal attention; returns (out [B, H, T, D], log-sum-exp [B, H, T] fp32, unused by the CUDA kernel)."""
     if not shape.is_plain(q_BHTD, v_BKTD):
         return _attend_in_chunks(q_BHTD, k_BKTD, v_BKTD, shape)
-    if q_BHTD.device.type == "cpu":
+    if _has_cpu_kernel(q_BHTD):
         out_BHTD, lse_BHT = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHTD, k_BKTD, v_BKTD, 0.0, True, scale=shape.scale
         )
@@ -87,7 +111,7 @@ def attend_backward(
     """Gradients of `attend` with respect to q, k and v, in their dtypes."""
     if not shape.is_plain(q_BHTD, v_BKTD):
         return _attend_in_chunks_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape)
-    if q_BHTD.device.type == "cpu":
+    if _has_cpu_kernel(q_BHTD):
         return _cpu_flash_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape.scale)
     grads: tuple[Tensor, Tensor, Tensor] = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, shape.scale)
     return grads
@@ -109,7 +133,7 @@ def fused_attention_backward(
     grad_BHTD: Tensor, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `fused_attention`: the forward is run again, since the library's kernels save different things."""
-    with torch.enable_grad():
+    with _recorded():
         leaves = [tensor.detach().requires_grad_() for tensor in (q_BHTD, k_BKTD, v_BKTD)]
         again_BHTD = _library_attention(leaves[0], leaves[1], leaves[2], scale)
     grads = torch.autograd.grad(again_BHTD, leaves, grad_BHTD)
@@ -121,9 +145,27 @@ def _(grad_BHTD: Tensor, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: 
     return torch.empty_like(q_BHTD), torch.empty_like(k_BKTD), torch.empty_like(v_BKTD)
 
 
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd sees what is done, also inside an operation of our own, from whose body torch excludes it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
 def _library_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
     has_groups = q_BHTD.shape[1] != k_BKTD.shape[1]
+    if has_groups and not takes_groups(q_BHTD.dtype):
+        k_BKTD, v_BKTD = (_for_every_query_head(tensor, q_BHTD.shape[1]) for tensor in (k_BKTD, v_BKTD))
+        has_groups = False
     return scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, scale=scale, enable_gqa=has_groups)
+
+
+def _for_every_query_head(tensor_BKTD: Tensor, num_heads: int) -> Tensor:
+    """[B, H, T, D], each head as often as query heads share it: a copy, unless it is one head."""
+    if tensor_BKTD.shape[1] == 1:
+        return tensor_BKTD.expand(-1, num_heads, -1, -1)
+    return tensor_BKTD.repeat_interleave(num_heads // tensor_BKTD.shape[1], dim=1)
 
 
 def _cpu_flash_backward(

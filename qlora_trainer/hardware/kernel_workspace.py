@@ -1,7 +1,8 @@
 """What library kernels allocate inside themselves: memory that neither their results nor their fake kernels show.
 
 Each figure was read off `torch.profiler`'s memory events (torch 2.13, bitsandbytes 0.50.2), and a test holds it against
-the same counter. Kernels that are not named here allocate nothing but their results.
+the same counter; those of a GPU's kernels are added up from their sources, and not measured yet. Kernels that are not
+named here allocate nothing but their results.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.hardware.causal_attention import takes_groups
 from qlora_trainer.hardware.device import num_cpu_threads
 
 # bitsandbytes' CPU updates, in bytes an element of the piece that is updated.
@@ -38,8 +40,12 @@ def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None)
             return _cpu_flash_bytes(args[0], threads)
         case "aten::_scaled_dot_product_flash_attention_for_cpu_backward":
             return _cpu_flash_backward_bytes(args[0], args[1], threads)
-        case "qlora_trainer::fused_attention_backward":
+        case "qlora_trainer::fused_attention":
+            return _gpu_attention_bytes(args[0], args[1])
+        case "qlora_trainer::fused_attention_backward" if takes_groups(args[1].dtype):
             return _gpu_flash_backward_bytes(args[1], args[2])
+        case "qlora_trainer::fused_attention_backward":
+            return _gpu_efficient_backward_bytes(args[1], args[2])
         case "bitsandbytes::optimizer_update_32bit" if args[1].device.type == "cpu":
             return ADAMW_32BIT_BYTES * int(args[1].numel())
         case "bitsandbytes::optimizer_update_8bit_blockwise" if args[1].device.type == "cpu":
@@ -87,6 +93,40 @@ def _cpu_flash_backward_bytes(grad_BHTD: Tensor, q_BHTD: Tensor, num_threads: in
     queries, keys = _blocks(q_BHTD.shape[2])
     copied_bytes = 0 if grad_BHTD.transpose(1, 2).is_contiguous() else grad_BHTD.numel() * grad_BHTD.element_size()
     return num_threads * 2 * 4 * queries * keys + copied_bytes
+
+
+def _gpu_attention_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:
+    """The output as the kernel lays it out, token by token, before it is copied; log-sum-exp; repeated keys, values."""
+    rows, heads, num_tokens, _ = q_BHTD.shape
+    out_bytes = q_BHTD.numel() * q_BHTD.element_size()
+    return out_bytes + 4 * rows * heads * _round_up(num_tokens, 32) + _repeated_bytes(q_BHTD, k_BKTD)
+
+
+def _repeated_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:
+    """Keys and values for every query head, where the kernel takes no groups; one head needs no copy."""
+    is_repeated = not takes_groups(q_BHTD.dtype) and 1 < k_BKTD.shape[1] < q_BHTD.shape[1]
+    return 2 * q_BHTD.numel() * q_BHTD.element_size() if is_repeated else 0
+
+
+def _gpu_efficient_backward_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:
+    """The memory-efficient kernel's backward, with the forward run again before it, read off its source.
+
+    The forward's output, log-sum-exp and repeated keys and values; row sums; dk and dv of every query head where heads
+    share keys; and a workspace of tiles of 64 x 64 in fp32: all of dq, each with a lock of 16 bytes, and of dk and dv a
+    few, where 16-bit heads are wider than 64 (ATen/native/transformers/cuda/attention_backward.cu and
+    mem_eff_attention/kernel_backward.h, `workspace_size`). On Volta, heads wider than 64 take more: the row sums are
+    made of fp32 copies.
+    """
+    rows, heads, num_tokens, head_dim = q_BHTD.shape
+    q_bytes = q_BHTD.numel() * q_BHTD.element_size()
+    forward_bytes = q_bytes + 4 * rows * heads * _round_up(num_tokens, 32) + _repeated_bytes(q_BHTD, k_BKTD)
+    num_tiles = _round_up(num_tokens, 64) // 64 * (_round_up(head_dim, 64) // 64)
+    workspace_bytes = num_tiles * (4 * 64 * 64 + 16)
+    if q_BHTD.element_size() == 2 and head_dim > 64:
+        num_splits = max(1, min(_round_up(num_tokens, 64) // 64, 200 // (rows * heads)))
+        workspace_bytes += 2 * 4 * num_splits * 64 * _round_up(head_dim, 64)
+    expanded_bytes = 2 * q_bytes if k_BKTD.shape[1] != heads else 0
+    return forward_bytes + 4 * rows * heads * num_tokens + expanded_bytes + rows * heads * workspace_bytes
 
 
 def _gpu_flash_backward_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
-from qlora_trainer.hardware.causal_attention import QUERY_CHUNK, AttentionShape, attend, attend_backward
+from qlora_trainer.hardware import causal_attention
+from qlora_trainer.hardware.causal_attention import (
+    QUERY_CHUNK,
+    AttentionShape,
+    attend,
+    attend_backward,
+    fused_attention,
+    fused_attention_backward,
+)
 
 SHAPES = {
     "plain": AttentionShape(scale=0.25, window=0, softcap=0.0),
@@ -104,3 +116,83 @@ def test_no_token_sees_a_later_one_or_one_beyond_the_window(name: str) -> None:
     expected = torch.zeros(LONG, dtype=torch.bool)
     expected[changed:last] = True
     assert torch.equal(sees, expected)
+
+
+def cuda_kernel(
+    q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, *, enable_gqa: bool, capability: tuple[int, int]
+) -> str:
+    """What torch 2.13 takes for causal attention (ATen/native/transformers/cuda/sdp_utils.cpp)."""
+    head_dim, heads = q_BHTD.shape[-1], {tensor.shape[1] for tensor in (q_BHTD, k_BKTD, v_BKTD)}
+    has_16_bits = q_BHTD.dtype in (torch.float16, torch.bfloat16)
+    is_hole = 192 < head_dim <= 224 and capability in ((8, 6), (8, 9), (12, 0))
+    if capability >= (8, 0) and has_16_bits and head_dim <= 256 and not is_hole and (len(heads) == 1 or enable_gqa):
+        return "flash"
+    alignment = 8 if has_16_bits else 4 if capability >= (8, 0) else 1
+    is_known = q_BHTD.dtype != torch.bfloat16 or capability >= (8, 0)
+    return "efficient" if is_known and len(heads) == 1 and head_dim % alignment == 0 else "T x T matrices"
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("capability", [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+@pytest.mark.parametrize("head_dim", [16, 80, 100, 128, 208, 256, 288])
+def test_a_gpu_never_gets_the_kernel_that_makes_all_scores(
+    capability: tuple[int, int], dtype: torch.dtype, num_kv_heads: int, head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutations tried: heads left grouped in fp16, in which Turing trains; every size of head taken as plain."""
+    kernels = []
+
+    def chosen(*tensors: Tensor, is_causal: bool, scale: float, enable_gqa: bool) -> Tensor:
+        assert is_causal
+        kernels.append(cuda_kernel(*tensors, enable_gqa=enable_gqa, capability=capability))
+        return torch.empty_like(tensors[0])
+
+    if capability < (8, 0) and dtype == torch.bfloat16:
+        return  # refused: `hardware.device.require_computes_in`
+    monkeypatch.setattr(causal_attention, "scaled_dot_product_attention", chosen)
+    q_BHTD, k_BKTD = (torch.empty(1, heads, 3, head_dim, dtype=dtype, device="meta") for heads in (4, num_kv_heads))
+    if SHAPES["plain"].is_plain(q_BHTD, k_BKTD):
+        causal_attention._library_attention(q_BHTD, k_BKTD, k_BKTD, 1.0)
+        assert kernels in (["flash"], ["efficient"])
+    else:
+        assert head_dim not in (16, 80, 128, 256)  # those of the models that are known by name
+
+
+@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 2e-2)])
+def test_what_a_gpu_is_asked_for_is_attention(num_kv_heads: int, dtype: torch.dtype, tolerance: float) -> None:
+    """On the CPU here, the operations that a run has on a GPU.
+
+    Mutations tried: heads repeated in another order; `enable_grad` alone, which inside an operation records nothing.
+    """
+    q_BHTD, k_BKTD, v_BKTD, grad_BHTD = make_inputs(LONG, num_kv_heads=num_kv_heads, dtype=dtype)
+    leaves = [tensor.double().requires_grad_() for tensor in (q_BHTD, k_BKTD, v_BKTD)]
+    expected_BHTD, _ = plain_attention(leaves[0], leaves[1], leaves[2], SHAPES["plain"])
+
+    out_BHTD = fused_attention(q_BHTD, k_BKTD, v_BKTD, 0.25)
+    found: Any = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, 0.25)
+
+    assert relative_error(out_BHTD, expected_BHTD.detach()) < tolerance
+    for gradient, wanted in zip(found, torch.autograd.grad(expected_BHTD, leaves, grad_BHTD.double()), strict=True):
+        assert (gradient.dtype, gradient.requires_grad) == (dtype, False)
+        assert relative_error(gradient, wanted) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_kv_heads", [4, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_gpu_has_a_kernel_without_all_scores(
+    dtype: torch.dtype, num_kv_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q_BHTD, k_BKTD, v_BKTD, grad_BHTD = (
+        tensor.cuda() for tensor in make_inputs(LONG, num_kv_heads=num_kv_heads, dtype=dtype)
+    )
+
+    def without_math(*tensors: Tensor, **options: Any) -> Tensor:
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
+            return scaled_dot_product_attention(*tensors, **options)
+
+    monkeypatch.setattr(causal_attention, "scaled_dot_product_attention", without_math)
+    out_BHTD = fused_attention(q_BHTD, k_BKTD, v_BKTD, 0.25)
+    gradients: Any = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, 0.25)
+    assert all(bool(tensor.isfinite().all()) for tensor in (out_BHTD, *gradients))

@@ -165,6 +165,43 @@ def test_flash_attention_backward_on_a_gpu_is_added_up_by_hand(
     assert inside_bytes("qlora_trainer::fused_attention_backward", args) == expected
 
 
+@pytest.mark.parametrize(
+    "num_heads, num_kv_heads, num_tokens, head_dim, expected",
+    [
+        # out 16 MiB, log-sum-exp and row sums 256 KiB each; 32 x 2 tiles of dq a head; of dk and dv 6 tiles x 2 each
+        (32, 32, 2048, 128, 16 * 2**20 + 2**19 + 32 * (64 * 16400 + 2 * 6 * 2 * 2**14)),
+        # and repeated keys and values, and dk and dv of every query head, 16 MiB each
+        (32, 8, 2048, 128, 80 * 2**20 + 2**19 + 32 * (64 * 16400 + 2 * 6 * 2 * 2**14)),
+        # one head needs no copy: its queries all read it
+        (4, 1, 2048, 64, 3 * 2**20 + 2**16 + 4 * 32 * 16400),
+        # 130 tokens become 160 for the log-sum-exp and 192 for tiles, 80 columns become 128; 3 splits of the keys
+        (1, 1, 130, 80, 130 * 80 * 2 + 4 * 160 + 4 * 130 + 6 * 16400 + 2 * 3 * 2 * 2**14),
+    ],
+)
+def test_memory_efficient_backward_on_a_gpu_is_added_up_by_hand(
+    num_heads: int, num_kv_heads: int, num_tokens: int, head_dim: int, expected: int
+) -> None:
+    """What fp16 takes: cards before Ampere have no other kernel."""
+    q_BHTD, k_BKTD = (
+        torch.empty(1, number, num_tokens, head_dim, dtype=torch.float16, device="meta")
+        for number in (num_heads, num_kv_heads)
+    )
+    args = (q_BHTD, q_BHTD, k_BKTD, k_BKTD, 1.0)
+    assert inside_bytes("qlora_trainer::fused_attention_backward", args) == expected
+
+
+@pytest.mark.parametrize("dtype, num_kv_heads, copies", [
+    (torch.bfloat16, 8, 1),  # the output, before it is laid out head by head
+    (torch.float16, 8, 3),  # and keys and values for every query head
+    (torch.float16, 32, 1),
+    (torch.float16, 1, 1),
+])  # fmt: skip
+def test_attention_on_a_gpu_is_added_up_by_hand(dtype: torch.dtype, num_kv_heads: int, copies: int) -> None:
+    q_BHTD, k_BKTD = (torch.empty(1, heads, 2048, 128, dtype=dtype, device="meta") for heads in (32, num_kv_heads))
+    expected = copies * 16 * 2**20 + 2**18
+    assert inside_bytes("qlora_trainer::fused_attention", (q_BHTD, k_BKTD, k_BKTD, 1.0)) == expected
+
+
 def test_updates_elsewhere_are_done_by_one_kernel() -> None:
     gradient = torch.empty(1024, device="meta")
     assert inside_bytes("bitsandbytes::optimizer_update_32bit", ("adam", gradient)) == 0

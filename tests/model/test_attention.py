@@ -74,6 +74,13 @@ def test_equals_dense_attention(
     _require_equal(_tensors(sum(lengths), num_heads=num_heads, num_kv_heads=num_kv_heads), lengths, shape)
 
 
+def test_a_gpus_operations_give_the_same_inside_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, and a backward that runs its forward again, in an operation that autograd does not look into."""
+    monkeypatch.setattr(causal_attention, "_has_cpu_kernel", lambda _q: False)
+    for num_kv_heads in (4, 2, 1):
+        _require_equal(_tensors(40, num_kv_heads=num_kv_heads), (5, 1, 34), PLAIN)
+
+
 @SHAPES
 def test_rows_are_cut_alike_and_kept_apart(shape: AttentionShape) -> None:
     _require_equal(_tensors(24, num_rows=3), (10, 14), shape)

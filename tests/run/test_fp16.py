@@ -1,6 +1,7 @@
 """A card without bf16 (compute capability 7.5, faked): fp16, fp32 adapters and a loss scaler that survives a resume.
 
-The arithmetic is real: the CPU computes in fp16 here, and the overflows come of a scale that is too large.
+The arithmetic is real: the CPU computes in fp16 here, attention by the operations that such a card runs, and the
+overflows come of a scale that is too large.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 
 from qlora_trainer.errors import DivergedError, StorageError
-from qlora_trainer.hardware import device
+from qlora_trainer.hardware import causal_attention, device
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.run import attempts
 from qlora_trainer.run.checkpoint.load import load_checkpoint, newest_verified
@@ -44,6 +45,7 @@ TOO_LARGE = 2.0**22
 @pytest.fixture
 def turing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "compute_capability", lambda _device: (7, 5))
+    monkeypatch.setattr(causal_attention, "_has_cpu_kernel", lambda _q: False)
 
 
 def skipped_of(records: list[Record]) -> list[StepSkipped]:
