@@ -48,7 +48,6 @@ WORDS = {  # of what `pulled_levers` names
     "offload": "inputs on host",
     "tile_tokens": "tiled",
     "embedding_residency": "tables on host",
-    "nf4_head": "NF4 head",
     "optimizer_on_host": "optimizer on host",
     "base_residency": "base streamed",
 }

@@ -1,6 +1,6 @@
 """How a run trades time for memory beyond recomputing: values that a plan decides and the model is told. No torch.
 
-None of them changes what is learned, but `nf4_head`, which only the config pulls.
+None of them changes what is learned, but `nf4_head`, which only `quantization.head` pulls.
 """
 
 from __future__ import annotations

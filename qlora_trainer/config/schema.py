@@ -47,6 +47,11 @@ class QuantizationSection(Section):
     double_quant: bool = Field(
         True, description="Quantize the block scales too: 0.5159 instead of 0.5625 bytes a weight."
     )
+    head: Literal["bfloat16", "nf4"] = Field(
+        "bfloat16",
+        description="How the output head is stored: bfloat16, or nf4 as the linears are, which takes a quarter of the "
+        "memory and learns with another head; never chosen unasked.",
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Dtype of activations and matrix products; auto = what this device multiplies fastest."
     )

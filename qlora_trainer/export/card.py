@@ -136,7 +136,8 @@ def _training_facts(config: RunConfig) -> list[Fact]:
         "learned": config.data.train_on,
         "packed": "yes" if config.data.packing else "no",
         "seed": training.seed,
-        "base while training": f"NF4{', double quantization' if quantization.double_quant else ''}",
+        "base while training": f"NF4{', double quantization' * quantization.double_quant}"
+        + ", its head too" * (quantization.head == "nf4"),
         "compute dtype": quantization.compute_dtype,
     }
     return [(name, _plain(str(value))) for name, value in settings.items() if value is not None]

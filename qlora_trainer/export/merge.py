@@ -97,10 +97,11 @@ def merge(
     yield Preparing(what=f"finding the base {source.base_name}")
     fetched = fetch_weights(source.base)
     double_quant = source.config is None or source.config.quantization.double_quant
+    nf4_head = source.config is not None and source.config.quantization.head == "nf4"
     cache = None
     if held_out is not None or base == "dequantized":
         yield Preparing(what="finding the base in NF4, or quantizing it")
-        cache = prepare_nf4_cache(fetched, double_quant=double_quant)
+        cache = prepare_nf4_cache(fetched, double_quant=double_quant, nf4_head=nf4_head)
         if model is None:
             _require_same_base(source, cache)
     shapes = merged_shapes(source.skeleton, source.parts, source.settings, merged_dtype)

@@ -55,7 +55,7 @@ class OriginalWeights:
 
 @dataclass(frozen=True, slots=True)
 class DequantizedWeights:
-    """Those that the adapter saw while it was trained: NF4, unpacked."""
+    """Those that the adapter saw while it was trained: NF4, unpacked; also of a head that was in NF4."""
 
     disk: DiskWeights
     double_quant: bool
@@ -67,8 +67,8 @@ class DequantizedWeights:
         return nf4.dequantize(packed, torch.float32)
 
     def dense(self, name: str) -> Tensor:
-        """As the cache stores it, in bf16."""
-        return self.disk.mapped(name)
+        """As the cache stores it, in bf16; a head in NF4 unpacked to fp32."""
+        return self.linear(name) if f"{name}.absmax" in self.disk.files else self.disk.mapped(name)
 
 
 def original_weights(folder: Path) -> OriginalWeights:

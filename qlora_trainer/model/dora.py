@@ -64,7 +64,7 @@ def row_norms_(
     out_features = norm_O.shape[0]
     weight = NF4Weight(packed, absmax, nested_absmax, offset, code, (out_features, in_features))
     wide_RI = None if a_RI is None else a_RI.float()
-    rows = nf4.rows_at_once(weight, max(CHUNK_ELEMENTS, -(-out_features * in_features // MAX_CHUNKS)))
+    rows = nf4.rows_at_once(weight.shape, max(CHUNK_ELEMENTS, -(-out_features * in_features // MAX_CHUNKS)))
     for first in range(0, out_features, rows):
         chunk = slice(first, first + rows)
         dense_OI = nf4.dequantize_rows(weight, chunk)

@@ -1,5 +1,8 @@
 """The 16-bit ends of the model: embeddings and output head, stored in bf16, used in the compute dtype.
 
+A head may be in NF4 instead, as the linears are (`quantization.head`): then it is unpacked a block of the vocabulary at
+a time, and never whole.
+
 They are frozen, unless a `weight` is a parameter that is trained whole (`model.trained_tables`).
 """
 
@@ -11,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.hardware.heap import ResidentLimit
+from qlora_trainer.model import nf4
 from qlora_trainer.model.vocabulary_blocks import VocabularyBlocks, look_up_on_host
+
+_SCALES = ("absmax", "nested_absmax", "offset", "code")
 
 
 class FrozenEmbedding(nn.Module):
@@ -77,36 +83,64 @@ class FrozenHead(nn.Module):
     """The projection onto the vocabulary; training goes through the chunked loss instead of this forward.
 
     Args:
-        weight_VH: the projection, which is the embedding table itself where a model ties them.
+        weight_VH: the projection, which is the embedding table itself where a model ties them; dense, or in NF4.
         bias_V: bias or None.
         resident_limit: asked for room before the projection.
 
     Attributes:
+        weight: [V, H]; of a head in NF4 its packed bytes, uint8 [V, H / 2].
         is_on_host: whether `weight` lives on the host and is used block by block.
     """
 
     weight: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    code: Tensor | None
     bias: Tensor | None
 
-    def __init__(self, weight_VH: Tensor, bias_V: Tensor | None, resident_limit: ResidentLimit | None = None) -> None:
+    def __init__(
+        self, weight_VH: Tensor | nf4.NF4Weight, bias_V: Tensor | None, resident_limit: ResidentLimit | None = None
+    ) -> None:
         super().__init__()
         self.resident_limit = resident_limit or ResidentLimit()
-        self.register_buffer("weight", weight_VH, persistent=False)
         self.register_buffer("bias", bias_V, persistent=False)
+        for name in ("weight", *_SCALES):
+            self.register_buffer(name, None, persistent=False)
         self.out_features, self.in_features = weight_VH.shape
+        self.hold(weight_VH)
         self.is_on_host = False
+
+    def hold(self, weight_VH: Tensor | nf4.NF4Weight) -> None:
+        """Take a projection in the place of the one that is there, dense or in NF4; a row of it has an even length."""
+        if isinstance(weight_VH, nf4.NF4Weight):
+            self.weight = weight_VH.packed.view(self.out_features, self.in_features // 2)
+            scales: nf4.BlockScales | None = weight_VH.scales
+        else:
+            self.weight, scales = weight_VH, None
+        for name in _SCALES:
+            setattr(self, name, getattr(scales, name, None))
+
+    @property
+    def scales(self) -> nf4.BlockScales | None:
+        """Those of the blocks of `weight`; None where that is dense, also in the place of one in NF4."""
+        if self.weight.dtype != torch.uint8:
+            return None
+        return nf4.BlockScales(self.absmax, self.nested_absmax, self.offset, self.code)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> logits [..., V] in hidden's dtype."""
         num_rows = hidden.numel() // self.in_features
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
-        if self.is_on_host:
+        if self.is_on_host or self.scales is not None:
             return self._in_blocks(hidden, bias)
         self.resident_limit.make_room(hidden.itemsize * (self.weight.numel() + num_rows * self.out_features))
         return nn.functional.linear(hidden, self.weight.to(hidden.dtype), bias)
 
     def _in_blocks(self, hidden: Tensor, bias_V: Tensor | None) -> Tensor:
         out = hidden.new_empty((*hidden.shape[:-1], self.out_features))
-        for block, part_VH in VocabularyBlocks.of(self.weight, hidden, is_on_host=True).each():
+        blocks = VocabularyBlocks.of(self.weight, hidden, is_on_host=self.is_on_host, scales=self.scales)
+        for block, part_VH in blocks.each():
             out[..., block] = nn.functional.linear(hidden, part_VH)
+            del part_VH
         return out if bias_V is None else out.add_(bias_V)

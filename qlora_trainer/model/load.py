@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from qlora_trainer.config.levers import NO_LEVERS, Levers
@@ -19,13 +21,14 @@ def load_quantized(
 
     Args:
         base: whose architecture it is.
-        cache: its NF4 form, as `prepare_nf4_cache` returned it.
+        cache: its NF4 form, as `prepare_nf4_cache` returned it; it says whether the head is in NF4.
         compute_dtype: dtype of activations and matrix products.
         device: where the weights go, tensor by tensor.
         levers: what is pulled from the beginning: what they keep off the device never is there.
     """
     skeleton = build_skeleton(base.config, with_buffers=True)
     weights = CachedWeights(cache.folder)
+    levers = replace(levers, nf4_head=cache.nf4_head)
     model = assemble(skeleton, weights, compute_dtype=compute_dtype, device=device, levers=levers)
     pull_levers(model, levers)
     return model

@@ -49,6 +49,25 @@ class NF4Weight:
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (self.packed, self.absmax, self.nested_absmax) if tensor is not None)
 
+    @property
+    def scales(self) -> BlockScales:
+        return BlockScales(self.absmax, self.nested_absmax, self.offset, self.code)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScales:
+    """Of a packed weight all but the packed bytes; see `NF4Weight`."""
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    code: Tensor | None
+
+    def to(self, device: torch.device) -> BlockScales:
+        """The same there."""
+        others = (self.nested_absmax, self.offset, self.code)
+        return BlockScales(self.absmax.to(device), *(None if one is None else one.to(device) for one in others))
+
 
 @functools.cache
 def nf4_code(device: torch.device) -> Tensor:
@@ -105,32 +124,43 @@ def dequantize_rows(weight: NF4Weight, rows: slice) -> Tensor:
         rows: beginning at a multiple of `rows_at_once`.
     """
     num_columns = weight.shape[1]
-    first, last = rows.start * num_columns, min(rows.stop, weight.shape[0]) * num_columns
-    blocks = slice(first // BLOCKSIZE, math.ceil(last / BLOCKSIZE))
-    nested = weight.nested_absmax
+    num_rows = min(rows.stop, weight.shape[0]) - rows.start
+    first, last = rows.start * num_columns, (rows.start + num_rows) * num_columns
+    packed = weight.packed[first // 2 : math.ceil(last / 2)]
+    return dequantize_part(packed, weight.scales, rows.start, (num_rows, num_columns), torch.float32)
+
+
+def dequantize_part(
+    packed: Tensor, scales: BlockScales, first_row: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Rows of a weight whose packed bytes are apart from the others', dense.
+
+    Args:
+        packed: uint8, of these rows only.
+        scales: of the whole weight.
+        first_row: which of the weight's rows is the first of them: a multiple of `rows_at_once`.
+        shape: of the result.
+        dtype: of the result.
+    """
+    first = first_row * shape[1]
+    blocks = slice(first // BLOCKSIZE, math.ceil((first + math.prod(shape)) / BLOCKSIZE))
+    nested = scales.nested_absmax
     if nested is not None:
         nested = nested[blocks.start // NESTED_BLOCKSIZE : math.ceil(blocks.stop / NESTED_BLOCKSIZE)]
-    part = NF4Weight(
-        weight.packed[first // 2 : math.ceil(last / 2)],
-        weight.absmax[blocks],
-        nested,
-        weight.offset,
-        weight.code,
-        ((last - first) // num_columns, num_columns),
-    )
-    return _dequantize(part, torch.float32)
+    return _dequantize(NF4Weight(packed, scales.absmax[blocks], nested, scales.offset, scales.code, shape), dtype)
 
 
-def rows_at_once(weight: NF4Weight, num_elements: int) -> int:
+def rows_at_once(shape: tuple[int, int], num_elements: int) -> int:
     """About `num_elements` of a weight in whole rows, such that no block is cut; at least as many as a cut allows.
 
     All rows where blocks do not end with them: bitsandbytes' CPU kernel (0.50.2) then takes other scales for a part
     than for the whole (docs/log.md, 2026-11-28).
     """
-    if weight.shape[1] % BLOCKSIZE:
-        return weight.shape[0]
-    step = math.lcm(weight.shape[1], BLOCKSIZE * NESTED_BLOCKSIZE)
-    return step * max(1, num_elements // step) // weight.shape[1]
+    num_rows, num_columns = shape
+    if num_columns % BLOCKSIZE:
+        return num_rows
+    step = math.lcm(num_columns, BLOCKSIZE * NESTED_BLOCKSIZE)
+    return step * max(1, num_elements // step) // num_columns
 
 
 def _dequantize(weight: NF4Weight, dtype: torch.dtype, row_scale_O: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 Made by streaming: one tensor of the original is in memory at a time, and a shard of the result is written as soon as
 it is full, so a 70B base is quantized in less than 2 GiB. The folder's name is its key: the base's content and the
-quantization settings. transformers itself loads the folder.
+quantization settings, of which one is whether the head is in NF4, too. transformers itself loads the folder.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from qlora_trainer.hardware.sealed_folder import defects, writing
 from qlora_trainer.model import nf4
 from qlora_trainer.model.base import Base, content_hash, open_weights, weight_files
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
+from qlora_trainer.model.table_names import require_nf4_head
 
 FORMAT_VERSION = 1  # raise it when the bytes written for the same base change
 SHARD_BYTES = 256 * 2**20
@@ -43,32 +44,39 @@ class NF4Cache:
         key: base content and quantization settings; what a run's checkpoints call the base's fingerprint.
         was_built: it was made now, not found.
         defects: why an older folder of the same key was thrown away.
+        nf4_head: whether the head is in NF4, too.
     """
 
     folder: Path
     key: str
     was_built: bool
     defects: tuple[str, ...]
+    nf4_head: bool = False
 
 
-def prepare_nf4_cache(base: Base, *, double_quant: bool) -> NF4Cache:
+def prepare_nf4_cache(base: Base, *, double_quant: bool, nf4_head: bool = False) -> NF4Cache:
     """Find the NF4 form of `base`, verify it, and make it if it is missing, half-written or corrupt.
 
     Raises:
-        ConfigError: the base lacks a tensor that its architecture needs, or has one of another dtype or shape.
+        ConfigError: the base lacks a tensor that its architecture needs, or has one of another dtype or shape; or its
+            head, which is to be in NF4, is its embedding.
     """
+    if nf4_head:
+        parts = find_parts(build_skeleton(base.config, with_buffers=False))
+        require_nf4_head(parts.head, is_tied=parts.is_tied)
     settings = f"v{FORMAT_VERSION} {content_hash(base.folder)} nf4 {nf4.BLOCKSIZE} double_quant={double_quant}"
+    settings += " head=nf4" if nf4_head else ""
     key = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_folder() / "nf4" / key
     found_defects: list[str] = []
     if folder.is_dir():
         found_defects = defects(folder)
         if not found_defects:
-            return NF4Cache(folder, key, was_built=False, defects=())
+            return NF4Cache(folder, key, was_built=False, defects=(), nf4_head=nf4_head)
         shutil.rmtree(folder)
     with writing(folder) as temporary:
-        _quantize_into(temporary, base, double_quant=double_quant)
-    return NF4Cache(folder, key, was_built=True, defects=tuple(found_defects))
+        _quantize_into(temporary, base, double_quant=double_quant, nf4_head=nf4_head)
+    return NF4Cache(folder, key, was_built=True, defects=tuple(found_defects), nf4_head=nf4_head)
 
 
 class CachedWeights:
@@ -89,14 +97,15 @@ class CachedWeights:
         return tensor
 
 
-def _quantize_into(folder: Path, base: Base, *, double_quant: bool) -> None:
+def _quantize_into(folder: Path, base: Base, *, double_quant: bool, nf4_head: bool) -> None:
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
     shard: dict[str, Tensor] = {}
     shards: list[list[str]] = []
     total_bytes = shard_bytes = 0
-    for name, tensor in _quantized_tensors(base, parts, shapes, double_quant=double_quant):
+    packed = {f"{name}.weight" for name in (*parts.linears, *([parts.head] if nf4_head else []))}
+    for name, tensor in _quantized_tensors(base, parts, packed, shapes, double_quant=double_quant):
         shard[name] = tensor
         total_bytes += tensor.nbytes
         shard_bytes += tensor.nbytes
@@ -112,15 +121,15 @@ def _quantize_into(folder: Path, base: Base, *, double_quant: bool) -> None:
         weight_map |= dict.fromkeys(names, file_name)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
     (folder / _INDEX).write_text(json.dumps(index, indent=1))
-    (folder / "config.json").write_text(json.dumps(_quantized_config(base.config, double_quant=double_quant), indent=1))
+    config = _quantized_config(base.config, double_quant=double_quant, nf4_head=nf4_head)
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def _quantized_tensors(
-    base: Base, parts: Parts, shapes: Mapping[str, torch.Size], *, double_quant: bool
+    base: Base, parts: Parts, packed_names: Collection[str], shapes: Mapping[str, torch.Size], *, double_quant: bool
 ) -> Iterator[tuple[str, Tensor]]:
     device = choose_device()
-    linear_weights = {f"{name}.weight" for name in parts.linears}
-    needed = linear_weights | set(parts.dense_parameters)
+    needed = set(packed_names) | set(parts.dense_parameters)
     files = weight_files(base.folder)
     missing = sorted(needed - set(files))
     if missing:
@@ -135,7 +144,7 @@ def _quantized_tensors(
         with open_weights(files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
             _require_weights(tensor, name, files[name], shapes[name])
-            if name in linear_weights:
+            if name in packed_names:
                 packed = nf4.quantize(tensor.to(device), double_quant=double_quant)
                 for part, value in nf4.to_checkpoint(name, packed, dtype=STORED_DTYPE).items():
                     yield part, value.to("cpu", copy=True)
@@ -174,7 +183,7 @@ def _shard_name(number: int) -> str:
     return f"shard-{number:05d}.safetensors"
 
 
-def _quantized_config(config: PreTrainedConfig, *, double_quant: bool) -> dict[str, object]:
+def _quantized_config(config: PreTrainedConfig, *, double_quant: bool, nf4_head: bool) -> dict[str, object]:
     return config.to_dict() | {
         "architectures": config.architectures,
         "dtype": "bfloat16",
@@ -186,5 +195,6 @@ def _quantized_config(config: PreTrainedConfig, *, double_quant: bool) -> dict[s
             "bnb_4bit_compute_dtype": "bfloat16",
             "bnb_4bit_quant_storage": "uint8",
             "quant_method": "bitsandbytes",
+            **({"llm_int8_skip_modules": []} if nf4_head else {}),  # unset, transformers takes the head for bf16
         },
     }

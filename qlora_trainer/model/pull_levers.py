@@ -14,7 +14,7 @@ def pull_levers(model: QuantizedModel, levers: Levers) -> None:
 
     Args:
         model: loaded, or on fake tensors.
-        levers: what is to be pulled from now on.
+        levers: what is to be pulled from now on. Whether the head is in NF4 was decided when it was loaded.
     """
     tile_layers(model, levers.tile_tokens)
     place_tables(model, is_on_host=levers.embedding_residency == "host")

@@ -120,7 +120,8 @@ def assemble(
 ) -> QuantizedModel:
     """Put `weights` into a skeleton; each tensor goes to `device` as it is taken.
 
-    1-D parameters (norms, biases) are held in the compute dtype, which is exact for fp32; tables stay as stored.
+    1-D parameters (norms, biases) are held in the compute dtype, which is exact for fp32; tables stay as stored, but
+    for a head that `levers` want in NF4.
 
     Args:
         module: as `build_skeleton` returned it, its buffers real; it becomes the model.
@@ -141,7 +142,15 @@ def assemble(
         if levers.base_residency == "device":
             linears[name].to(device)
         module.set_submodule(name, linears[name])
-    head = put_dense(module, parts, dense, compute_dtype=compute_dtype, device=device, resident_limit=resident_limit)
+    head = put_dense(
+        module,
+        parts,
+        dense,
+        compute_dtype=compute_dtype,
+        device=device,
+        resident_limit=resident_limit,
+        packed_head=_packed_head(parts, weights, device, levers) if levers.nf4_head else None,
+    )
     fuse_layers(module)
     make_tileable(module)
     return QuantizedModel(
@@ -167,15 +176,17 @@ def take_dense(
 ) -> dict[str, Tensor]:
     """Everything but the linears' weights, by name: 1-D parameters in the compute dtype, tables as stored.
 
-    All of it goes to `device`, but for tables that `levers` keep on the host.
+    All of it goes to `device`, but for tables that `levers` keep on the host. A head in NF4 is none of it.
     """
-    tables = {f"{name}.weight" for name in (*parts.embeddings, parts.head)}
+    head = f"{parts.head}.weight"
+    tables = {*(f"{name}.weight" for name in parts.embeddings), head}
     stays = tables if levers.embedding_residency == "host" else set()
     return {
         name: _as_stored_or_computed(
             weights.dense(name) if name in stays else weights.dense(name).to(device), compute_dtype
         )
         for name in parts.dense_parameters
+        if not (levers.nf4_head and name == head)
     }
 
 
@@ -187,6 +198,7 @@ def put_dense(
     compute_dtype: torch.dtype,
     device: torch.device,
     resident_limit: ResidentLimit,
+    packed_head: NF4Weight | None = None,
 ) -> FrozenHead:
     """Put what `take_dense` gave into a skeleton whose linears are replaced already, and freeze it; returns the head.
 
@@ -197,9 +209,10 @@ def put_dense(
         compute_dtype: of activations.
         device: where the buffers go.
         resident_limit: asked for room by the head.
+        packed_head: the head's weight where it is in NF4, and then not in `dense`.
     """
     module.requires_grad_(False)
-    head = _replace_tables(module, parts, dense, compute_dtype, resident_limit)
+    head = _replace_tables(module, parts, dense, packed_head, compute_dtype, resident_limit)
     for name, tensor in dense.items():
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner).register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
@@ -233,6 +246,15 @@ def hidden_states(
     return hidden_BTH
 
 
+def _packed_head(parts: Parts, weights: WeightSource, device: torch.device, levers: Levers) -> NF4Weight:
+    """On `device`, but for the packed bytes of one that lives on the host."""
+    assert not parts.is_tied, "an embedding is not packed"  # `require_nf4_head` has refused it
+    own = weights.nf4(f"{parts.head}.weight")
+    scales = own.scales.to(device)
+    packed = own.packed if levers.embedding_residency == "host" else own.packed.to(device)
+    return NF4Weight(packed, scales.absmax, scales.nested_absmax, scales.offset, scales.code, own.shape)
+
+
 def _as_stored_or_computed(tensor: Tensor, compute_dtype: torch.dtype) -> Tensor:
     return tensor.to(compute_dtype) if tensor.ndim == 1 else tensor
 
@@ -241,6 +263,7 @@ def _replace_tables(
     module: PreTrainedModel,
     parts: Parts,
     dense: dict[str, Tensor],
+    packed_head: NF4Weight | None,
     compute_dtype: torch.dtype,
     resident_limit: ResidentLimit,
 ) -> FrozenHead:
@@ -252,8 +275,8 @@ def _replace_tables(
         input_name = next(name for name in tables if module.get_submodule(name) is module.get_input_embeddings())
         head = FrozenHead(tables[input_name].weight, None, resident_limit)
     else:
-        weight_VH, bias_V = dense.pop(f"{parts.head}.weight"), dense.pop(f"{parts.head}.bias", None)
-        head = FrozenHead(weight_VH, bias_V, resident_limit)
+        weight_VH = packed_head or dense.pop(f"{parts.head}.weight")
+        head = FrozenHead(weight_VH, dense.pop(f"{parts.head}.bias", None), resident_limit)
     for name, table in tables.items():
         module.set_submodule(name, table)
     module.set_submodule(parts.head, head)

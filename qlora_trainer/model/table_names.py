@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qlora_trainer.errors import ConfigError
 
-_KEY = "lora.modules_to_save"
+_KEY, _HEAD_KEY = "lora.modules_to_save", "quantization.head"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,34 @@ def asked_tables(wanted: Sequence[str], tables: BaseTables) -> tuple[tuple[str, 
             fix=f"Write {_KEY}: [{', '.join(map(_leaf, both))}].",
         )
     return (chosen[:-1], tables.head) if tied else (chosen, None)
+
+
+def require_nf4_head(head: str, *, is_tied: bool, trained: Sequence[str] = ()) -> None:
+    """Refuse `quantization.head: nf4` where there is no frozen head of its own to be packed.
+
+    Args:
+        head: full name of the output projection.
+        is_tied: it is the embedding, whose rows are looked up in bf16: packed, it would be a second table.
+        trained: full names of the tables that are trained whole.
+
+    Raises:
+        ConfigError: the head is the embedding, or is trained.
+    """
+    fix = f"Leave {_HEAD_KEY} at bfloat16"
+    if is_tied:
+        raise ConfigError(
+            where=_HEAD_KEY,
+            found="nf4, of a base in which embedding and head are one table",
+            expected="a base with a head of its own: beside the embedding, one in NF4 would take memory, not save it",
+            fix=f"{fix}, or choose another base.",
+        )
+    if head in trained:
+        raise ConfigError(
+            where=_HEAD_KEY,
+            found=f"nf4, and {_leaf(head)} in {_KEY}",
+            expected="a head that is trained in 16 bits or more, or one that is stored in NF4 and frozen",
+            fix=f"{fix}, or take {_leaf(head)} out of {_KEY}.",
+        )
 
 
 def means(name: str, own: str) -> bool:

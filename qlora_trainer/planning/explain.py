@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from qlora_trainer.config.levers import Levers
+from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.plan import HOST_KEY, WouldFit, optimizer_bits
 from qlora_trainer.planning.planner import Planner
@@ -19,7 +20,6 @@ _MIN_SEQ_LEN = 64
 _LEVER_WORDS = {
     "tile_tokens": "recomputed layers take {:,} tokens at a time",
     "embedding_residency": "embedding and head live on the {}",
-    "nf4_head": "the head is stored in NF4",
     "optimizer_on_host": "the optimizer's state lives on the host",
     "base_residency": "the base is {} from the host",
 }
@@ -72,6 +72,7 @@ def would_fit(least: Candidate, planner: Planner, *, process_bytes: int, host_by
         *(_lever(name, value, layout, optimizer, planner) for name, value in planner.pullable().items()),
         _loss_chunk(layout, optimizer, planner),
         _optimizer(layout, optimizer, planner),
+        _head(layout, optimizer, planner),
         _seq_len(layout, optimizer, planner),
         _rank(layout, optimizer, planner),
         _memory(least, planner.budget, process_bytes=process_bytes, host_bytes=host_bytes),
@@ -169,6 +170,16 @@ def _optimizer(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | N
         return None
     narrow = optimizer.replace("32bit", "8bit")
     return _tried(layout, narrow, planner, "training.optimizer", optimizer, narrow)
+
+
+def _head(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
+    """Where the head is one of its own that is on the device, and frozen. What is learned then is learned beside it."""
+    tables = base_tables_of(planner.dry.model)
+    is_trained = tables.head in planner.settings.modules_to_save
+    if layout.levers.nf4_head or layout.levers.embedding_residency == "host" or tables.is_tied or is_trained:
+        return None
+    packed = replace(layout, levers=replace(layout.levers, nf4_head=True))
+    return _tried(packed, optimizer, planner, "quantization.head", planner.config.quantization.head, "nf4")
 
 
 def _seq_len(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:

@@ -123,11 +123,12 @@ def resized(
         loss_chunk: positions in a chunk of the loss.
     """
     if inside.op == LOSS:
-        arguments = list(_with_tokens(inside.arguments, probe.tokens, tokens))
+        by_token = _with_tokens(inside.arguments[:2], probe.tokens, tokens)
         if probe.has_tile:
-            arguments = list(_with_tokens(tuple(arguments), probe.tile, min(tile, tokens)))
-        arguments[_CHUNK_ARGUMENT] = loss_chunk
-        return Inside(inside.index, inside.op, tuple(arguments))
+            by_token = _with_tokens(by_token, probe.tile, min(tile, tokens))
+        others = list(inside.arguments[2:])
+        others[_CHUNK_ARGUMENT - 2] = loss_chunk
+        return Inside(inside.index, inside.op, (*by_token, *others))
     if inside.op in ROW_OPS:
         return Inside(inside.index, inside.op, _with_rows(inside.arguments, probe, tokens, tile))
     changed = _with_tokens(inside.arguments, probe.tokens, seq_len, rows)

@@ -18,6 +18,7 @@ from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import can_tile
 from qlora_trainer.model.adapters import MAGNITUDE, adapter_shapes
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
+from qlora_trainer.model.table_names import require_nf4_head
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
@@ -102,7 +103,10 @@ class Planner:
             alignment_bytes=alignment,
         )
         rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
-        settings = asked_settings(config.lora, rank, list(dry.model.linears), base_tables_of(dry.model))
+        tables = base_tables_of(dry.model)
+        settings = asked_settings(config.lora, rank, list(dry.model.linears), tables)
+        if config.quantization.head == "nf4":
+            require_nf4_head(tables.head, is_tied=tables.is_tied, trained=settings.modules_to_save)
         dry = without_frozen_tables(dry, settings)
 
         @cache
@@ -172,6 +176,7 @@ class Planner:
             levers=Levers(
                 tile_tokens=0 if memory.tile_tokens == "auto" else memory.tile_tokens,
                 embedding_residency="host" if memory.embedding_residency == "host" else "device",
+                nf4_head=self.config.quantization.head == "nf4",
                 optimizer_on_host=memory.optimizer_residency == "host",
                 base_residency="streamed" if memory.base_residency == "streamed" else "device",
             ),

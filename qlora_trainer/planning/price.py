@@ -168,8 +168,8 @@ def policy_of(layout: Layout, index: int) -> Policy:
 
 def hidden_bytes(prices: Prices, layout: Layout) -> int:
     """Of the hidden states of a micro-batch: what goes into a layer."""
-    hidden, head = prices.parts.head_spec
-    return prices.memory.aligned(layout.tokens * head.shape[1] * hidden.dtype.itemsize)
+    hidden, _ = prices.parts.head_spec
+    return prices.memory.aligned(layout.tokens * hidden.shape[1] * hidden.dtype.itemsize)
 
 
 def evaluation_level(prices: Prices, layout: Layout) -> Level:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from qlora_trainer.hardware.gpu_catalogue import Gpu
+from qlora_trainer.model.vocabulary_blocks import BLOCK_ELEMENTS
 from qlora_trainer.planning.price import Layout, Prices, hidden_bytes, layer_runs
 from qlora_trainer.planning.tracker import TensorSpec
 from qlora_trainer.planning.work import WorkSum
@@ -161,17 +162,22 @@ def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
 
 
 def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> float:
-    """Two products with the head, which reads (and upcasts) all of it for every chunk, and eight passes over logits."""
+    """Two products with the head, which reads (upcasts, unpacks) all of it for every chunk, and eight passes over logits.
+    """
     hidden, head = prices.parts.head_spec
-    vocabulary, hidden_size = head.shape
+    vocabulary, hidden_size = head.shape[0], hidden.shape[1]
+    is_packed = layout.levers.nf4_head
     num_chunks = -(-layout.tokens // layout.loss_chunk)
     head_bytes = vocabulary * hidden_size * hidden.dtype.itemsize
     read_seconds = 2 * num_chunks * speed.weight_passes * head_bytes / speed.bytes
-    upcast = vocabulary * hidden_size * (6 if hidden.dtype.itemsize == 4 else 0)  # read in 16 bits, written in 32
+    upcast = vocabulary * hidden_size * (6 if hidden.dtype.itemsize == 4 and not is_packed else 0)  # 16 bits to 32
+    unpacked = vocabulary * hidden_size if is_packed else 0
+    num_blocks = -(-unpacked // BLOCK_ELEMENTS)  # each unpacked and multiplied, twice, in four operations
     return (
         4.0 * tokens * vocabulary * hidden_size / speed.flops
         + read_seconds
         + 32.0 * tokens * vocabulary / speed.bytes
         + 2 * num_chunks * upcast / speed.bytes
-        + 14 * num_chunks * speed.launch_seconds
+        + 2 * num_chunks * unpacked / speed.unpacked_elements
+        + (14 + 8 * num_blocks) * num_chunks * speed.launch_seconds
     )

@@ -86,6 +86,8 @@ def _knobs(plan: Plan) -> Table:
     ]
     if knobs.tile_tokens:
         facts.append(("tiles", f"recomputed layers take {counted(knobs.tile_tokens, 'token')} at a time"))
+    if knobs.nf4_head:
+        facts.append(("head", "stored in NF4"))
     if knobs.embedding_residency != "device":
         facts.append(("embedding", f"on the {knobs.embedding_residency}"))
     if knobs.base_residency == "streamed":

@@ -35,12 +35,14 @@ class NamedAdapters:
     Attributes:
         base: its weights may still be on the hub.
         double_quant: whether its scales are quantized, too.
+        nf4_head: whether its head is in NF4, too.
         folders: the adapter folder of each name.
         tokenizers: of the base under `BASE`, and of each adapter by its name; those differ in the chat template.
     """
 
     base: Base
     double_quant: bool
+    nf4_head: bool
     folders: Mapping[str, Path]
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
 
@@ -63,9 +65,11 @@ def find_adapters(targets: Mapping[str, Path], *, base: str | None) -> NamedAdap
     own = {name: _own_template(folder) for name, folder in folders.items()}
     if tokenizer.chat_template is None:  # a base that was never taught to chat is asked as its adapters are
         tokenizer.chat_template = next((template for template in own.values() if template is not None), None)
+    double_quant, nf4_head = _quantization(folders)
     return NamedAdapters(
         base=resolved,
-        double_quant=_double_quant(folders),
+        double_quant=double_quant,
+        nf4_head=nf4_head,
         folders=folders,
         tokenizers={BASE: tokenizer} | {name: with_template(tokenizer, template) for name, template in own.items()},
     )
@@ -85,7 +89,7 @@ def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = 
     base = fetch_weights(named.base)
     model = load_quantized(
         base,
-        prepare_nf4_cache(base, double_quant=named.double_quant),
+        prepare_nf4_cache(base, double_quant=named.double_quant, nf4_head=named.nf4_head),
         compute_dtype=DTYPES[compute_dtype or choose_compute_dtype(device)],
         device=device,
     )
@@ -138,27 +142,32 @@ def _own_template(folder: Path) -> str | None:
     return read_chat_template(str(path)) if path.is_file() else None
 
 
-def _double_quant(folders: Mapping[str, Path]) -> bool:
-    """Whether the runs quantized their scales too; an adapter that lies in no run does not tell: the default is taken.
+def _quantization(folders: Mapping[str, Path]) -> tuple[bool, bool]:
+    """Whether the runs quantized their scales, and their head; an adapter that lies in no run does not tell: the
+    defaults are taken.
 
     Raises:
         ConfigError: one run did and another did not: their bases are not the same.
     """
-    told = {folder: choice for folder in folders.values() if (choice := _told_double_quant(folder.parent)) is not None}
-    if len(set(told.values())) > 1:
-        with_it, without = (next(folder for folder in told if told[folder] is choice) for choice in (True, False))
-        raise ConfigError(
-            where="adapters",
-            found=f"{with_it}, whose run quantized the scales of its base, and {without}, whose run did not",
-            expected="adapters of one base",
-            fix="Take them one at a time.",
-        )
-    return next(iter(told.values()), True)
+    told = {folder: choices for folder in folders.values() if (choices := _told_quantization(folder.parent))}
+    for number, what in enumerate(("scales", "head")):
+        chosen = {choices[number] for choices in told.values()}
+        if len(chosen) > 1:
+            with_it, without = (next(name for name in told if told[name][number] is one) for one in (True, False))
+            raise ConfigError(
+                where="adapters",
+                found=f"{with_it}, whose run quantized the {what} of its base, and {without}, whose run did not",
+                expected="adapters of one base",
+                fix="Take them one at a time.",
+            )
+    return next(iter(told.values()), (True, False))
 
 
-def _told_double_quant(run: Path) -> bool | None:
+def _told_quantization(run: Path) -> tuple[bool, bool] | None:
+    """The same of one run, whose version may not have known of heads; None where there is none."""
     try:
-        choice = json.loads(RunFolder(run).plan_path.read_text()).get("double_quant")
+        plan = json.loads(RunFolder(run).plan_path.read_text())
+        double_quant, head = plan.get("double_quant"), plan.get("head")
     except (OSError, ValueError, AttributeError, RecursionError):
         return None
-    return choice if isinstance(choice, bool) else None
+    return (double_quant, head == "nf4") if isinstance(double_quant, bool) else None

@@ -18,6 +18,7 @@ REFUSED_KEYS = frozenset(
         "model.base",
         "model.revision",
         "quantization.double_quant",
+        "quantization.head",
         "quantization.compute_dtype",
         "lora.rank",
         "lora.alpha",

@@ -63,7 +63,9 @@ def resolved_config(session: Session) -> RunConfig:
 def plan_json(session: Session) -> dict[str, Any]:
     """What `plan.json` holds: the plan where it was made, and the knobs in force."""
     made = {} if session.plan is None else session.plan.as_json()
-    return made | {"in_force": session.knobs.as_json(), "double_quant": session.config.quantization.double_quant}
+    quantization = session.config.quantization
+    form = {"double_quant": quantization.double_quant, "head": quantization.head}
+    return made | {"in_force": session.knobs.as_json()} | form
 
 
 def _final_weights(session: Session, progress: Progress) -> Mapping[str, Tensor]:

@@ -96,7 +96,8 @@ def prepare(
         yield Planned(plan=plan)
     yield Preparing(what="quantizing the base to NF4 (once; the result is kept)")
     base = fetch_weights(inputs.base)
-    cache = prepare_nf4_cache(base, double_quant=config.quantization.double_quant)
+    quantization = config.quantization
+    cache = prepare_nf4_cache(base, double_quant=quantization.double_quant, nf4_head=quantization.head == "nf4")
     yield from (Preparing(what=f"the cached NF4 base was damaged and is made again: {why}") for why in cache.defects)
     fingerprints = {"base": cache.key, "tokenizer": inputs.tokenizer_hash, **data.hashes, **initial_hash(config)}
     if loaded is not None:

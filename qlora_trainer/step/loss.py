@@ -7,8 +7,8 @@ Where the head is trained, the gradients of its weight and bias are added to the
 go: a block of [V, H] in the compute dtype is all that is made for it. They cannot wait for backward, and so they get no
 factor from there: `gradient_scale` has to say all.
 
-A projection that is stored in 16 bits and multiplied in fp32, or that lives on the host, is multiplied in blocks of
-tokens of the vocabulary (`model.vocabulary_blocks`).
+A projection that is stored in 16 bits and multiplied in fp32, that is stored in NF4, or that lives on the host, is
+multiplied in blocks of tokens of the vocabulary (`model.vocabulary_blocks`).
 
 `logsumexp` and `cross_entropy` make copies of the logits inside, which no trace can see and no budget has room for; the
 softmax is written out, in place, so that one fp32 [C, V] is all there is (and its 16-bit form for the products).
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.model.frozen import FrozenHead
+from qlora_trainer.model.nf4 import BLOCKSIZE, BlockScales
 from qlora_trainer.model.quantized import LogitShape
 from qlora_trainer.model.vocabulary_blocks import VocabularyBlocks, rows_in_block
 
@@ -53,6 +54,7 @@ def chunked_cross_entropy(
         total: what the sum begins with, 0-dim fp32, so that positions one call after the other add up as in one.
     """
     needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
+    scales = head.scales
     loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_NH,
         targets_N,
@@ -66,6 +68,7 @@ def chunked_cross_entropy(
         head.is_on_host,
         total,
         *(_own_gradient(parameter) if needs_gradient else None for parameter in (head.weight, head.bias)),
+        *((None,) * 4 if scales is None else (scales.absmax, scales.nested_absmax, scales.offset, scales.code)),
     )
     return loss
 
@@ -92,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         (grad_NH,) = ctx.saved_tensors
-        return grad_NH * grad_loss.to(grad_NH.dtype), *(None,) * 12
+        return grad_NH * grad_loss.to(grad_NH.dtype), *(None,) * 16
 
 
 def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, *, chunk_tokens: int) -> int:
@@ -104,6 +107,8 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
         num_bytes += itemsize * chunk_elements
     if head.weight.dtype != hidden_NH.dtype:
         num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
+    if head.scales is not None:
+        num_bytes += 4 * rows_in_block(head.weight) * head.in_features // BLOCKSIZE
     if head.weight.requires_grad and hidden_NH.dtype != torch.float32:
         num_bytes += (itemsize + 4) * rows_in_block(head.weight) * head.in_features
     return num_bytes + hidden_NH.nbytes
@@ -118,7 +123,7 @@ def chunk_logits(hidden_CH: Tensor, head: FrozenHead, logit_shape: LogitShape) -
         logit_shape: scale and soft cap.
     """
     out_CV = hidden_CH.new_empty((hidden_CH.shape[0], head.out_features), dtype=torch.float32)
-    blocks = VocabularyBlocks.of(head.weight, hidden_CH, is_on_host=head.is_on_host)
+    blocks = VocabularyBlocks.of(head.weight, hidden_CH, is_on_host=head.is_on_host, scales=head.scales)
     logits_CV = _logits(hidden_CH, blocks, out_CV)
     if head.bias is not None:
         logits_CV += head.bias.float()
@@ -155,18 +160,24 @@ def loss_and_gradient(
     total: Tensor | None = None,
     weight_grad_VH: Tensor | None = None,
     bias_grad_V: Tensor | None = None,
+    absmax: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    code: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The summed loss, 0-dim fp32, and its gradient [N, H] in hidden's dtype (empty where it is not needed).
 
     `is_on_host`: whether the projection lives on the host (see `model.vocabulary_blocks`). `total`: what the sum begins
-    with. The gradients of weight and bias are added to those two, fp32, where they are given.
+    with. The gradients of weight and bias are added to those two, fp32, where they are given. The last four are the
+    scales of a projection in NF4, which is uint8 [V, H / 2] then; None for one that is dense.
     """
+    scales = None if absmax is None else BlockScales(absmax, nested_absmax, offset, code)
     loss = hidden_NH.new_zeros((), dtype=torch.float32) if total is None else total.clone()
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     num_positions = hidden_NH.shape[0]
     # One buffer for all chunks: so large a block comes from the system each time, and its pages are zeroed.
     buffer_CV = hidden_NH.new_empty((min(num_positions, chunk_tokens), weight_VH.shape[0]), dtype=torch.float32)
-    blocks = VocabularyBlocks.of(weight_VH, hidden_NH, is_on_host=is_on_host)
+    blocks = VocabularyBlocks.of(weight_VH, hidden_NH, is_on_host=is_on_host, scales=scales)
     for first in range(0, num_positions, chunk_tokens):
         chunk = slice(first, first + chunk_tokens)
         logits_CV = _logits(hidden_NH[chunk], blocks, buffer_CV[: min(chunk_tokens, num_positions - first)])
@@ -202,19 +213,21 @@ def _logits(hidden_CH: Tensor, blocks: VocabularyBlocks, out_CV: Tensor) -> Tens
             torch.mm(hidden_CH, part_VH.t(), out=out_CV[:, block])
         else:
             out_CV[:, block] = torch.mm(hidden_CH, part_VH.t())
+        del part_VH  # before the next one is unpacked
     return out_CV
 
 
 def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, blocks: VocabularyBlocks) -> None:
     """`out` becomes the gradient of the chunk's hidden states."""
     # In 16 bits a sum over many blocks would be rounded with each.
-    is_summed_apart = blocks.is_on_host and out_CH.dtype != torch.float32
+    is_summed_apart = (blocks.is_on_host or blocks.scales is not None) and out_CH.dtype != torch.float32
     sum_CH = torch.zeros_like(out_CH, dtype=torch.float32) if is_summed_apart else out_CH
     for block, part_VH in blocks.each():
         if not is_summed_apart:
             sum_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 it is not read
         else:
             sum_CH += torch.mm(grad_CV[:, block], part_VH)
+        del part_VH
     if is_summed_apart:
         out_CH.copy_(sum_CH)
 
@@ -246,6 +259,10 @@ def _(
     total: Tensor | None = None,
     weight_grad_VH: Tensor | None = None,
     bias_grad_V: Tensor | None = None,
+    absmax: Tensor | None = None,
+    nested_absmax: Tensor | None = None,
+    offset: Tensor | None = None,
+    code: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     return hidden_NH.new_empty((), dtype=torch.float32), grad_NH

@@ -27,7 +27,7 @@ def test_defaults() -> None:
     config = RunConfig.model_validate(REQUIRED)
     assert config.model_dump() == {
         "model": {"base": "owner/name", "revision": None},
-        "quantization": {"double_quant": True, "compute_dtype": "auto"},
+        "quantization": {"double_quant": True, "head": "bfloat16", "compute_dtype": "auto"},
         "lora": {
             "rank": 16,
             "alpha": "auto",
@@ -128,6 +128,7 @@ def test_accepts(dotted: str, value: object) -> None:
         ("model.base", ["", " ", "a\0b", 3, None]),
         ("model.revision", ["", 1.5]),
         ("quantization.double_quant", ["true", 1, None]),
+        ("quantization.head", ["bf16", "auto", True, None]),
         ("quantization.compute_dtype", ["bf16", None]),
         ("lora.rank", [0, -1, "16", 16.0, True, None]),
         ("lora.alpha", [0, -2, "double", float("nan"), float("inf"), True]),
@@ -242,8 +243,9 @@ def test_early_stopping_needs_an_evaluation() -> None:
 
 
 def test_keys_that_other_parts_of_the_project_promise() -> None:
-    promised = """model.base quantization.double_quant quantization.compute_dtype lora.rank lora.alpha lora.dropout
-        lora.dtype lora.target_modules data.train data.eval data.seq_len data.packing training.epochs training.max_steps
+    promised = """model.base quantization.double_quant quantization.head quantization.compute_dtype
+        lora.rank lora.alpha lora.dropout lora.dtype lora.target_modules data.train data.eval data.seq_len data.packing
+        training.epochs training.max_steps
         training.global_batch_size training.learning_rate training.schedule training.warmup_ratio training.optimizer
         training.max_grad_norm training.seed training.save_every training.eval_every memory.budget memory.host_budget
         memory.micro_batch_tokens memory.activation_checkpointing output.dir"""

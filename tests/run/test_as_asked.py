@@ -115,7 +115,7 @@ def test_an_answer_takes_base_and_adapter_as_they_were_trained(
     for target in (tmp_path / "run", tmp_path / "run" / "adapter"):
         used.clear()
         answer(target, "What is 3 + 3?", base=None, max_new_tokens=1, temperature=0.0, seed=0)
-        assert used["prepare_nf4_cache"] == ({"double_quant": False},)
+        assert used["prepare_nf4_cache"] == ({"double_quant": False, "nf4_head": False},)
         assert used["build_adapters"] == ({"dtype": torch.float32},)
 
     adapter = tmp_path / "run" / "adapter" / "adapter_config.json"

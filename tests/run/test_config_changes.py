@@ -52,7 +52,7 @@ def changed(now: dict[str, Any]) -> list[str]:
 def test_what_changes_the_course_is_refused_or_needs_a_flag() -> None:
     """Spelled out a second time: a key that is only told would make another run of this one without a word."""
     model = {f"model.{key}" for key in ("base", "revision")}
-    quantization = {f"quantization.{key}" for key in ("double_quant", "compute_dtype")}
+    quantization = {f"quantization.{key}" for key in ("double_quant", "head", "compute_dtype")}
     lora = {f"lora.{key}" for key in ("rank", "alpha", "dropout", "dtype", "target_modules", "layers_to_transform")}
     lora |= {f"lora.{key}" for key in ("use_rslora", "use_dora", "init_from", "rank_pattern", "alpha_pattern")}
     lora.add("lora.modules_to_save")

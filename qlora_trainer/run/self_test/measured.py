@@ -209,7 +209,9 @@ def _mapped_state_bytes(session: Session) -> int:
 
 
 def _unread_bytes(session: Session) -> int:
-    cache = prepare_nf4_cache(session.base, double_quant=session.config.quantization.double_quant)
+    quantization = session.config.quantization
+    is_packed = quantization.head == "nf4"
+    cache = prepare_nf4_cache(session.base, double_quant=quantization.double_quant, nf4_head=is_packed)
     return unread_bytes(cache.folder, DTYPES[session.knobs.machine.compute_dtype].itemsize)
 
 
