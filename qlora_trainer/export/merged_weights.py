@@ -140,7 +140,9 @@ class MergedWeights(Mapping[str, Tensor]):
             block = slice(first, first + rows)
             sum_QI = torch.addmm(weight_OI[block].float(), b_OR[block], a_RI, alpha=self._settings.scale_of(target))
             if magnitude_O is not None:
-                sum_QI *= (magnitude_O[block] / torch.linalg.vector_norm(sum_QI, dim=1)).unsqueeze(1)
+                norm_Q = torch.linalg.vector_norm(sum_QI, dim=1)
+                norm_Q.masked_fill_(norm_Q == 0.0, 1.0)  # a row of zeros stays zero, as in training (`model.dora`)
+                sum_QI *= (magnitude_O[block] / norm_Q).unsqueeze(1)
             out_OI[block] = sum_QI
         return out_OI
 

@@ -43,7 +43,7 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
         weights[f"{name}.lora_B"] = torch.zeros(linear.out_features, settings.rank_of(name))
         if settings.use_dora:
             magnitude_O = torch.empty(linear.out_features, dtype=torch.float32, device=model.device)
-            set_row_norms_(magnitude_O, linear)
+            set_row_norms_(magnitude_O, linear, of_zeros=0.0)
             weights[f"{name}.{MAGNITUDE}"] = magnitude_O
     return weights | table_weights(model, settings)
 

@@ -35,15 +35,22 @@ def refresh_norms(model: QuantizedModel) -> None:
 
 @torch.no_grad()
 def set_row_norms_(
-    norm_O: Tensor, linear: NF4Linear, a_RI: Tensor | None = None, b_OR: Tensor | None = None, scale: float = 1.0
+    norm_O: Tensor,
+    linear: NF4Linear,
+    a_RI: Tensor | None = None,
+    b_OR: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    of_zeros: float = 1.0,
 ) -> None:
     """The norms of the rows of W + scale B A, of W alone where A and B are None, into `norm_O`, fp32.
 
-    A row of zeros has no direction that a length could be given to: its norm is told as 1, so that it stays zero.
+    A row of zeros has no direction that a length could be given to. What is divided by is told as 1 for it
+    (`of_zeros`); the magnitude that it begins with is its length, 0, so that it and its row of B stay zero.
     """
     weight = linear.weight
     parts = (weight.packed, weight.absmax, weight.nested_absmax, weight.offset, weight.code)
-    row_norms_(norm_O, *parts, linear.in_features, a_RI, b_OR, scale)
+    row_norms_(norm_O, *parts, linear.in_features, a_RI, b_OR, scale, of_zeros)
 
 
 # One operation, so that a plan asks once for each kind of linear what happens inside, and not for every linear.
@@ -59,6 +66,7 @@ def row_norms_(
     a_RI: Tensor | None,
     b_OR: Tensor | None,
     scale: float,
+    of_zeros: float,
 ) -> None:
     """`set_row_norms_` of the weight of those parts (see `NF4Weight`)."""
     out_features = norm_O.shape[0]
@@ -72,7 +80,7 @@ def row_norms_(
             dense_OI.addmm_(b_OR[chunk].float(), wide_RI, alpha=scale)
         torch.linalg.vector_norm(dense_OI, dim=1, out=norm_O[chunk])
         del dense_OI  # before the next is made
-    norm_O.masked_fill_(norm_O == 0.0, 1.0)
+    norm_O.masked_fill_(norm_O == 0.0, of_zeros)
 
 
 @row_norms_.register_fake
@@ -87,5 +95,6 @@ def _(
     a_RI: Tensor | None,
     b_OR: Tensor | None,
     scale: float,
+    of_zeros: float,
 ) -> None:
     return None

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from qlora_trainer.cli.app import main
@@ -86,6 +86,23 @@ def test_weights_and_logits_are_those_of_pefts_merge(
     assert max(relative_error(found[key], expected[key]) for key in expected) <= 1e-5
     assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
     assert relative_error(before_TV, expected_TV) > 1e-2  # the adapter does something
+
+
+def test_a_row_of_zeros_stays_zero_with_dora(base: Path, tmp_path: Path) -> None:
+    """It has no direction; 0 / 0 in PEFT. Mutation tried: the norm as it is, which refuses the model as NaN."""
+
+    def zero(module: Any) -> None:
+        module.model.layers[0].self_attn.q_proj.weight.data[3] = 0.0
+
+    base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base, change=zero)
+    make_adapter(tmp_path / "adapter", base, use_dora=True, target_modules=["q_proj"])
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tensors["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"][3] = 0.0
+    save_file(tensors, path, {"format": "pt"})
+    found = weights_of(unmeasured(tmp_path / "adapter", tmp_path / "to"))["model.layers.0.self_attn.q_proj.weight"]
+    assert not bool(found[3].any())
+    assert bool(found[[2, 4]].any(dim=1).all())
 
 
 def test_a_tied_head_stays_tied(base: Path, tmp_path: Path) -> None:
@@ -350,8 +367,6 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path, base: Path, capsys: 
     run_to_end(tiny_config(tmp_path, tmp_path / "base", "training.max_steps=2"))
     changed = weights_of(tmp_path / "base")
     changed["model.norm.weight"] *= 2
-    from safetensors.torch import save_file
-
     save_file(changed, tmp_path / "base" / "model.safetensors", {"format": "pt"})
     capsys.readouterr()
     assert merged_run(tmp_path / "run", tmp_path / "to") == 2

@@ -106,6 +106,31 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert bool((norm_O[[0, 2]] != 1.0).all())
 
 
+def test_training_leaves_a_row_of_zeros_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mutation tried: with a magnitude of 1 its row of B is trained, and jumps to length 1 with the first update."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def zero(module: torch.nn.Module) -> None:
+        module.get_submodule("model.layers.0.self_attn.v_proj").weight.data[5] = 0.0  # type: ignore[operator, union-attr]
+
+    model = load_for_training(*prepare(tmp_path / "base", CONFIGS["llama"], change=zero))
+    lora = replace(lora_settings(model), use_dora=True)
+    attach_new_adapters(model, lora, dtype=FP32, seed=0)
+    options = OptimizerSettings(bits=32, residency="device", weight_decay=0.1, paging_folder=Path())
+    optimizer = AdapterOptimizer(trainable_parameters(model), options)
+    for _ in range(3):
+        optimizer.zero_gradients()
+        step(model)
+        optimizer.update(0.01)
+    adapter = model.linears["model.layers.0.self_attn.v_proj"].adapter
+    assert adapter is not None
+    assert adapter.lora_magnitude_vector is not None
+    assert float(adapter.lora_magnitude_vector.detach()[5]) == 0.0
+    assert not bool(adapter.lora_B[5].any())
+    assert bool(adapter.lora_B.any(dim=1)[[4, 6]].all())
+    assert bool(torch.isfinite(packed_logits(model, DOCUMENTS)).all())
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, NF4Cache]:
     folder = tmp_path_factory.mktemp("base")
