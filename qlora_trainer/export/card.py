@@ -102,6 +102,11 @@ def _names(given: str | Sequence[str]) -> list[str]:
     ]
 
 
+def _adapter_name(given: str) -> str:
+    """Of `lora.init_from`, in the same way; behind an @ is the commit of a hub id."""
+    return given if is_hub_id(given.partition("@")[0]) and not Path(given).exists() else Path(given).absolute().name
+
+
 def _result_facts(run: RunFolder) -> list[Fact]:
     summary = _read(run.summary_path)
     told = [
@@ -121,9 +126,11 @@ def _result_facts(run: RunFolder) -> list[Fact]:
 
 
 def _training_facts(config: RunConfig) -> list[Fact]:
-    training, quantization = config.training, config.quantization
+    training, quantization, begun_with = config.training, config.quantization, config.lora.init_from
     settings = {
+        "began with the adapter": None if begun_with is None else _adapter_name(begun_with),
         "learning rate": f"{training.learning_rate:g}",
+        "times that for B": None if training.loraplus_lr_ratio == 1.0 else f"{training.loraplus_lr_ratio:g}",
         "schedule": training.schedule,
         "warm-up": f"{training.warmup_ratio:g} of the steps",
         "documents a step": training.global_batch_size,

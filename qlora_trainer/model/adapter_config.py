@@ -61,13 +61,16 @@ def adapter_config(
         "init_lora_weights": True,
         "layers_pattern": None,
         "layers_to_transform": None,  # targets are full names where not every layer is meant
-        "lora_alpha": settings.alpha,
+        "lora_alpha": _whole_if_it_is(settings.alpha),
         "lora_dropout": settings.dropout,
         "modules_to_save": short_target_modules(settings.modules_to_save, settings.modules_to_save) or None,
         "peft_type": "LORA",
         "r": settings.rank,
         "rank_pattern": _in_any_order(settings.rank_pattern, settings.targets),
-        "alpha_pattern": _in_any_order(settings.alpha_pattern, settings.targets),
+        "alpha_pattern": {
+            name: _whole_if_it_is(alpha)
+            for name, alpha in _in_any_order(settings.alpha_pattern, settings.targets).items()
+        },
         "revision": revision,
         "target_modules": short_target_modules(settings.targets, linear_names),
         "task_type": "CAUSAL_LM",
@@ -193,6 +196,11 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
         raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
     if type(fields.get("ensure_weight_tying", False)) is not bool:
         raise wrong_adapter(path, f"ensure_weight_tying = {fields['ensure_weight_tying']!r}", "true or false")
+
+
+def _whole_if_it_is(value: float) -> float:
+    """16 for 16.0: some readers take whole numbers only, as PEFT's own config has them."""
+    return int(value) if float(value).is_integer() and abs(value) < 2**53 else value
 
 
 def _in_any_order(pattern: Sequence[tuple[str, Number]], targets: Sequence[str]) -> dict[str, Number]:

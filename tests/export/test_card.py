@@ -48,6 +48,18 @@ def test_a_run_is_described_by_its_own_files(finished: Path) -> None:
     assert f"torch {summary['versions']['torch']}" in found["versions"]
 
 
+@pytest.mark.parametrize("begun_with,told", [("/home/me/runs/first", "first"), ("owner/name@main", "owner/name@main")])
+def test_what_it_began_with_and_the_rate_of_b_are_told(begun_with: str, told: str, finished: Path) -> None:
+    source = read_source(finished, model=None)
+    assert source.config is not None
+    assert not {"began with the adapter", "times that for B"} & facts(card_of(source)).keys()
+    training = source.config.training.model_copy(update={"loraplus_lr_ratio": 16.0})
+    lora = source.config.lora.model_copy(update={"init_from": begun_with})
+    config = source.config.model_copy(update={"training": training, "lora": lora})
+    found = facts(card_of(replace(source, config=config)))
+    assert (found["began with the adapter"], found["times that for B"]) == (told, "16")
+
+
 def test_nothing_is_invented_for_an_adapter_without_its_run(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", CONFIGS["llama"])
     make_adapter(tmp_path / "adapter", base, **PATTERNS)
