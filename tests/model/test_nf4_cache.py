@@ -28,22 +28,26 @@ DOCUMENTS = tiny_documents(40, 23)
 
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(
-    "name,dtype",
+    "name,dtype,nf4_head",
     [
-        *((name, torch.bfloat16) for name in CONFIGS),
-        ("llama", torch.float32),
-        ("phi3", torch.float16),
+        *((name, torch.bfloat16, False) for name in CONFIGS),
+        ("llama", torch.float32, False),
+        ("phi3", torch.float16, False),
+        ("llama", torch.bfloat16, True),
+        ("phi", torch.bfloat16, True),
     ],
 )
-def test_transformers_loads_it(name: str, dtype: torch.dtype, double_quant: bool, tmp_path: Path) -> None:
-    base, cache = prepare(tmp_path / "base", CONFIGS[name], dtype=dtype, double_quant=double_quant)
+def test_transformers_loads_it(
+    name: str, dtype: torch.dtype, nf4_head: bool, double_quant: bool, tmp_path: Path
+) -> None:
+    base, cache = prepare(tmp_path / "base", CONFIGS[name], dtype=dtype, double_quant=double_quant, nf4_head=nf4_head)
     assert len(list(base.folder.glob("*.safetensors"))) > 1
     theirs = AutoModelForCausalLM.from_pretrained(cache.folder, attn_implementation="eager").train()
     model = load_for_training(base, cache)
     found = {
         part_name: part for part_name, part in theirs.named_modules() if isinstance(part, bitsandbytes.nn.Linear4bit)
     }
-    assert found.keys() == model.linears.keys()
+    assert found.keys() == model.linears.keys() | ({"lm_head"} if nf4_head else set())
     for linear_name, linear in model.linears.items():
         weight = found[linear_name].weight
         for unpacked in (torch.bfloat16, torch.float32):
@@ -109,6 +113,9 @@ def test_a_copy_of_the_base_elsewhere_has_the_same_key(tmp_path: Path) -> None:
 def test_other_settings_have_another_key(tmp_path: Path) -> None:
     base, cache = prepare(tmp_path / "base", CONFIGS["llama"])
     plain = prepare_nf4_cache(base, double_quant=False)
+    with_head = prepare_nf4_cache(base, double_quant=False, nf4_head=True)
+    assert with_head.was_built
+    assert with_head.key not in (plain.key, cache.key)
     assert plain.was_built
     assert plain.key != cache.key
     assert cache.folder.is_dir()

@@ -43,11 +43,11 @@ class Step:
 
 
 def prepare(
-    folder: Path, config: PreTrainedConfig, *, double_quant: bool = True, **changes: Any
+    folder: Path, config: PreTrainedConfig, *, double_quant: bool = True, nf4_head: bool = False, **changes: Any
 ) -> tuple[Base, NF4Cache]:
     """A random base of `config` in `folder`, and its NF4 form; `changes` go to `write_base`."""
     base = resolve_base(str(write_base(folder, config, **changes)))
-    return base, prepare_nf4_cache(base, double_quant=double_quant)
+    return base, prepare_nf4_cache(base, double_quant=double_quant, nf4_head=nf4_head)
 
 
 def load_for_training(base: Base, cache: NF4Cache, compute_dtype: torch.dtype = torch.float32) -> QuantizedModel:

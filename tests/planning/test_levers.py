@@ -202,6 +202,53 @@ def test_tables_on_the_host_are_priced_as_they_are_traced(
         assert priced.host_bytes - whole.host_bytes == table_bytes
 
 
+@pytest.mark.parametrize("device", BUDGETS)
+@pytest.mark.parametrize("is_on_host", [False, True])
+def test_a_head_in_nf4_is_priced_as_it_is_traced(
+    is_on_host: bool, device: str, planners: Callable[[str, str], Planner]
+) -> None:
+    """It takes 0.516 of a byte an element, wherever it lives; its scales are on the device."""
+    planner = planners("llama", device)
+    residency = ON_HOST if is_on_host else Levers()
+    dense = planner.price(layout(2, 0, levers=residency), "adamw_32bit")
+    priced, traced = priced_and_traced(planner, layout(2, 0, levers=replace(residency, nf4_head=True)))
+    assert (traced.phases, traced.host_bytes) == (priced.phases, priced.host_bytes)
+    head = planner.dry.model.head
+    assert head.weight.dtype == torch.bfloat16, "put back"
+    num_elements = head.out_features * head.in_features
+    saved = {name: dense.resident[name] - priced.resident[name] for name in dense.resident}
+    scales_bytes = num_elements // 64 + num_elements // 64 // 256 * 4
+    assert -saved.pop("quant_state") == pytest.approx(scales_bytes, abs=2 * 512)
+    of_tables = saved.pop("embedding")
+    assert set(saved.values()) == {0}
+    on_host = dense.host_bytes - priced.host_bytes
+    if is_on_host:
+        assert of_tables == 0  # on a CPU a block of the larger table, which is the embedding
+        assert on_host == (0 if device == "cpu" else 1.5 * num_elements)
+    else:
+        assert (of_tables, on_host) == (1.5 * num_elements, 0)
+
+
+def test_a_head_in_nf4_is_unpacked_once_more_for_each_chunk(planners: Callable[[str, str], Planner]) -> None:
+    """And of one on the host a quarter goes over the link."""
+    planner = planners("llama", "accelerator")
+    packed = layout(2, 0, levers=Levers(nf4_head=True))
+
+    def at(own: Layout, **changes: float) -> float:
+        return replace(
+            planner, budget=replace(planner.budget, speed=replace(planner.budget.speed, **changes))
+        ).estimate(own)
+
+    slow = {"unpacked_elements": planner.budget.speed.unpacked_elements / 1000}
+    lost = {name: 1 / at(own, **slow) - 1 / at(own) for name, own in (("dense", layout(2, 0)), ("packed", packed))}
+    assert lost["packed"] > lost["dense"]
+    few, many = (1 / at(replace(packed, loss_chunk=chunk), **slow) for chunk in (512, 64))
+    assert many > few
+    on_host = [replace(own, levers=replace(own.levers, embedding_residency="host")) for own in (layout(2, 0), packed)]
+    dense_speed, packed_speed = (at(own, link_bytes=1e6) for own in on_host)
+    assert packed_speed == pytest.approx(4 * dense_speed, rel=0.01)
+
+
 def test_a_table_that_is_on_the_host_unknown_to_its_module_fails(planners: Callable[[str, str], Planner]) -> None:
     """A tensor on the wrong device is told by the accelerator, as by a GPU."""
     planner = planners("llama", "accelerator")

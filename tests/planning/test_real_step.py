@@ -112,6 +112,8 @@ FAST = [
     Case("phi3", 4, 0.0, BF16, 512, num_offloaded=3, levers=Levers(base_residency="streamed", tile_tokens=128)),
     Case("llama", 0, 0.0, FP32, 128, tables=("model.embed_tokens", "lm_head")),
     Case("qwen3", 4, 0.0, BF16, 512, tables=("model.embed_tokens",), tied_head="lm_head"),
+    Case("llama", 4, 0.0, FP32, 512, levers=Levers(nf4_head=True)),
+    Case("phi3", 2, 0.0, BF16, 128, levers=Levers(nf4_head=True, tile_tokens=128, embedding_residency="host")),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -136,17 +138,17 @@ def config_of(name: str) -> PreTrainedConfig:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Base, NF4Cache]]:
-    """A base of each architecture, made once."""
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], tuple[Base, NF4Cache]]:
+    """A base of each architecture, made once, its head in NF4 or not."""
 
     @cache
-    def make(name: str) -> tuple[Base, NF4Cache]:
+    def make(name: str, nf4_head: bool) -> tuple[Base, NF4Cache]:
         folder = tmp_path_factory.mktemp(name)
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-            return prepare(folder / "base", config_of(name), max_shard_size="1GB")
+            return prepare(folder / "base", config_of(name), nf4_head=nf4_head, max_shard_size="1GB")
 
-    return make
+    return lambda case: make(case.name, case.levers.nf4_head)
 
 
 def micro_batch(case: Case) -> MicroBatch:
@@ -210,14 +212,14 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
 
 
 @pytest.mark.parametrize("case", FAST, ids=str)
-def test_a_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]], disk_folder: Path) -> None:
-    check_training(case, *prepared(case.name), disk_folder)
+def test_a_training_step(case: Case, prepared: Callable[[Case], tuple[Base, NF4Cache]], disk_folder: Path) -> None:
+    check_training(case, *prepared(case), disk_folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", EVERY, ids=str)
-def test_any_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]], disk_folder: Path) -> None:
-    check_training(case, *prepared(case.name), disk_folder)
+def test_any_training_step(case: Case, prepared: Callable[[Case], tuple[Base, NF4Cache]], disk_folder: Path) -> None:
+    check_training(case, *prepared(case), disk_folder)
 
 
 @pytest.mark.parametrize(
@@ -227,11 +229,12 @@ def test_any_training_step(case: Case, prepared: Callable[[str], tuple[Base, NF4
         Case("gemma2", 0, 0.0, FP32, 128),
         Case("llama", 0, 0.0, FP32, 512, levers=Levers(tile_tokens=128)),
         Case("llama", 0, 0.0, FP32, 128, levers=Levers(embedding_residency="host")),
+        Case("llama", 0, 0.0, FP32, 128, levers=Levers(nf4_head=True)),
     ],
     ids=str,
 )
-def test_an_evaluation(case: Case, prepared: Callable[[str], tuple[Base, NF4Cache]]) -> None:
-    base, cache_ = prepared(case.name)
+def test_an_evaluation(case: Case, prepared: Callable[[Case], tuple[Base, NF4Cache]]) -> None:
+    base, cache_ = prepared(case)
     model = load_for_training(base, cache_, case.dtype)
     settings = LoraSettings(rank=8, alpha=16.0, dropout=case.dropout, targets=tuple(model.linears))
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
