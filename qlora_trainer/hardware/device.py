@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from qlora_trainer.errors import ConfigError
+
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 AdapterDtype = Literal["float32", "bfloat16"]
 DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -57,6 +59,26 @@ def choose_compute_dtype(device: torch.device) -> ComputeDtype:
 def gpu_compute_dtype(capability: tuple[int, int]) -> ComputeDtype:
     """What a GPU of that compute capability multiplies in: bf16 where it has it."""
     return "bfloat16" if capability >= BF16_COMPUTE_CAPABILITY else "float16"
+
+
+def require_has(asked: ComputeDtype | Literal["auto"], own: ComputeDtype, device_name: str) -> None:
+    """Refuse bf16 on a GPU without it: products would be emulated, and attention would make T x T matrices.
+
+    Args:
+        asked: the config's `quantization.compute_dtype`.
+        own: what the device computes in where nothing is asked.
+        device_name: for the message.
+
+    Raises:
+        ConfigError: the device has no such numbers.
+    """
+    if asked == "bfloat16" and own == "float16":
+        raise ConfigError(
+            where="quantization.compute_dtype",
+            found=f"bfloat16, which {device_name} has not",
+            expected="auto, float16 or float32 on a GPU of a compute capability below 8.0",
+            fix="Set quantization.compute_dtype to auto. A run that began in bfloat16 goes on on newer GPUs only.",
+        )
 
 
 def choose_adapter_dtype(asked: AdapterDtype | Literal["auto"], compute_dtype: ComputeDtype) -> AdapterDtype:

@@ -11,7 +11,13 @@ import torch
 from qlora_trainer.config.sizes import format_size
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
-from qlora_trainer.hardware.device import ComputeDtype, choose_compute_dtype, choose_device, gpu_compute_dtype
+from qlora_trainer.hardware.device import (
+    ComputeDtype,
+    choose_compute_dtype,
+    choose_device,
+    gpu_compute_dtype,
+    require_has,
+)
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
 from qlora_trainer.hardware.gpu_catalogue import LARGEST_NOMINAL_GIB, choose_gpu, nearest_by_name
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
@@ -155,7 +161,7 @@ def machine_budget(
         compute_dtype: None for the one that the device multiplies faster.
 
     Raises:
-        ConfigError: more is asked for than the device has.
+        ConfigError: more is asked for than the device has, or a dtype that it has not.
         DoesNotFitError: nothing is free on the device.
     """
     device, host = choose_device(), torch.device("cpu")
@@ -175,6 +181,7 @@ def machine_budget(
     known = nearest_by_name(name, total_bytes=total_memory_bytes(device))
     like = known or choose_gpu(None, min(free, LARGEST_NOMINAL_GIB * 2**30))
     capability = torch.cuda.get_device_capability(device)
+    require_has(compute_dtype or "auto", gpu_compute_dtype(capability), name)
     return Budget(
         kind="cuda",
         device_name=name,

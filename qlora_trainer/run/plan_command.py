@@ -7,6 +7,7 @@ from collections.abc import Generator
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.device import require_has
 from qlora_trainer.planning.budget import Budget, cpu_budget, gpu_budget, machine_budget
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import DEVICE_KEY, Plan
@@ -62,7 +63,10 @@ def _budget(config: RunConfig, gpu: str | None, vram_bytes: int | None, ram_byte
     dtype = None if config.quantization.compute_dtype == "auto" else config.quantization.compute_dtype
     if gpu is not None or vram_bytes is not None:
         limit, where = (asked, DEVICE_KEY) if vram_bytes is None else (vram_bytes, "--vram")
-        return gpu_budget(gpu, limit, host, where=where)
+        budget = gpu_budget(gpu, limit, host, where=where)
+        if gpu is not None:  # without a name any card with that much memory is meant
+            require_has(config.quantization.compute_dtype, budget.compute_dtype, budget.device_name)
+        return budget
     if ram_bytes is not None:
         return cpu_budget(ram_bytes, host, compute_dtype=dtype)
     return machine_budget(asked, host, dtype)

@@ -148,7 +148,7 @@ def test_a_gpu_never_gets_the_kernel_that_makes_all_scores(
         return torch.empty_like(tensors[0])
 
     if capability < (8, 0) and dtype == torch.bfloat16:
-        return  # refused: `hardware.device.require_computes_in`
+        return  # refused: `hardware.device.require_has`
     monkeypatch.setattr(causal_attention, "scaled_dot_product_attention", chosen)
     q_BHTD, k_BKTD = (torch.empty(1, heads, 3, head_dim, dtype=dtype, device="meta") for heads in (4, num_kv_heads))
     if SHAPES["plain"].is_plain(q_BHTD, k_BKTD):
@@ -188,9 +188,9 @@ def test_a_gpu_has_a_kernel_without_all_scores(
         tensor.cuda() for tensor in make_inputs(LONG, num_kv_heads=num_kv_heads, dtype=dtype)
     )
 
-    def without_math(*tensors: Tensor, **options: Any) -> Tensor:
+    def without_math(*arguments: Any, **options: Any) -> Tensor:
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]):
-            return scaled_dot_product_attention(*tensors, **options)
+            return scaled_dot_product_attention(*arguments, **options)
 
     monkeypatch.setattr(causal_attention, "scaled_dot_product_attention", without_math)
     out_BHTD = fused_attention(q_BHTD, k_BKTD, v_BKTD, 0.25)

@@ -10,6 +10,7 @@ import torch
 from qlora_trainer.config.load import load_config
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.cpu_speed import CpuSpeed
+from qlora_trainer.hardware.device import ComputeDtype
 from qlora_trainer.hardware.gpu_catalogue import find_gpu
 from qlora_trainer.planning import budget
 from qlora_trainer.planning.budget import cpu_budget, gpu_budget, machine_budget
@@ -115,6 +116,32 @@ def test_a_gpu_of_this_machine_gives_what_is_free() -> None:
     assert machine_budget(3 * GIB, 8 * GIB).budget_bytes == 3 * GIB
     assert machine_budget(7 * GIB, 8 * GIB).budget_bytes == 5 * GIB
     assert found.speed == gpu_budget("rtx-4060", None).speed
+
+
+@pytest.mark.usefixtures("_gpu")
+@pytest.mark.parametrize("pinned", ["bfloat16", "float16", "float32", None])
+def test_a_gpu_that_has_no_bf16_is_not_asked_for_it(
+    pinned: ComputeDtype | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products would be emulated, and torch has no attention for it there but T x T matrices. A resume asks, too."""
+    assert machine_budget(None, None, pinned).compute_dtype == (pinned or "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    if pinned == "bfloat16":
+        with pytest.raises(
+            ConfigError, match=r"^quantization\.compute_dtype: found bfloat16, which NVIDIA GeForce RTX"
+        ):
+            machine_budget(None, None, pinned)
+    else:
+        assert machine_budget(None, None, pinned).compute_dtype == (pinned or "float16")
+
+
+def test_a_card_that_has_no_bf16_is_not_planned_in_it() -> None:
+    pins = ["model.base=tiny", "data.train=x.jsonl", "quantization.compute_dtype=bfloat16"]
+    config = load_config(None, pins)
+    with pytest.raises(ConfigError, match=r"^quantization\.compute_dtype: found bfloat16, which Tesla T4 has not"):
+        plan_command._budget(config, "t4", None, None)
+    plan_command._budget(config, "rtx-3060", None, None)
+    plan_command._budget(config, None, 6 * GIB, None)  # which any card of that size may have
 
 
 @pytest.mark.usefixtures("_gpu")

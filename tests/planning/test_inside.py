@@ -67,6 +67,29 @@ def planned(num_tokens: int, lengths: Sequence[int], window: int) -> tuple[int, 
     )
 
 
+@pytest.mark.parametrize("num_kv_heads, copies", [(8, 2), (32, 0), (1, 0)])
+def test_attention_of_cards_without_bf16_has_keys_and_values_for_every_query_head(
+    num_kv_heads: int, copies: int
+) -> None:
+    """Forward: torch's kernel there takes no grouped heads. Backward has those, too, and tiles in place of rows."""
+    gpu = python_accelerator()
+    assert gpu is not None
+
+    def taken(dtype: torch.dtype) -> tuple[int, int]:
+        q, kv, out = (
+            TensorSpec(shape, dtype, gpu) for shape in ((1, 32, 512, 64), (1, num_kv_heads, 512, 64), (1, 512, 32, 64))
+        )
+        lse = TensorSpec((1, 32, 512), torch.float32, gpu)
+        settings = ((512,), SCALE, 0, SOFTCAP)
+        forward = bytes_of(Inside(0, ATTENTION[0], (q, kv, kv, *settings)))
+        return forward, bytes_of(Inside(0, ATTENTION[1], (out, q, kv, kv, out, lse, *settings)))
+
+    new, old = taken(torch.bfloat16), taken(torch.float16)
+    q_bytes = 2 * 32 * 512 * 64
+    assert old[0] - new[0] == copies * q_bytes
+    assert copies * q_bytes <= old[1] - new[1] <= copies * q_bytes + 0.1 * q_bytes
+
+
 @pytest.mark.parametrize("lengths", [(400, 400, 120), (120, 400, 30, 120), (64,)])
 def test_documents_of_one_length_are_worked_out_once(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each length is asked for, none twice, and the bytes are those of the largest one.

@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, PreTrainedConfig, StableLmConfig
@@ -29,7 +31,7 @@ from qlora_trainer.planning.make_plan import choose, choose_rank, make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import PHASES
-from qlora_trainer.planning.search import Candidate
+from qlora_trainer.planning.search import Candidate, smallest
 from qlora_trainer.planning.tracker import CATEGORIES
 from qlora_trainer.run.planned import require_fit
 from tests.model.tiny_bases import small_config
@@ -69,13 +71,11 @@ class Traced:
     def __init__(self, budget: Budget, *overrides: str, num_layers: int = 4) -> None:
         documents = DocumentLengths.of_full_length(SEQ_LEN, global_batch_size=16)
         with without_collector():
-            self._planner = Planner.of(
-                run_config(*overrides), budget, architecture(num_layers), documents, packing=True
-            )
+            self.planner = Planner.of(run_config(*overrides), budget, architecture(num_layers), documents, packing=True)
         self._budget = budget
 
     def plan(self, budget_bytes: int, rank: int | None = None, **changes: Any) -> Plan:
-        planner = replace(self._planner, budget=replace(within(self._budget, budget_bytes), **changes))
+        planner = replace(self.planner, budget=replace(within(self._budget, budget_bytes), **changes))
         with without_collector():
             return choose(planner, rank or choose_rank(planner))
 
@@ -192,6 +192,27 @@ def test_pins_are_kept(policy: str, num_recomputed: int, budget_bytes: int) -> N
     assert knobs.num_recomputed == num_recomputed
     assert knobs.activation_keep_layers == 2 - num_recomputed
     assert plan.gave_up == () or not plan.fits
+
+
+@pytest.mark.parametrize(
+    "card, compute_dtype, adapter_dtype",
+    [("t4", torch.float16, torch.float32), ("rtx-3060", torch.bfloat16, torch.bfloat16)],
+)
+def test_a_card_without_bf16_is_planned_in_fp16_with_fp32_adapters(
+    card: str, compute_dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> None:
+    """Of fp32 adapters there is no second master: they lie in the optimizer's buffer.
+
+    Mutations tried: adapters in bf16 whatever the card computes in; a plan in bf16 for every card.
+    """
+    planner = Traced(gpu_budget(card, None), num_layers=1).planner
+    assert planner.dry.model.compute_dtype == compute_dtype
+    assert planner.adapter_dtype == adapter_dtype
+    used = smallest(planner.space(16, SEQ_LEN), planner.price, planner.estimate).usage
+    num_elements = sum(prod(shape) for shape in planner.shapes(16).values())
+    weight_bytes = 0 if card == "t4" else 2 * num_elements
+    assert weight_bytes <= used.resident["adapter"] <= 1.05 * weight_bytes  # rounded up to 512 bytes each
+    assert 12 * num_elements <= used.paged_bytes <= 12.5 * num_elements
 
 
 def test_a_rank_of_max_takes_what_costs_little_speed() -> None:
