@@ -1,6 +1,7 @@
 """How far a merged model is from base and adapter as they were trained, beside how far NF4 is from the original base.
 
-The base in NF4 is in memory, as in training; the merged and the original model are read layer by layer.
+The merged and the original model are read layer by layer. So is the base in NF4 on a CPU, whose mapped pages are given
+back behind a layer; on a GPU it is on the device, as in training.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Literal
 
 import torch
 
+from qlora_trainer.config.levers import Levers
 from qlora_trainer.export.compare import Comparison, compare
 from qlora_trainer.export.held_out import HeldOut
 from qlora_trainer.export.source import Source
@@ -83,12 +85,14 @@ def measure(
     tokens = max(MICRO_BATCH_TOKENS, longest)
     batches = list(micro_batches(held_out.documents, tokens, packing=held_out.packing))
     yield Preparing(what="running base and adapter, and the merged model, over held-out rows")
-    quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device)
+    levers = Levers(base_residency="streamed" if device.type == "cpu" else "device")
+    quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device, levers=levers)
     adapters = AdapterSet(quantized)
     adapters.add("trained", AdapterFolder(source.base_name, source.revision, source.settings, dict(source.weights)))
     adapters.activate("trained")
     streamed = stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device)
     merged = compare(quantized, streamed, batches)
+    del streamed  # its tables go before those of the original one come
     adapters.activate(None)
     yield Preparing(what="running the base in NF4, and the original one, over held-out rows")
     original = stream_model(base.folder, base.config, compute_dtype=compute_dtype, device=device)

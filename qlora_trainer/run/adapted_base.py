@@ -25,6 +25,7 @@ from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer, requir
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.run.fingerprints import require_same_base
 from qlora_trainer.run.folder import RunFolder, find_adapter
 
 
@@ -34,6 +35,7 @@ class NamedAdapters:
 
     Attributes:
         base: its weights may still be on the hub.
+        is_base_named: it was named in place of the one that the adapters name.
         double_quant: whether its scales are quantized, too.
         nf4_head: whether its head is in NF4, too.
         folders: the adapter folder of each name.
@@ -41,6 +43,7 @@ class NamedAdapters:
     """
 
     base: Base
+    is_base_named: bool
     double_quant: bool
     nf4_head: bool
     folders: Mapping[str, Path]
@@ -68,6 +71,7 @@ def find_adapters(targets: Mapping[str, Path], *, base: str | None) -> NamedAdap
     double_quant, nf4_head = _quantization(folders)
     return NamedAdapters(
         base=resolved,
+        is_base_named=base is not None,
         double_quant=double_quant,
         nf4_head=nf4_head,
         folders=folders,
@@ -83,13 +87,19 @@ def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = 
         compute_dtype: of activations and products; None takes the one that is fastest here.
 
     Raises:
-        ConfigError: weights that cannot be read, or that do not fit the base; names the adapter.
+        ConfigError: weights that cannot be read, or that do not fit the base (names the adapter); or a base whose
+            content has changed since an adapter's run, unless the base was named.
     """
     device = choose_device()
     base = fetch_weights(named.base)
+    cache = prepare_nf4_cache(base, double_quant=named.double_quant, nf4_head=named.nf4_head)
+    for folder in () if named.is_base_named else named.folders.values():
+        run = RunFolder(folder.parent)
+        if folder == run.adapter_path:
+            require_same_base(run, cache.key, base_name=base.name)
     model = load_quantized(
         base,
-        prepare_nf4_cache(base, double_quant=named.double_quant, nf4_head=named.nf4_head),
+        cache,
         compute_dtype=DTYPES[compute_dtype or choose_compute_dtype(device)],
         device=device,
     )

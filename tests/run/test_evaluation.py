@@ -84,6 +84,23 @@ def test_several_share_a_base_and_do_not_know_of_each_other(run: Path, tmp_path:
     assert [line.accuracy for line in together[1:3]] == [alone[run][1].accuracy, alone[bare][1].accuracy]
 
 
+def test_a_base_that_has_changed_since_the_run_is_refused(copied: Path, tmp_path: Path, base: Path) -> None:
+    """Of the same shapes, so nothing else tells. Mutation tried: without the comparison it is judged."""
+    other = Path(shutil.copytree(base, tmp_path / "base"))
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"model.norm.weight": 2 * weights["model.norm.weight"]}, other / "model.safetensors")
+    config = copied / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base), str(other)))
+    data = [str(write_rows(tmp_path / "rows.jsonl", 9))]
+    with pytest.raises(
+        ConfigError, match=r"copied/adapter: found another base than the adapter was trained on \(sha256"
+    ):
+        judge(copied, data=data)
+    assert judge(copied, data=data, base=str(other))[0].judged  # it was meant
+    bare = Path(shutil.copytree(copied / "adapter", tmp_path / "bare"))  # nothing tells what this one was trained on
+    assert judge(bare, data=data, overrides=[DTYPE])[0].judged
+
+
 def test_a_file_is_read_with_the_settings_of_the_run(run: Path, tmp_path: Path) -> None:
     row = {"messages": [*rows(2)[1]["messages"], *rows(8)[7]["messages"]]}
     (tmp_path / "two.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
