@@ -1,7 +1,7 @@
 """Runs a notebook's code cells, as far as ours need it: Python, lines of `!command {VARIABLE}`, and tags.
 
-A cell with the tag `install` is left out: what it installs is there. After the one with the tag `parameters` come other
-values (papermill's convention).
+Cells with the tag `install` are run only if they are asked for: what they install is there. After the one with the tag
+`parameters` come other values (papermill's convention).
 """
 
 from __future__ import annotations
@@ -36,12 +36,26 @@ def code_cells(path: Path) -> list[Cell]:
 
 def as_python(cell: Cell) -> str:
     """The cell with each command as a call of `run_command`."""
-    lines = [f"run_command({line[1:]!r})" if line.startswith("!") else line for line in cell.source.splitlines()]
-    return "\n".join(lines) + "\n"
+    return re.sub(r"^( *)!(.+)$", lambda match: f"{match[1]}run_command({match[2]!r})", cell.source, flags=re.M) + "\n"
 
 
-def run(path: Path, folder: Path, parameters: Mapping[str, Any], environment: Mapping[str, str]) -> None:
-    """Run the cells one after the other in `folder`; raises what a cell raises, or what its command exits with."""
+def run(
+    path: Path,
+    folder: Path,
+    parameters: Mapping[str, Any],
+    environment: Mapping[str, str],
+    *,
+    is_installing: bool = False,
+) -> None:
+    """Run the cells one after the other in `folder`; raises what a cell raises, or what its command exits with.
+
+    Args:
+        path: of the notebook.
+        folder: where it is run.
+        parameters: names and values that take the place of its own.
+        environment: of its commands, beside this process's.
+        is_installing: run the cells that install, and only those.
+    """
     names: dict[str, Any] = {}
 
     def run_command(command: str) -> None:
@@ -56,7 +70,7 @@ def run(path: Path, folder: Path, parameters: Mapping[str, Any], environment: Ma
     os.chdir(folder)
     try:
         for cell in code_cells(path):
-            if "install" not in cell.tags:
+            if is_installing == ("install" in cell.tags):
                 exec(compile(as_python(cell), cell.name, "exec"), names)
             if "parameters" in cell.tags:
                 names |= parameters

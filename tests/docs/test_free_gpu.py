@@ -13,7 +13,8 @@ from qlora_trainer.run.self_test.report import read_report
 from tests.docs.notebook import as_python, code_cells, run
 from tests.run.tiny_run import write_base
 
-NOTEBOOK = Path(__file__).parents[2] / "docs" / "free_gpu.ipynb"
+ROOT = Path(__file__).parents[2]
+NOTEBOOK = ROOT / "docs" / "free_gpu.ipynb"
 STEPS = ["install", "parameters", "plan-command", "train-command", "self-test"]
 
 
@@ -32,6 +33,50 @@ def test_its_cells_are_code_that_nobody_has_run() -> None:
 def test_only_the_cell_that_says_so_installs() -> None:
     installing = [cell for cell in code_cells(NOTEBOOK) if "pip" in cell.source or "git" in cell.source]
     assert [sorted(cell.tags) for cell in installing] == [["install"]]
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> tuple[dict[str, str], Path]:
+    """In the place of git and pip, programs that note what they are asked for; git makes its folder."""
+    bin_folder, notes = tmp_path / "bin", tmp_path / "notes"
+    bin_folder.mkdir()
+    for name in ("git", "pip"):
+        program = bin_folder / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@" >> {notes}\n[ {name} = pip ] || mkdir "$6"\n')
+        program.chmod(0o755)
+    return {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}, notes
+
+
+@pytest.mark.parametrize("inside", [".", "docs"])
+def test_in_a_copy_of_the_repository_that_copy_is_installed(
+    inside: str, tmp_path: Path, tools: tuple[dict[str, str], Path]
+) -> None:
+    copy = tmp_path / "copy"
+    (copy / "docs").mkdir(parents=True)
+    for name in ("configs/quickstart.yaml", "constraints.txt", "pyproject.toml"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes((ROOT / name).read_bytes())
+
+    run(NOTEBOOK, copy / inside, {}, tools[0], is_installing=True)
+
+    assert tools[1].read_text() == f"pip install --quiet -c {copy}/constraints.txt {copy}\n"
+
+
+def test_elsewhere_the_address_is_asked_for_and_cloned(tmp_path: Path, tools: tuple[dict[str, str], Path]) -> None:
+    """Without the address git told nothing that helps, and the next cell did not know the command."""
+    with pytest.raises(RuntimeError, match="Set REPOSITORY"):
+        run(NOTEBOOK, tmp_path, {}, tools[0], is_installing=True)
+    assert not tools[1].exists()
+    named = tmp_path / "named.ipynb"
+    named.write_text(NOTEBOOK.read_text().replace('REPOSITORY = \\"\\"', 'REPOSITORY = \\"https://host/q.git\\"'))
+
+    run(named, tmp_path, {}, tools[0], is_installing=True)
+
+    source = tmp_path / "qlora_trainer_source"
+    assert tools[1].read_text().splitlines() == [
+        f"git clone --quiet --depth 1 https://host/q.git {source}",
+        f"pip install --quiet -c {source}/constraints.txt {source}",
+    ]
 
 
 @pytest.mark.slow
