@@ -10,7 +10,8 @@ code 1 if one does not end well, or if the kernel ended a process of a group.
 
 `traced`: Llama 3.1 8B at rank 32 and Llama 2 70B at rank 16, on the smallest card of the catalogue with that much
 memory. Contexts are one document in one micro-batch, as long as fits; their cost in time is beside the same step where
-nothing but recomputation is pulled, on the same card if it had the memory.
+nothing but recomputation is pulled, on the same card if it had the memory. Beside a context beyond the model's positions
+are those: memory would hold it, but `plan` and `train` refuse it.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def _bytes_a_token() -> dict[str, Any]:
 
 def _context(gib: int) -> dict[str, Any]:
     """The longest document that fits, and what it costs."""
+    from qlora_trainer.model.positions import max_positions
     from qlora_trainer.planning.rungs import fastest_that_fits, with_levers
     from qlora_trainer.planning.search import find, largest_that, smallest
 
@@ -217,6 +219,7 @@ def _context(gib: int) -> dict[str, Any]:
 
     longest = largest_that(fits, range(CONTEXT_STEP, 2**23, CONTEXT_STEP)) or 0
     row: dict[str, Any] = {"what": "context", "gib": gib, "published": PUBLISHED_CONTEXTS[gib], "tokens": longest}
+    row["positions"] = max_positions(planner.dry.model.module.config)
     if longest:
         own = replace(planner, documents=replace(planner.documents, seq_len=longest, mean_tokens=float(longest)))
         found, _ = fastest_that_fits(
@@ -266,10 +269,11 @@ def traced_row(row: dict[str, Any]) -> str:
             "|---:|---:|---:|---:|---|---:|---:|---:|"
         )
     if row["what"] == "context":
+        beyond = f" (positions: {row['positions']:,})" if row["tokens"] > row["positions"] else ""
         return (
-            f"| {row['gib']} GiB | {row['tokens']:,} | {row['published']:,} | {row['tokens'] / row['published']:.1f} | "
-            f"{_levers(row['knobs'])} | {row['host_bytes'] / GIB:,.1f} GiB | {row['tokens_per_second']:,.0f} | "
-            f"{row['plain_tokens_per_second']:,.0f} |"
+            f"| {row['gib']} GiB | {row['tokens']:,}{beyond} | {row['published']:,} | "
+            f"{row['tokens'] / row['published']:.1f} | {_levers(row['knobs'])} | {row['host_bytes'] / GIB:,.1f} GiB | "
+            f"{row['tokens_per_second']:,.0f} | {row['plain_tokens_per_second']:,.0f} |"
         )
     plan = row["plan"]
     return (
