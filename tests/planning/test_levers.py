@@ -22,6 +22,7 @@ from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.planning.pulled import pulled
 from qlora_trainer.planning.search import Candidate
 from qlora_trainer.planning.shallow_trace import full_micro_batch
+from qlora_trainer.planning.throughput import Speed
 from qlora_trainer.planning.tracker import StorageTracker
 from qlora_trainer.step.train_step import accumulate_gradients
 from tests.planning.test_price import BUDGETS, NUM_LAYERS, RANK, SEQ_LEN, make_planner
@@ -234,18 +235,17 @@ def test_a_head_in_nf4_is_unpacked_once_more_for_each_chunk(planners: Callable[[
     planner = planners("llama", "accelerator")
     packed = layout(2, 0, levers=Levers(nf4_head=True))
 
-    def at(own: Layout, **changes: float) -> float:
-        return replace(
-            planner, budget=replace(planner.budget, speed=replace(planner.budget.speed, **changes))
-        ).estimate(own)
+    def at(own: Layout, speed: Speed) -> float:
+        return replace(planner, budget=replace(planner.budget, speed=speed)).estimate(own)
 
-    slow = {"unpacked_elements": planner.budget.speed.unpacked_elements / 1000}
-    lost = {name: 1 / at(own, **slow) - 1 / at(own) for name, own in (("dense", layout(2, 0)), ("packed", packed))}
+    fast = planner.budget.speed
+    slow = replace(fast, unpacked_elements=fast.unpacked_elements / 1000)
+    lost = {name: 1 / at(own, slow) - 1 / at(own, fast) for name, own in (("dense", layout(2, 0)), ("packed", packed))}
     assert lost["packed"] > lost["dense"]
-    few, many = (1 / at(replace(packed, loss_chunk=chunk), **slow) for chunk in (512, 64))
+    few, many = (1 / at(replace(packed, loss_chunk=chunk), slow) for chunk in (512, 64))
     assert many > few
     on_host = [replace(own, levers=replace(own.levers, embedding_residency="host")) for own in (layout(2, 0), packed)]
-    dense_speed, packed_speed = (at(own, link_bytes=1e6) for own in on_host)
+    dense_speed, packed_speed = (at(own, replace(fast, link_bytes=1e6)) for own in on_host)
     assert packed_speed == pytest.approx(4 * dense_speed, rel=0.01)
 
 

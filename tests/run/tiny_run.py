@@ -37,7 +37,7 @@ SIZES: dict[str, Any] = {
 TIMING_KEYS = ("seconds", "tokens_per_second", "peak_bytes")
 
 
-def write_base(folder: Path, *, chat_template: str | None = CHATML) -> Path:
+def write_base(folder: Path, *, chat_template: str | None = CHATML, is_tied: bool = True) -> Path:
     """A random Llama of 2 layers and hidden size 64, with a tokenizer trained on the data below."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -54,7 +54,7 @@ def write_base(folder: Path, *, chat_template: str | None = CHATML) -> Path:
     )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), tie_word_embeddings=True)
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), tie_word_embeddings=is_tied)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
