@@ -41,6 +41,13 @@ def export(
     file = None if gguf is None else require_new_file(gguf, key="--gguf", suffix=".gguf")
     if ollama and file is not None:
         require_new_file(file.with_name(MODELFILE_NAME), key="--ollama")
+    if folder is not None and file is not None and folder in (file, file.with_name(MODELFILE_NAME)):
+        raise ConfigError(
+            where=f"--to {to}",
+            found="the name of a file that is written",
+            expected="another",
+            fix="Choose another name.",
+        )
     find_adapter(target)
 
     from qlora_trainer.export.adapter import export as export_adapter

@@ -25,6 +25,7 @@ CHAT_TEMPLATE_FILE = "chat_template.jinja"  # in an adapter folder: the run was 
 ADAPTER_CONFIG_FILE = "adapter_config.json"  # what makes a folder an adapter, to PEFT and to us
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?", re.ASCII)  # each side of the slash
+_REVISION = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9_./-]{0,198}[A-Za-z0-9_])?", re.ASCII)
 
 
 class BaseKind(Enum):
@@ -63,6 +64,11 @@ def is_hub_id(name: str) -> bool:
     """Whether a text has the form `owner/name`."""
     parts = name.split("/")
     return len(parts) == 2 and all(_HUB_ID.fullmatch(part) and ".." not in part for part in parts)
+
+
+def is_revision(text: str) -> bool:
+    """Whether a text can be a branch, tag or commit of the hub, which becomes part of a path in its cache."""
+    return _REVISION.fullmatch(text) is not None and ".." not in text and "//" not in text
 
 
 def check_base(model: ModelSection) -> None:

@@ -82,7 +82,7 @@ def read_source(target: Path, *, model: str | None) -> Source:
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
     adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
-    require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights)
+    require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights, where=str(folder))
     template = folder / CHAT_TEMPLATE_FILE
     return Source(
         folder=folder,

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
+from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import (
@@ -40,6 +40,7 @@ _PLAIN_LORA: dict[str, tuple[object, ...]] = {
     "use_qalora": (False,),
 }
 _MAX_RANK = 2**16  # beyond any layer's width: a rank that no adapter has
+_MAX_ALPHA = 2.0**126  # the factor on an update is a number in fp32
 
 
 def adapter_config(
@@ -114,21 +115,28 @@ def read_config_fields(path: Path) -> dict[str, Any]:
         if name in fields and fields[name] not in allowed:
             raise wrong_adapter(path, f"{name} = {fields[name]!r}", f"{allowed[0]!r}")
     _check_variants(path, fields)
-    return dict(fields)
+    return dict(fields) | {"revision": fields.get("revision") or None}
 
 
-def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], tables: BaseTables | None) -> LoraSettings:
+def settings_of(
+    fields: Mapping[str, Any],
+    *,
+    linear_names: Sequence[str],
+    tables: BaseTables | None,
+    where: Path = Path(ADAPTER_CONFIG_FILE),
+) -> LoraSettings:
     """What the checked fields mean for a base.
 
     Args:
         fields: of `read_config_fields`.
         linear_names: the linears of the base.
         tables: its embeddings and head, which `modules_to_save` may name; None where it may not.
+        where: the file, for errors.
 
     Raises:
         ConfigError: the fields name something that the base does not have.
     """
-    targets = select_targets(linear_names, fields["target_modules"])
+    targets = _meant(linear_names, fields["target_modules"], where, "target_modules", "linears inside the layers")
     layers = fields.get("layers_to_transform")
     if layers is not None and layers != []:
         numbers = [layers] if isinstance(layers, int) else layers
@@ -138,12 +146,12 @@ def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table
     saved = fields.get("modules_to_save") or []
     if saved and tables is None:
         raise ConfigError(
-            where=ADAPTER_CONFIG_FILE,
+            where=str(where),
             found=f"modules_to_save = {saved!r}: modules that were trained whole",
             expected="null: adapters of linears are all that is put on a base here",
             fix="Merge the adapter into its base with qlora-trainer merge, or choose another one.",
         )
-    modules_to_save, tied_head = _saved_modules(fields, tables) if saved and tables is not None else ((), None)
+    modules_to_save, tied_head = _saved_modules(fields, tables, where) if saved and tables is not None else ((), None)
     return LoraSettings(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
@@ -158,13 +166,23 @@ def settings_of(fields: Mapping[str, Any], *, linear_names: Sequence[str], table
     )
 
 
-def _saved_modules(fields: Mapping[str, Any], tables: BaseTables) -> tuple[tuple[str, ...], str | None]:
+def _saved_modules(fields: Mapping[str, Any], tables: BaseTables, where: Path) -> tuple[tuple[str, ...], str | None]:
     """`LoraSettings.modules_to_save` and `.tied_head`: PEFT unties what it trains of two, unless it is told not to."""
-    chosen = select_targets(tables.names, fields["modules_to_save"], where="modules_to_save")
+    chosen = _meant(tables.names, fields["modules_to_save"], where, "modules_to_save", "embeddings and head")
     both = (tables.embeddings[0], tables.head)
     if not (tables.is_tied and fields.get("ensure_weight_tying") and set(both) & set(chosen)):
         return chosen, None
     return tuple(name for name in tables.embeddings if name in (both[0], *chosen)), tables.head
+
+
+def _meant(names: Sequence[str], wanted: str | Sequence[str], where: Path, field: str, what: str) -> tuple[str, ...]:
+    """`select_targets` for a file that others wrote, of which nobody is told to correct it."""
+    try:
+        return select_targets(names, wanted, where=field)
+    except ConfigError as error:
+        leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+        expected = f"{what} of this base, which are all that adapters may have here: {leaves}"
+        raise wrong_adapter(where, f"{field} with {error.found}", expected) from error
 
 
 def wrong_adapter(where: Path, found: str, expected: str) -> ConfigError:
@@ -173,6 +191,11 @@ def wrong_adapter(where: Path, found: str, expected: str) -> ConfigError:
 
 
 def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
+    name, revision = fields.get("base_model_name_or_path"), fields.get("revision") or None
+    if not (name is None or isinstance(name, str)):
+        raise wrong_adapter(path, f"base_model_name_or_path = {name!r}", "the name of a base")
+    if not (revision is None or (isinstance(revision, str) and is_revision(revision))):
+        raise wrong_adapter(path, f"revision = {revision!r}", "a branch, a tag or a commit")
     for name in ("use_dora", "use_rslora"):
         if type(fields.get(name, False)) is not bool:
             raise wrong_adapter(path, f"{name} = {fields[name]!r}", "true or false")
@@ -220,7 +243,7 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+    return isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= _MAX_ALPHA
 
 
 def _are_names(value: object) -> bool:

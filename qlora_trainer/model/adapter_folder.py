@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from qlora_trainer.model.table_names import BaseTables
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MATRICES = (".lora_A", ".lora_B")  # which PEFT keeps in modules of their own, with a `.weight`
 
 
@@ -107,7 +109,8 @@ def read_adapter_folder(
         tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
 
     Raises:
-        ConfigError: see `read_adapter_fields`; or the weights file is broken or not safetensors.
+        ConfigError: see `read_adapter_fields`; or the weights file is broken or not safetensors, or holds what is no
+            finite floating-point number.
     """
     fields = read_adapter_fields(folder)
     try:
@@ -115,11 +118,32 @@ def read_adapter_folder(
         tensors = load_file(folder / WEIGHTS_FILE)
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
-    settings = settings_of(fields, linear_names=linear_names, tables=tables)
-    weights = weights_by_our_names(tensors)
+    settings = settings_of(fields, linear_names=linear_names, tables=tables, where=folder / ADAPTER_CONFIG_FILE)
+    weights = _usable(weights_by_our_names(tensors), folder / WEIGHTS_FILE)
+    if len(weights) != len(tensors):
+        raise wrong_adapter(folder / WEIGHTS_FILE, "a weight twice, with and without a prefix", "each weight once")
     if settings.tied_head is not None:
         _forget_second_table(weights, settings, folder / WEIGHTS_FILE)
     return AdapterFolder(fields.get("base_model_name_or_path") or "", fields.get("revision"), settings, weights)
+
+
+def _usable(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same, in a type that is computed with: 8 bits in fp32, which holds them exactly.
+
+    Raises:
+        ConfigError: other numbers than finite floating-point ones; names the first such weight.
+    """
+    found = {
+        name: own if own.dtype in _COMPUTED or not own.is_floating_point() else own.float()
+        for name, own in weights.items()
+    }
+    for name, tensor in found.items():
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise wrong_adapter(path, f"{name} of {dtype}", "floating-point numbers")
+        if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):  # NaN becomes both ends
+            raise wrong_adapter(path, f"a number in {name} that is not finite", "finite numbers")
+    return found
 
 
 def _forget_second_table(weights: dict[str, Tensor], settings: LoraSettings, path: Path) -> None:

