@@ -10,8 +10,8 @@ code 1 if one does not end well, or if the kernel ended a process of a group.
 
 `traced`: Llama 3.1 8B at rank 32 and Llama 2 70B at rank 16, on the smallest card of the catalogue with that much
 memory. Contexts are one document in one micro-batch, as long as fits; their cost in time is beside the same step where
-nothing but recomputation is pulled, on the same card if it had the memory. Beside a context beyond the model's positions
-are those: memory would hold it, but `plan` and `train` refuse it.
+nothing but recomputation is pulled, on the same card if it had the memory. Beside a context of more tokens than the
+model has positions is their number: memory would hold it, but `plan` and `train` refuse it.
 """
 
 from __future__ import annotations
