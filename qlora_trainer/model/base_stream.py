@@ -131,10 +131,12 @@ def stream_base(model: QuantizedModel, *, is_streamed: bool) -> None:
     """
     layers = [linears for linears in linears_of_layers(model) if linears]
     _settle(layers)
+    device = torch.empty(0, device=model.device).device  # with its number, as tensors have it
     streamed = {id(linear) for linears in layers for linear in linears} if is_streamed else set()
     for linear in model.linears.values():
         for name, tensor in linear.named_buffers(recurse=False):
-            if id(linear) not in streamed or name not in PARTS:
+            is_to_stay = id(linear) not in streamed or name not in PARTS
+            if is_to_stay and tensor.device != device:
                 setattr(linear, name, tensor.to(model.device))
     if not is_streamed:
         return

@@ -217,7 +217,7 @@ def low_rank_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) ->
     grad_TO = adapted[0][1]
     ranks = [adapter.lora_A.shape[0] for adapter, _ in adapted]
     out_TS = grad_TO.new_empty((grad_TO.shape[0], sum(ranks)))
-    for (adapter, grad_TO), low_TR in zip(adapted, out_TS.split(ranks, dim=1), strict=True):
+    for (adapter, grad_TO), low_TR in zip(adapted, _parts(out_TS, ranks), strict=True):
         # With beta = 0 a product that is scaled for nothing: what `low_TR` held is not read.
         low_TR.addmm_(grad_TO, adapter.scaled_B(grad_TO.dtype), beta=0.0, alpha=adapter.scale)
     return out_TS
@@ -238,11 +238,11 @@ def parameter_gradients(
     factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter, _ in adapted]
     grads_A: Sequence[Tensor]
     if all(own is None for own in factors):
-        grads_A = torch.mm(low_grads_TS.t(), x_TI).split(ranks)
+        grads_A = _parts(torch.mm(low_grads_TS.t(), x_TI), ranks, dim=0)
     else:
         grads_A = [
             torch.mm(low_TR.t(), x_TI if own is None else x_TI * own)
-            for low_TR, own in zip(low_grads_TS.split(ranks, dim=1), factors, strict=True)
+            for low_TR, own in zip(_parts(low_grads_TS, ranks), factors, strict=True)
         ]
     rest = iter(zip(grads_A, factors, low_ranks, strict=True))
     found: list[Tensor | None] = []
@@ -296,7 +296,7 @@ def input_gradient(linears: Sequence[NF4Linear], grads: Sequence[Tensor], low_gr
         return grad_x_TI.addmm_(low_grads_TS, _joined_A(adapters, grad_x_TI.dtype))
     ranks = [adapter.lora_A.shape[0] for adapter in adapters]
     for adapter, (linear, grad_TO), low_TR, own in zip(
-        adapters, adapted, low_grads_TS.split(ranks, dim=1), factors, strict=True
+        adapters, adapted, _parts(low_grads_TS, ranks), factors, strict=True
     ):
         added_TI = torch.mm(low_TR, adapter.lora_A.to(low_TR.dtype))
         if own is not None and adapter.lora_magnitude_vector is not None:
@@ -313,11 +313,16 @@ def first_products(linears: Sequence[NF4Linear], x_TI: Tensor) -> list[Tensor]:
     factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter in adapters]
     if all(own is None for own in factors):
         low_TS = torch.mm(x_TI, _joined_A(adapters, x_TI.dtype).t())
-        return list(low_TS.split([adapter.lora_A.shape[0] for adapter in adapters], dim=1))
+        return _parts(low_TS, [adapter.lora_A.shape[0] for adapter in adapters])
     return [
         torch.mm(x_TI if own is None else x_TI * own, adapter.lora_A.to(x_TI.dtype).t())
         for adapter, own in zip(adapters, factors, strict=True)
     ]
+
+
+def _parts(joined: Tensor, ranks: Sequence[int], dim: int = 1) -> list[Tensor]:
+    """Views of what belongs to each adapter. A split costs the host as much as a product: one alone is not split."""
+    return [joined] if len(ranks) == 1 else list(joined.split(ranks, dim=dim))
 
 
 def _joined_A(adapters: Sequence[LoraAdapter], dtype: torch.dtype) -> Tensor:

@@ -1,16 +1,13 @@
-"""A training step at full depth for one set of knobs, and what the other phases need: what a plan is confirmed with."""
+"""A training step at full depth for one set of knobs: what a plan is confirmed with."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import nn
 
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.lora_settings import LoraSettings
@@ -21,71 +18,7 @@ from qlora_trainer.planning.replay import Storages, read_storages
 from qlora_trainer.planning.shallow_trace import full_micro_batch, marking
 from qlora_trainer.planning.timeline import Level, read_levels
 from qlora_trainer.planning.tracker import StorageTracker
-from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
-from qlora_trainer.step.state import first_non_finite
 from qlora_trainer.step.train_step import accumulate_gradients
-
-
-@dataclass(frozen=True, slots=True)
-class StateTrace:
-    """What the optimizer is and needs, in bytes on the device.
-
-    Attributes:
-        gradient, optimizer: sizes of what stays: the flat gradient; master, moments and their scales.
-        pageable_bytes: of `optimizer`, what a paged optimizer keeps in managed memory or in a file.
-        levels: phase ("optimizer", "save", "resume") -> the most above that.
-        host_bytes: of the state that is on the host, and then nothing of it on the device.
-    """
-
-    gradient: tuple[int, ...]
-    optimizer: tuple[int, ...]
-    pageable_bytes: int
-    levels: Mapping[str, Level]
-    host_bytes: int = 0
-
-
-def trace_state(
-    num_flat_elements: int,
-    *,
-    bits: Literal[8, 32],
-    adapter_dtype: torch.dtype,
-    device: torch.device,
-    alignment_bytes: int,
-    is_on_host: bool = False,
-) -> StateTrace:
-    """Update, hand out and take back the state of an optimizer over that many elements.
-
-    All adapters together are one parameter here: the optimizer's buffers are flat in any case.
-    """
-    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
-    residency: Literal["device", "host"] = "host" if is_on_host else "device"
-    settings = OptimizerSettings(bits=bits, residency=residency, weight_decay=0.0, paging_folder=Path())
-    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=adapter_dtype, device=device))
-        parameter.grad_dtype = torch.float32
-        optimizer = AdapterOptimizer({"adapters": parameter}, settings)
-        with tracker:
-            tracker.mark("optimizer")
-            optimizer.zero_gradients()
-            norm = optimizer.clip_gradients(1.0)
-            optimizer.update(1e-4, norm)
-            del norm
-            tracker.mark("save")
-            first_non_finite(optimizer.state_dict())
-            tracker.mark("resume")
-            # Both files are mapped on the host, which on a CPU is the device itself.
-            saved_adapter = torch.empty_like(parameter, device="cpu")
-            saved = {name: torch.empty_like(value, device="cpu") for name, value in optimizer.state_dict().items()}
-            optimizer.load_state_dict(saved)
-            del saved, saved_adapter
-        flats = optimizer.state_tensors()
-    return StateTrace(
-        gradient=(optimizer.gradient.nbytes,),
-        optimizer=tuple(flat.nbytes for flat in flats if flat.device.type == device.type),
-        pageable_bytes=sum(flat.nbytes for flat in flats if flat.numel() == num_flat_elements),
-        host_bytes=sum(flat.nbytes for flat in flats if flat.device.type != device.type),
-        levels={str(level.label): level for level in read_levels(tracker, alignment_bytes, bytes_of)},
-    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_inside_bytes
 from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
-from qlora_trainer.model import attention, dora, row_ops
+from qlora_trainer.model import attention, dora, nf4, row_ops
+from qlora_trainer.model.vocabulary_blocks import rows_in_block as rows_in_vocabulary_block
 from qlora_trainer.planning.timeline import Probe
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
@@ -24,7 +25,10 @@ LOSS = "qlora_trainer::chunked_cross_entropy"
 ROW_NORMS = "qlora_trainer::row_norms_"
 # Where the tokens of a row are in each tensor of an attention; the lengths of the documents come behind the tensors.
 _TOKEN_AXES = {ATTENTION[0]: (2, 2, 2), ATTENTION[1]: (1, 2, 2, 2, 1, 2)}
-_CHUNK_ARGUMENT = 6  # of LOSS: how many positions are in a chunk
+# Of LOSS: the projection and its bias; how many positions are in a chunk; whether the projection is on the host; its
+# scales where it is in NF4.
+_WEIGHT_ARGUMENT, _BIAS_ARGUMENT, _CHUNK_ARGUMENT, _HOST_ARGUMENT, _SCALES_ARGUMENT = 2, 3, 6, 9, 13
+_FEW_BLOCKS, _SOME_BLOCKS = 3, 5  # of the vocabulary, of which a large one has hundreds
 # Elementwise, row by row: their temporaries are those of a block of rows.
 ROW_OPS: dict[str, Callable[..., Any]] = {
     op._qualname: op._init_fn
@@ -59,7 +63,7 @@ def inside_bytes(op: str, args: tuple[Any, ...]) -> int | None:
 def bytes_of(inside: Inside) -> int:
     """The same of recorded arguments."""
     if inside.op == LOSS:
-        return _traced_bytes(inside.op, _two_chunks(inside.arguments))
+        return _loss_bytes(_two_chunks(inside.arguments))
     if inside.op in ATTENTION:
         return _traced_bytes(inside.op, _one_of_each(inside.op, inside.arguments))
     if inside.op in ROW_OPS:
@@ -72,14 +76,53 @@ def bytes_of(inside: Inside) -> int:
 
 
 def _two_chunks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The loss of two chunks of positions: more are alike, and a thousand take minutes to trace."""
+    """The loss of one chunk of positions or of two: more are alike, and a thousand take minutes to trace.
+
+    A second one that is not full is taken for full, which is nothing but what is left of the first: targets and sums.
+    """
     hidden, targets, *others = arguments
-    num_positions = min(hidden.shape[0], 2 * arguments[_CHUNK_ARGUMENT])
+    chunk = arguments[_CHUNK_ARGUMENT]
+    num_positions = hidden.shape[0] if hidden.shape[0] <= chunk else 2 * chunk
     return (
         TensorSpec((num_positions, *hidden.shape[1:]), hidden.dtype, hidden.device),
         TensorSpec((num_positions,), targets.dtype, targets.device),
         *others,
     )
+
+
+@functools.lru_cache(maxsize=4096)
+def _loss_bytes(arguments: tuple[Any, ...]) -> int:
+    """Where the projection comes block by block, two numbers of blocks are traced, and more of them are on a line."""
+    hidden, weight = arguments[0], arguments[_WEIGHT_ARGUMENT]
+    vocabulary = weight.shape[0]
+    with FakeTensorMode():
+        block = rows_in_vocabulary_block(_empty(weight))
+    is_on_host = any(arguments[_HOST_ARGUMENT : _HOST_ARGUMENT + 1])  # defaults are not recorded
+    is_cut = is_on_host or weight.dtype != hidden.dtype
+    num_blocks = vocabulary // block
+    # Where a bias is upcast whole, the peak may move to that as blocks get many.
+    is_alike = arguments[_BIAS_ARGUMENT] is None
+    if not is_cut or not is_alike or num_blocks <= _SOME_BLOCKS:
+        return _traced_bytes(LOSS, arguments)
+    few, some = (
+        _traced_bytes(LOSS, _with_vocabulary(arguments, number * block + vocabulary % block))
+        for number in (_FEW_BLOCKS, _SOME_BLOCKS)
+    )
+    more_blocks = int(num_blocks - _SOME_BLOCKS)
+    return some + (some - few) * more_blocks // (_SOME_BLOCKS - _FEW_BLOCKS)
+
+
+def _with_vocabulary(arguments: tuple[Any, ...], vocabulary: int) -> tuple[Any, ...]:
+    """LOSS over fewer tokens of the vocabulary, in whole blocks of scales where the projection is in NF4."""
+    weight = arguments[_WEIGHT_ARGUMENT]
+    changed = list(_with_tokens(arguments, weight.shape[0], vocabulary))
+    num_scales = vocabulary * 2 * weight.shape[1] // nf4.BLOCKSIZE
+    sizes = (num_scales, -(-num_scales // nf4.NESTED_BLOCKSIZE))
+    for place, size in enumerate(sizes, _SCALES_ARGUMENT):
+        spec = arguments[place] if place < len(arguments) else None
+        if spec is not None:
+            changed[place] = TensorSpec((size,), spec.dtype, spec.device)
+    return tuple(changed)
 
 
 def _device_of(arguments: tuple[Any, ...]) -> torch.device:

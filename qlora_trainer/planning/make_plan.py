@@ -175,7 +175,7 @@ def _fitting_plan(planner: Planner, chosen: Candidate, found: Sequence[Candidate
         device_key=planner.budget.limiting_key,
         knobs=_knobs(planner, chosen),
         predicted=_prediction(planner, chosen),
-        trainable_parameters=sum(map(prod, planner.shapes(chosen.layout.rank).values())),
+        trainable_parameters=sum(map(prod, planner.trained(chosen.layout.rank).shapes.values())),
         gave_up=gave_up(chosen, space, planner.space(chosen.layout.rank, chosen.layout.seq_len).levers),
         alternatives=tuple(
             Alternative(knobs=_knobs(planner, one), predicted=_prediction(planner, one))

@@ -16,14 +16,13 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device import DTYPES, choose_adapter_dtype
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import can_tile
-from qlora_trainer.model.adapters import MAGNITUDE, adapter_shapes
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.table_names import require_nf4_head
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model, without_frozen_tables
-from qlora_trainer.planning.full_trace import StateTrace, trace_state, trace_training
+from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.placed import Placed, place
 from qlora_trainer.planning.plan import is_paged, optimizer_bits
 from qlora_trainer.planning.price import (
@@ -40,9 +39,10 @@ from qlora_trainer.planning.replay import Reserved, Storages, replay, resident_s
 from qlora_trainer.planning.rungs import Lever
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, token_steps
 from qlora_trainer.planning.shallow_trace import trace_step
+from qlora_trainer.planning.state_trace import StateTrace, trace_state
 from qlora_trainer.planning.throughput import Demand, tokens_per_second
 from qlora_trainer.planning.timeline import Level
-from qlora_trainer.step.optimizer import num_flat_elements
+from qlora_trainer.planning.trained import Trained, trained_at
 
 PRICE_MARGIN = 0.02  # by which a trace at full depth may exceed a price
 # Of a tile that the planner proposes: large enough that its products are as fast as those of all tokens.
@@ -64,6 +64,7 @@ class Planner:
         settings: of its adapters, at one rank of many.
         adapter_dtype: what they are held in.
         prices: of the parts of a step, for a rank and what is pulled.
+        trained: what is trained at a rank.
         placed: where the model without adapters lies, for what is pulled.
         state_of: the optimizer's phases, for so many elements in so many bits, on the host or not.
     """
@@ -76,6 +77,7 @@ class Planner:
     settings: LoraSettings
     adapter_dtype: torch.dtype
     prices: Callable[[int, Levers], Prices]
+    trained: Callable[[int], Trained]
     placed: Callable[[Levers], Placed]
     state_of: Callable[[int, Literal[8, 32], bool], StateTrace]
 
@@ -111,9 +113,8 @@ class Planner:
 
         @cache
         def traced(rank: int, levers: Levers) -> Prices:
-            own = replace(settings, rank=rank)
-            with pulled(dry, levers):
-                return Prices(trace_step(dry, own, adapter_dtype=adapter_dtype), budget.memory)
+            own, pulling = replace(settings, rank=rank), partial(pulled, dry, levers)
+            return Prices(trace_step(dry, own, adapter_dtype=adapter_dtype, pulling=pulling), budget.memory)
 
         def prices_of(rank: int, levers: Levers = NO_LEVERS) -> Prices:
             # Where some ranks are fixed, sizes are no multiples of the others' any more: each rank is traced for
@@ -143,6 +144,9 @@ class Planner:
             settings=settings,
             adapter_dtype=adapter_dtype,
             prices=prices_of,
+            trained=lru_cache(maxsize=None)(
+                partial(trained_at, dry=dry, settings=settings, memory=budget.memory, adapter_dtype=adapter_dtype)
+            ),
             placed=lru_cache(maxsize=None)(partial(place, dry, budget.memory)),
             state_of=lru_cache(maxsize=64)(state_of),
         )
@@ -230,10 +234,10 @@ class Planner:
         """What a GPU's allocator makes of the steps of a run; None on a CPU."""
         if self.budget.kind == "cpu":
             return None
-        shapes = self.shapes(layout.rank)
+        trained = self.trained(layout.rank)
         bits, is_on_host = optimizer_bits(optimizer), layout.levers.optimizer_on_host
-        state = self.state_of(num_flat_elements(shapes.values()), bits, is_on_host)
-        adapters = [2 * prod(shape) for shape in shapes.values() if len(shape) == 2]
+        state = self.state_of(trained.num_elements, bits, is_on_host)
+        adapters = [2 * prod(shape) for shape in trained.shapes.values() if len(shape) == 2]
         tensors = {**self.dry.resident, "adapter": adapters, "gradient": state.gradient, "optimizer": state.optimizer}
         memory = self.budget.memory
         limit_bytes = self.budget.budget_bytes - memory.fixed_bytes - used.paged_bytes
@@ -267,20 +271,12 @@ class Planner:
         return levels, traced.storages
 
     def _usage(self, layout: Layout, optimizer: str, levels: Mapping[str, Level]) -> Usage:
-        shapes = self.shapes(layout.rank)
-        is_on_host = layout.levers.optimizer_on_host
-        state = self.state_of(num_flat_elements(shapes.values()), optimizer_bits(optimizer), is_on_host)
+        trained, is_on_host = self.trained(layout.rank), layout.levers.optimizer_on_host
+        state = self.state_of(trained.num_elements, optimizer_bits(optimizer), is_on_host)
         aligned = self.budget.memory.aligned
         placed = self.placed(layout.levers)
         resident = dict(placed.device)
-        # What is fp32 is its own master, unless that is on the host: it lies in the optimizer's buffer. Beside a
-        # magnitude is a norm.
-        in_16_bits = [shape for shape in shapes.values() if len(shape) == 2 and self.adapter_dtype != torch.float32]
-        norms = [shape for name, shape in shapes.items() if name.endswith(MAGNITUDE)]
-        in_32_bits = [shape for shape in shapes.values() if shape not in in_16_bits] if is_on_host else []
-        resident["adapter"] = sum(aligned(2 * prod(shape)) for shape in in_16_bits)
-        resident["adapter"] += sum(aligned(4 * prod(shape)) for shape in in_32_bits)
-        resident["adapter"] += sum(aligned(4 * prod(shape)) for shape in norms)
+        resident["adapter"] = trained.adapter_bytes_beside_host if is_on_host else trained.adapter_bytes
         resident["gradient"] = sum(map(aligned, state.gradient))
         resident["optimizer"] = sum(map(aligned, state.optimizer))
         paged_bytes = state.pageable_bytes if is_paged(optimizer) and not is_on_host else 0
@@ -310,7 +306,7 @@ class Planner:
         prices, speed = self.prices(layout.rank, layout.levers), self.budget.speed
         num_on_host = 0
         if layout.levers.optimizer_on_host:
-            num_on_host = num_flat_elements(self.shapes(layout.rank).values())
+            num_on_host = self.trained(layout.rank).num_elements
         return tokens_per_second(
             prices, layout, demand, speed, streamed_bytes=streamed_bytes, host_elements=num_on_host
         )
@@ -337,10 +333,6 @@ class Planner:
     def needed_host_bytes(self, used: Usage) -> int:
         """Resident memory of the process on the host; on a CPU that is the device's."""
         return self.budget.memory.host_peak_bytes(self.needed_bytes(used)) + used.host_bytes
-
-    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of everything that is trained."""
-        return adapter_shapes(self.dry.model, replace(self.settings, rank=rank))
 
 
 def _with_few_tiles(layout: Layout) -> Layout:

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.device_memory import DeviceMemory
-from qlora_trainer.planning.full_trace import StateTrace
 from qlora_trainer.planning.inside import LOSS, ROW_NORMS, bytes_of, norms_of_rank, resized
 from qlora_trainer.planning.replay import Reserved
 from qlora_trainer.planning.shallow_trace import LayerParts, Policy, StepParts
+from qlora_trainer.planning.state_trace import StateTrace
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Level, Outline, Segment, outline
 from qlora_trainer.planning.tracker import CATEGORIES, Inside
 
@@ -77,6 +77,15 @@ class Usage:
         return self.phases[self.peak_phase]
 
 
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """Layers one after the other that are alike in kind and policy."""
+
+    policy: Policy
+    parts: LayerParts
+    num_layers: int
+
+
 @dataclass(slots=True)
 class Prices:
     """The parts of a model's step, with what has been worked out of them so far."""
@@ -84,6 +93,7 @@ class Prices:
     parts: StepParts
     memory: DeviceMemory
     _outlines: dict[tuple[int, int, int, int, int, int, int], Outline] = field(default_factory=dict)
+    _runs: dict[tuple[int, int], list[LayerRun]] = field(default_factory=dict)
 
     def outline(self, segment: Segment, layout: Layout) -> Outline:
         """A part at given sizes; what only depends on them is worked out once."""
@@ -99,6 +109,17 @@ class Prices:
             )
             self._outlines[key] = outline(segment, sizes)
         return self._outlines[key]
+
+    def layer_runs(self, layout: Layout) -> list[LayerRun]:
+        """The layers of the whole model, in order; the first, whose input needs no gradient, is a run of its own."""
+        key = (layout.num_recomputed, layout.num_offloaded)
+        if key not in self._runs:
+            each = ((policy_of(layout, index), kind, index == 0) for index, kind in enumerate(self.parts.kinds))
+            self._runs[key] = [
+                LayerRun(policy, self.parts.of(policy).layers[kind, is_first], len(list(alike)))
+                for (policy, kind, is_first), alike in groupby(each)
+            ]
+        return self._runs[key]
 
     def _resized(self, inside: Inside, layout: Layout) -> Inside:
         if inside.op == ROW_NORMS:
@@ -118,19 +139,19 @@ class Prices:
 def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     """The peak of each part of a training step, beyond base, adapters, gradients and optimizer."""
     parts = prices.parts
-    runs = layer_runs(parts, layout)
+    runs = prices.layer_runs(layout)
     first, last = runs[0], runs[-1]
-    order: list[tuple[str, Segment, int]] = [("forward", parts.embed[first.policy], 1)]
+    order: list[tuple[str, Segment, int]] = [("forward", parts.of(first.policy).embed, 1)]
     order += [("forward", run.parts.forward, run.num_layers) for run in runs]
-    order.append(("loss", parts.loss[last.policy], 1))
+    order.append(("loss", parts.of(last.policy).loss, 1))
     order += [("backward", run.parts.backward, run.num_layers) for run in reversed(runs)]
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
     for phase, segment, number in order:
         own = prices.outline(segment, layout)
-        if phase == "loss" and first.parts.backward is not EMPTY_SEGMENT:
+        if phase == "loss" and first.policy != last.policy and first.parts.backward is not EMPTY_SEGMENT:
             # The first layer's input: the loss behind a layer of some policy lets go of it if the first is alike.
-            change = (last.policy in parts.drops_input) - (first.policy in parts.drops_input)
+            change = parts.drops_input(last.policy) - parts.drops_input(first.policy)
             level[CATEGORIES.index("saved_activation")] += change * hidden_bytes(prices, layout)
         # Of equal layers one after the other, the first or the last reaches the most.
         top = level + own.net * (number - 1 if own.net.sum() > 0 else 0)
@@ -139,24 +160,6 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
             levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (top + own.at_peak).tolist(), strict=True)))
         level = level + own.net * number
     return list(levels.values())
-
-
-@dataclass(frozen=True, slots=True)
-class LayerRun:
-    """Layers one after the other that are alike in kind and policy."""
-
-    policy: Policy
-    parts: LayerParts
-    num_layers: int
-
-
-def layer_runs(parts: StepParts, layout: Layout) -> list[LayerRun]:
-    """The layers of the whole model, in order; the first one, whose input needs no gradient, is a run of its own."""
-    each = ((policy_of(layout, index), kind, index == 0) for index, kind in enumerate(parts.kinds))
-    return [
-        LayerRun(policy, parts.layers[kind, policy, is_first], len(list(alike)))
-        for (policy, kind, is_first), alike in groupby(each)
-    ]
 
 
 def policy_of(layout: Layout, index: int) -> Policy:
@@ -174,13 +177,7 @@ def hidden_bytes(prices: Prices, layout: Layout) -> int:
 
 def evaluation_level(prices: Prices, layout: Layout) -> Level:
     """The peak of an evaluation of the same micro-batch: nothing is kept, so a few layers need what all do."""
-    return max(
-        (_evaluated(prices, segment, layout) for segment in prices.parts.evaluation), key=lambda level: level.peak_bytes
-    )
-
-
-def _evaluated(prices: Prices, segment: Segment, layout: Layout) -> Level:
-    own = prices.outline(segment, layout)
+    own = prices.outline(prices.parts.evaluation, layout)
     return Level("eval", own.peak_bytes, dict(zip(CATEGORIES, own.at_peak.tolist(), strict=True)))
 
 

@@ -1,15 +1,16 @@
 """A training step over a few of a model's layers, traced once: the parts that every deeper step is made of.
 
 The layers are the first one, whose input needs no gradient, and one more of each kind (windowed or full attention,
-with which adapters, below or above the first adapter, ...); they are traced recomputed, then kept. `price` puts the
-parts together for any depth.
+with which adapters, below or above the first adapter, ...); they are traced recomputed, and kept or offloaded when
+somebody asks for that. `price` puts the parts together for any depth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -51,36 +52,62 @@ class LayerParts:
 
 
 @dataclass(frozen=True, slots=True)
+class PolicyParts:
+    """A training step whose layers all have one policy.
+
+    Attributes:
+        embed, loss: before the first layer, and from the last layer's output to its gradient.
+        embed_work, loss_work: what they compute.
+        layers: (kind, is first layer) -> parts.
+        head_spec: what the loss is given: hidden states and the output projection.
+        dropped_bytes: made before the first layer, dropped in the loss.
+    """
+
+    embed: Segment
+    loss: Segment
+    embed_work: WorkSum
+    loss_work: WorkSum
+    layers: Mapping[tuple[int, bool], LayerParts]
+    head_spec: tuple[TensorSpec, TensorSpec]
+    dropped_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepParts:
     """What a training step is made of.
 
     Attributes:
         probe: where it was traced.
-        embed, loss: before the first layer, and from the last layer's output to its gradient, by that layer's policy.
-        layers: (kind, policy, is first layer) -> parts.
         kinds: the kind of each layer of the whole model.
-        evaluation: the parts of an evaluation over the same few layers, without gradients.
-        head_spec: what the loss is given: hidden states and the output projection.
-        drops_input: policies of the first layer under which its input is dropped before the loss: where it is kept,
-            which needs it no more then, or offloaded, but not where it is recomputed.
+        evaluation: an evaluation over the same few layers, without gradients.
+        of: the parts of a step, by what its layers keep; traced when it is first asked for.
     """
 
     probe: Probe
-    embed: Mapping[Policy, Segment]
-    loss: Mapping[Policy, Segment]
-    embed_work: WorkSum
-    loss_work: WorkSum
-    layers: Mapping[tuple[int, Policy, bool], LayerParts]
     kinds: tuple[int, ...]
-    evaluation: tuple[Segment, ...]
-    head_spec: tuple[TensorSpec, TensorSpec]
-    drops_input: frozenset[Policy]
+    evaluation: Segment
+    of: Callable[[Policy], PolicyParts]
+
+    @property
+    def head_spec(self) -> tuple[TensorSpec, TensorSpec]:
+        return self.of("recompute").head_spec
 
     def of_layer(self, index: int, policy: Policy) -> LayerParts:
-        return self.layers[self.kinds[index], policy, index == 0]
+        return self.of(policy).layers[self.kinds[index], index == 0]
+
+    def drops_input(self, policy: Policy) -> bool:
+        """Whether the first layer's input is dropped before the loss: where it is kept, which needs it no more then,
+        or offloaded, but not where it is recomputed."""
+        return self.of(policy).dropped_bytes > self.of("recompute").dropped_bytes
 
 
-def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dtype) -> StepParts:
+def trace_step(
+    dry: DryModel,
+    settings: LoraSettings,
+    *,
+    adapter_dtype: torch.dtype,
+    pulling: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> StepParts:
     """Trace a step over a few layers of `dry`.
 
     Args:
@@ -88,43 +115,38 @@ def trace_step(dry: DryModel, settings: LoraSettings, *, adapter_dtype: torch.dt
         settings: of the adapters. One rank for all does not matter; where a pattern gives some another, they are traced
             as they are, and the parts are those of this rank alone.
         adapter_dtype: what the adapters are held in.
+        pulling: while one of these is entered, `dry` is as the step is to have it.
 
     Where layers take tokens in tiles, of whatever size, they are traced at tiles of the probe's.
     """
     names = layer_kinds_with_targets(dry, settings)
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(names))}
     kinds = tuple(numbers[name] for name in names)
-    probe = choose_probe(size for sizes in dry.resident.values() for size in sizes)
-    tile_tokens = tile_tokens_of(dry.model)
-    probe = replace(probe, has_rank=not settings.rank_pattern, has_tile=tile_tokens > 0)
-    if probe.has_tile:
-        tile_layers(dry.model, probe.tile)
     indices = [0, *(next(i for i in range(1, len(kinds)) if kinds[i] == kind) for kind in dict.fromkeys(kinds[1:]))]
-    layers: dict[tuple[int, Policy, bool], LayerParts] = {}
-    embed: dict[Policy, Segment] = {}
-    loss: dict[Policy, Segment] = {}
-    policies: tuple[Policy, ...] = ("offload", "recompute", "keep")
-    dropped: dict[Policy, int] = {}
-    for policy in policies:
-        traced = _trace(dry, settings, indices, policy, probe, adapter_dtype)
-        embed[policy], loss[policy] = traced.segments["embed"], traced.segments["loss"]
-        dropped[policy] = traced.dropped_bytes
-        for place, index in enumerate(indices):
-            layers[kinds[index], policy, index == 0] = traced.layer(place)
-    evaluation = (_trace_evaluation(dry, indices, probe),)
-    tile_layers(dry.model, tile_tokens)
-    return StepParts(
-        probe=probe,
-        embed=embed,
-        loss=loss,
-        embed_work=traced.work["embed"],
-        loss_work=traced.work["loss"],
-        layers=layers,
-        kinds=kinds,
-        evaluation=evaluation,
-        head_spec=traced.head_spec,
-        drops_input=frozenset(policy for policy in policies if dropped[policy] > dropped["recompute"]),
-    )
+    probe = choose_probe(size for sizes in dry.resident.values() for size in sizes)
+    probe = replace(probe, has_rank=not settings.rank_pattern)
+
+    @contextmanager
+    def probing() -> Iterator[Probe]:
+        with pulling():
+            tile_tokens = tile_tokens_of(dry.model)
+            if tile_tokens:
+                tile_layers(dry.model, probe.tile)
+            yield replace(probe, has_tile=tile_tokens > 0)
+            tile_layers(dry.model, tile_tokens)
+
+    with probing() as own:
+        recomputed = _trace(dry, settings, indices, kinds, "recompute", own, adapter_dtype)
+        evaluation = _trace_evaluation(dry, indices, own)  # with the same adapters
+
+    @cache
+    def of(policy: Policy) -> PolicyParts:
+        if policy == "recompute":
+            return recomputed
+        with probing() as own:
+            return _trace(dry, settings, indices, kinds, policy, own, adapter_dtype)
+
+    return StepParts(own, kinds, evaluation, of)
 
 
 def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tuple[str, ...]]:
@@ -142,38 +164,15 @@ def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tupl
     return chosen
 
 
-@dataclass(frozen=True, slots=True)
-class _Traced:
-    segments: Mapping[object, Segment]
-    work: Mapping[object, WorkSum]
-    dropped_bytes: int  # made before the first layer, dropped in the loss
-
-    def layer(self, place: int) -> LayerParts:
-        forward, backward = self.segments["forward", place], self.segments.get(("backward", place), EMPTY_SEGMENT)
-        attended = [inside for _, inside in (*forward.insides, *backward.insides) if inside.op in _ATTENTION_PASSES]
-        return LayerParts(
-            forward=forward,
-            backward=backward,
-            forward_work=self.work["forward", place],
-            backward_work=self.work.get(("backward", place), NO_WORK),
-            query_spec=next(inside.arguments[0] for inside in attended if inside.op == ATTENTION[0]),
-            attention_passes=sum(_ATTENTION_PASSES[inside.op] for inside in attended),
-        )
-
-    @property
-    def head_spec(self) -> tuple[TensorSpec, TensorSpec]:
-        inside = next(inside for _, inside in self.segments["loss"].insides if inside.op == LOSS)
-        return inside.arguments[0], inside.arguments[2]
-
-
 def _trace(
     dry: DryModel,
     settings: LoraSettings,
     indices: Sequence[int],
+    kinds: Sequence[int],
     policy: Policy,
     probe: Probe,
     adapter_dtype: torch.dtype,
-) -> _Traced:
+) -> PolicyParts:
     tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes, record_work=True)
     probed = replace(settings, rank=probe.rank) if probe.has_rank else settings
     with dry.fake_mode, only_layers(dry, indices) as chosen:
@@ -191,8 +190,30 @@ def _trace(
                 dry.model, [micro_batch], num_supervised_tokens=probe.tokens, loss_chunk_tokens=probe.tokens
             )
             tracker.mark("end")
-    dropped_bytes = tracker.events.bytes_between("embed", "loss")
-    return _Traced(read_segments(tracker, probe), sum_work(tracker, probe), dropped_bytes)
+    segments, work = read_segments(tracker, probe), sum_work(tracker, probe)
+    given = next(inside.arguments for _, inside in segments["loss"].insides if inside.op == LOSS)
+    return PolicyParts(
+        embed=segments["embed"],
+        loss=segments["loss"],
+        embed_work=work["embed"],
+        loss_work=work["loss"],
+        layers={(kinds[index], index == 0): _layer_parts(place, segments, work) for place, index in enumerate(indices)},
+        head_spec=(given[0], given[2]),
+        dropped_bytes=tracker.events.bytes_between("embed", "loss"),
+    )
+
+
+def _layer_parts(place: int, segments: Mapping[object, Segment], work: Mapping[object, WorkSum]) -> LayerParts:
+    forward, backward = segments["forward", place], segments.get(("backward", place), EMPTY_SEGMENT)
+    attended = [inside for _, inside in (*forward.insides, *backward.insides) if inside.op in _ATTENTION_PASSES]
+    return LayerParts(
+        forward=forward,
+        backward=backward,
+        forward_work=work["forward", place],
+        backward_work=work.get(("backward", place), NO_WORK),
+        query_spec=next(inside.arguments[0] for inside in attended if inside.op == ATTENTION[0]),
+        attention_passes=sum(_ATTENTION_PASSES[inside.op] for inside in attended),
+    )
 
 
 def _trace_evaluation(dry: DryModel, indices: Sequence[int], probe: Probe) -> Segment:

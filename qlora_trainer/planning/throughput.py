@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qlora_trainer.hardware.gpu_catalogue import Gpu
 from qlora_trainer.model.vocabulary_blocks import BLOCK_ELEMENTS
-from qlora_trainer.planning.price import Layout, Prices, hidden_bytes, layer_runs
+from qlora_trainer.planning.price import Layout, Prices, hidden_bytes
 from qlora_trainer.planning.tracker import TensorSpec
 from qlora_trainer.planning.work import WorkSum
 
@@ -130,11 +130,12 @@ def _head_bytes_over_link(prices: Prices, layout: Layout) -> int:
 
 
 def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed: Speed) -> float:
-    parts = prices.parts
-    total = _part_seconds(parts.embed_work, layout, tokens, speed) + _part_seconds(
-        parts.loss_work, layout, tokens, speed
+    runs = prices.layer_runs(layout)
+    first, last = prices.parts.of(runs[0].policy), prices.parts.of(runs[-1].policy)
+    total = _part_seconds(first.embed_work, layout, tokens, speed) + _part_seconds(
+        last.loss_work, layout, tokens, speed
     )
-    for run in layer_runs(parts, layout):
+    for run in runs:
         own = run.parts
         each = _part_seconds(own.forward_work, layout, tokens, speed)
         each += _part_seconds(own.backward_work, layout, tokens, speed)
@@ -162,8 +163,7 @@ def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
 
 
 def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> float:
-    """Two products with the head, which reads (upcasts, unpacks) all of it for every chunk, and eight passes over logits.
-    """
+    """Two products with the head, each of which reads (upcasts, unpacks) it for a chunk; eight passes over logits."""
     hidden, head = prices.parts.head_spec
     vocabulary, hidden_size = head.shape[0], hidden.shape[1]
     is_packed = layout.levers.nf4_head

@@ -34,6 +34,7 @@ CATEGORIES = (
     "other",
 )
 # What an operation's result is for, where the operation tells.
+_DEVICE_OF = torch.ops.prim.device.default
 _CATEGORY_OF_OP = {
     "bitsandbytes::dequantize_4bit": "dequant_workspace",
     "bitsandbytes::dequantize_blockwise": "dequant_workspace",
@@ -205,6 +206,8 @@ class StorageTracker(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is _DEVICE_OF:  # half of all that is dispatched
+            return out
         traits = _traits(func)
         results = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ()
         number = self._default_category if traits.category is None else traits.category

@@ -175,3 +175,24 @@ def test_a_row_operation_takes_what_the_profiler_counts(
     assert planned_bytes > 0
     found_bytes = bytes_beyond_results(lambda: op(*tensors, *others))
     assert found_bytes == pytest.approx(planned_bytes, abs=TOLERANCE_BYTES)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 49_155, 151_936])
+@pytest.mark.parametrize("is_on_host", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("chunk", "needs_gradient", "softcap"), [(64, True, 0.0), (64, False, 30.0), (256, True, 30.0)]
+)
+def test_blocks_of_a_vocabulary_are_a_line(
+    vocabulary: int, is_on_host: bool, dtype: torch.dtype, chunk: int, needs_gradient: bool, softcap: float
+) -> None:
+    """Two chunks with a projection of tens of blocks, against a trace of every block.
+
+    Mutations tried: the last block, which is not whole, left out; a block more.
+    """
+    device = torch.device("cpu")
+    hidden = TensorSpec((2 * chunk, 2048), dtype, device)
+    targets = TensorSpec((2 * chunk,), torch.int64, device)
+    weight = TensorSpec((vocabulary, 2048), torch.bfloat16, device)
+    arguments = (hidden, targets, weight, None, 1.0, softcap, chunk, needs_gradient, None, is_on_host)
+    assert bytes_of(Inside(0, inside.LOSS, arguments)) == inside._traced_bytes(inside.LOSS, arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -18,13 +18,14 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning.budget import Budget, gpu_budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
-from qlora_trainer.planning.full_trace import StateTrace, without_collector
+from qlora_trainer.planning.full_trace import without_collector
 from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import PHASES, Layout, Usage, usage
 from qlora_trainer.planning.search import Candidate, layout_of
+from qlora_trainer.planning.state_trace import StateTrace
 from qlora_trainer.planning.timeline import Level
 from qlora_trainer.planning.tracker import CATEGORIES
-from qlora_trainer.step.optimizer import num_flat_elements
+from qlora_trainer.planning.trained import trained_at
 from tests.model.tiny_bases import CONFIGS, small_config
 
 NUM_LAYERS, SEQ_LEN, RANK = 6, 256, 16
@@ -195,7 +196,7 @@ def test_what_grows_with_a_knob(planners: Callable[[str, str], Planner]) -> None
     assert peak_bytes(replace(layout, rank=64)) > peak_bytes(layout)
     assert peak_bytes(replace(layout, loss_chunk=512)) > peak_bytes(layout)
     # Master (32 bits) and two moments, of 32 or of 8 bits and a scale for 256 elements.
-    num_elements = num_flat_elements(planner.shapes(RANK).values())
+    num_elements = planner.trained(RANK).num_elements
     saved = peak_bytes(layout) - peak_bytes(layout, "adamw_8bit")
     assert saved == pytest.approx(6 * num_elements - 8 * num_elements / 256, abs=4096)
 
@@ -203,12 +204,19 @@ def test_what_grows_with_a_knob(planners: Callable[[str, str], Planner]) -> None
 def test_an_fp32_adapter_is_its_own_master(planners: Callable[[str, str], Planner]) -> None:
     planner = planners("llama", "cpu")
     layout = layout_of(planner.space(RANK, SEQ_LEN), 256, 64, NUM_LAYERS)
-    num_elements = sum(math.prod(shape) for shape in planner.shapes(RANK).values())
+    num_elements = sum(math.prod(shape) for shape in planner.trained(RANK).shapes.values())
     in_16_bits = planner.price(layout, "adamw_32bit").resident
-    wide = replace(planner, adapter_dtype=torch.float32)
+    of_32_bits = partial(
+        trained_at,
+        dry=planner.dry,
+        settings=planner.settings,
+        memory=planner.budget.memory,
+        adapter_dtype=torch.float32,
+    )
+    wide = replace(planner, adapter_dtype=torch.float32, trained=of_32_bits)
     in_32_bits = wide.price(layout, "adamw_32bit").resident
     assert (in_16_bits["adapter"], in_32_bits["adapter"]) == (2 * num_elements, 0)
-    assert in_16_bits["gradient"] == in_32_bits["gradient"] == 4 * num_flat_elements(planner.shapes(RANK).values())
+    assert in_16_bits["gradient"] == in_32_bits["gradient"] == 4 * planner.trained(RANK).num_elements
 
 
 BYTES = st.integers(0, 2**40)

@@ -24,11 +24,12 @@ from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.pull_levers import pull_levers
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
-from qlora_trainer.planning.full_trace import trace_state, trace_training
+from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.price import Layout, Prices, evaluation_level
 from qlora_trainer.planning.pulled import pulled
 from qlora_trainer.planning.rungs import pulled_levers
 from qlora_trainer.planning.shallow_trace import trace_step
+from qlora_trainer.planning.state_trace import trace_state
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import Document
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings, num_flat_elements

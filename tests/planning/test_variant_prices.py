@@ -52,7 +52,7 @@ def test_prices_are_those_of_a_full_trace(variant: str, device: str, planners: C
 
 def test_ranks_of_a_pattern_count_as_they_are(planners: Callable[[str, str], Planner]) -> None:
     planner = planners("ranks", "cpu")
-    shapes = planner.shapes(RANK)
+    shapes = planner.trained(RANK).shapes
     ranks = {name: shape[0] for name, shape in shapes.items() if name.endswith("lora_A")}
     assert ranks["model.layers.0.self_attn.q_proj.lora_A"] == ranks["model.layers.2.self_attn.q_proj.lora_A"] == 64
     assert ranks["model.layers.2.mlp.up_proj.lora_A"] == 2
@@ -76,7 +76,7 @@ def test_magnitudes_are_fp32_and_have_a_norm_beside_them(dtype: str, item_bytes:
         planner = make_planner("llama", CPU, f"lora.use_dora={str(name == 'dora').lower()}", f"lora.dtype={dtype}")
         layout = layout_of(planner.space(RANK, 256), 256, 64, NUM_LAYERS)
         resident[name] = planner.price(layout, "adamw_32bit").resident
-        count = sum(math.prod(shape) for shape in planner.shapes(RANK).values())
+        count = sum(math.prod(shape) for shape in planner.trained(RANK).shapes.values())
     rows = NUM_LAYERS * (64 + 32 + 32 + 256 + 512 + 512 + 256)
     assert resident["dora"]["adapter"] - resident["plain"]["adapter"] == 4 * rows
     assert resident["dora"]["adapter"] == item_bytes * (count - rows) + 4 * rows
@@ -92,7 +92,7 @@ def test_a_table_that_is_trained_takes_the_place_of_the_frozen_one(planners: Cal
     frozen, trained = (
         planner.price(layout, "adamw_32bit").resident for planner, layout in zip((plain, head), layouts, strict=True)
     )
-    table = math.prod(head.shapes(RANK)["lm_head.weight"])
+    table = math.prod(head.trained(RANK).shapes["lm_head.weight"])
     assert trained["embedding"] == frozen["embedding"] - 2 * table
     assert trained["adapter"] == frozen["adapter"] + 2 * table
     assert trained["gradient"] == frozen["gradient"] + 4 * table
@@ -105,7 +105,7 @@ def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], P
     planner = planners("ranks", "cpu")
     layouts = [planner.space(rank, 256) for rank in (8, 128)]
     assert [layout.rank for layout in layouts] == [8, 128]
-    adapters = [planner.shapes(rank) for rank in (8, 128)]
+    adapters = [planner.trained(rank).shapes for rank in (8, 128)]
     name = "model.layers.0.self_attn.q_proj.lora_A"
     assert adapters[0][name] == adapters[1][name] == (64, 256)
     assert planner.prices(8, NO_LEVERS) is planner.prices(8, NO_LEVERS) is not planner.prices(128, NO_LEVERS)
