@@ -115,7 +115,10 @@ def read_config_fields(path: Path) -> dict[str, Any]:
         if name in fields and fields[name] not in allowed:
             raise wrong_adapter(path, f"{name} = {fields[name]!r}", f"{allowed[0]!r}")
     _check_variants(path, fields)
-    return dict(fields) | {"revision": fields.get("revision") or None}
+    layers = fields.get("layers_to_transform")
+    one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
+    one_form |= {"layers_to_transform": [layers]} if isinstance(layers, int) else {}
+    return dict(fields) | one_form
 
 
 def settings_of(
@@ -139,9 +142,8 @@ def settings_of(
     targets = _meant(linear_names, fields["target_modules"], where, "target_modules", "linears inside the layers")
     layers = fields.get("layers_to_transform")
     if layers is not None and layers != []:
-        numbers = [layers] if isinstance(layers, int) else layers
         pattern = fields.get("layers_pattern") or ()
-        chosen = in_layers(targets, numbers, [pattern] if isinstance(pattern, str) else pattern)
+        chosen = in_layers(targets, layers, [pattern] if isinstance(pattern, str) else pattern)
         targets = tuple(name for name in targets if name in chosen or name in fields["target_modules"])  # as PEFT does
     saved = fields.get("modules_to_save") or []
     if saved and tables is None:

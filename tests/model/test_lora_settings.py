@@ -61,7 +61,8 @@ def test_layers_are_those_that_peft_transforms(
     config.layers_pattern = pattern
     expected = tuple(name for name in LINEARS if check_target_module_exists(config, name))
     fields = {"r": 4, "lora_alpha": 8, "target_modules": targets}
-    fields |= {"layers_to_transform": layers, "layers_pattern": pattern}
+    read = [layers] if isinstance(layers, int) else layers  # as `read_config_fields` gives it
+    fields |= {"layers_to_transform": read, "layers_pattern": pattern}
     assert settings_of(fields, linear_names=LINEARS, tables=None).targets == expected
 
 

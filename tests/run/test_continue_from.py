@@ -34,7 +34,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "patterns": {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"v_proj": 2}, "use_rslora": True},
     "dora": {"use_dora": True},
-    "layers": {"layers_to_transform": [1]},
+    "layers": {"layers_to_transform": 0},  # a number, which is false
 }
 
 
@@ -118,7 +118,7 @@ def test_what_the_config_leaves_open_is_taken_from_the_adapter(tmp_path: Path, b
     assert (lora.rank, lora.alpha, lora.use_rslora, lora.use_dora) == (3, 5, True, False)
     assert set(lora.target_modules) == {"q_proj", "v_proj", "down_proj"}
     assert (lora.layers_to_transform, lora.rank_pattern, lora.alpha_pattern) == (
-        (1,),
+        (0,),
         (("q_proj", 5),),
         (("v_proj", 2),),
     )
