@@ -180,9 +180,7 @@ def test_a_row_operation_takes_what_the_profiler_counts(
 @pytest.mark.parametrize("vocabulary", [32_000, 49_155, 151_936])
 @pytest.mark.parametrize("is_on_host", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("chunk", "needs_gradient", "softcap"), [(64, True, 0.0), (64, False, 30.0), (256, True, 30.0)]
-)
+@pytest.mark.parametrize("chunk, needs_gradient, softcap", [(64, True, 0.0), (64, False, 30.0), (256, True, 30.0)])
 def test_blocks_of_a_vocabulary_are_a_line(
     vocabulary: int, is_on_host: bool, dtype: torch.dtype, chunk: int, needs_gradient: bool, softcap: float
 ) -> None:
