@@ -3,8 +3,8 @@
     python -m tests.hardware.wheel_signatures FOLDER      (a wheel of torch, unpacked)
 
 Nothing of it is imported, so a wheel for another system will do: macOS's has no CUDA libraries and is a tenth as large.
-Exits with 1 and names the calls that this torch does not take. What is made in C++ alone tells no signature: then only
-the name is looked for, in torch's type stubs.
+Exits with 1 and names the calls that this torch does not take. What is made in C++ has its signature in torch's type
+stubs; operators that only C++ registers have none, and must be called by torch's own Python files as we call them.
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ class Wheel:
         is_aten = call.name.startswith("torch.ops.aten.") or owner == ["torch"]
         if is_aten and name in self._schemas:
             require_one_takes(call, self._schemas[name])
-        elif call.name.startswith(("torch._C.", "torch.ops.")):
-            if not re.search(rf"\b{name}\b", self._stubs) and not call.name.startswith("torch.ops."):
-                raise AttributeError(f"no {name} in {_STUBS}")
+        elif call.name.startswith("torch.ops."):
+            if call.num_positional or call.keywords or f"{call.name}()" not in self._python_files:
+                raise AttributeError("not called so in any of torch's own files")
+        elif call.name.startswith("torch._C."):
+            self._require_stub_binds(call, call.name.split(".")[2:])
         else:
             self._require_binds(call, self._found(call.name.split(".")))
 
@@ -68,8 +70,28 @@ class Wheel:
         return found
 
     @cached_property
-    def _stubs(self) -> str:
-        return (self._folder / _STUBS).read_text()
+    def _stubs(self) -> ast.Module:
+        return ast.parse((self._folder / _STUBS).read_text())
+
+    @cached_property
+    def _python_files(self) -> str:
+        return "\n".join(path.read_text() for path in sorted((self._folder / "torch").rglob("*.py")))
+
+    def _require_stub_binds(self, call: LibraryCall, parts: Sequence[str]) -> None:
+        """One of the overloads of a function, or of a class's constructor, must."""
+        tree: ast.Module | ast.ClassDef = self._stubs
+        for part in parts[:-1]:
+            tree = next(own for own in _definitions(tree) if isinstance(own, ast.ClassDef) and own.name == part)
+        found = [own for own in _definitions(tree) if _name_of(own) == parts[-1]]
+        problems = []
+        for own in found:
+            try:
+                self._require_binds(call, own)
+            except TypeError as error:
+                problems.append(str(error))
+            else:
+                return
+        raise TypeError("; ".join(problems)) if found else AttributeError(f"no {'.'.join(parts)} in {_STUBS}")
 
     def _found(self, parts: Sequence[str]) -> _Definition:
         for cut in range(len(parts) - 1, 0, -1):
