@@ -17,6 +17,7 @@ from qlora_trainer.model.base_stream import layer_bytes, linears_of_layers
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.tables import embeddings_of, tables_of
 from qlora_trainer.planning.dry_model import attach_dry_adapters
+from qlora_trainer.planning.explain import would_fit
 from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import Layout, Usage
 from qlora_trainer.planning.pulled import pulled
@@ -275,3 +276,48 @@ def test_an_optimizer_on_the_host_takes_nothing_of_the_device(planners: Callable
     assert moved.host_bytes - whole.host_bytes == pytest.approx(whole.resident["optimizer"], rel=1e-3)
     assert moved.resident["adapter"] == whole.resident["adapter"]  # bf16: they were there before
     assert moved.phases["optimizer"] < whole.phases["optimizer"]
+
+
+def test_levers_are_given_up_in_their_order(planners: Callable[[str, str], Planner]) -> None:
+    """Mutation tried: a head in NF4 among what a plan may pull."""
+    pullable = ["tile_tokens", "optimizer_on_host", "embedding_residency", "base_residency"]
+    for device, expected in (("accelerator", pullable), ("cpu", [pullable[0], *pullable[2:]])):
+        planner = planners("llama", device)
+        assert list(planner.pullable()) == expected
+        assert [lever.name for lever in planner.levers()] == ["offload", *expected]
+        memory = planner.config.memory.model_copy(update={"tile_tokens": 64, "base_residency": "device"})
+        pinned = replace(planner, config=planner.config.model_copy(update={"memory": memory}))
+        assert [lever.name for lever in pinned.levers()] == ["offload", *expected[1:-1]]
+        assert pinned.space(RANK, SEQ_LEN).levers == Levers(tile_tokens=64)
+
+
+def offered(planner: Planner, own: Layout) -> list[str]:
+    """Where any single change is enough."""
+    least = Candidate(own, "paged_adamw_32bit", planner.price(own, "paged_adamw_32bit"), 1.0)
+    changes = would_fit(least, planner, process_bytes=2**34, host_bytes=0)
+    return [change.knob for change in changes]
+
+
+def test_what_would_fit_is_offered_in_the_order_of_giving_up(
+    planners: Callable[[str, str], Planner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What costs time before what is learned otherwise; that before what was asked to be learned."""
+    used = planners("llama", "accelerator").price(layout(2, 0), "adamw_32bit")
+    monkeypatch.setattr(Planner, "price", lambda *_: used)  # what each of them takes is others' to test
+    of_optimizer_and_head = ["training.optimizer", "quantization.head"]
+    levers = ["tile_tokens", "optimizer_residency", "embedding_residency", "base_residency", "loss_chunk_tokens"]
+    expected = [f"memory.{key}" for key in ("micro_batch_tokens", "activation_checkpointing", *levers)]
+    expected += [*of_optimizer_and_head, "data.seq_len", "lora.rank", "--vram"]
+    planner = planners("llama", "accelerator")
+    kept = replace(layout(0, 0, tokens=1024), loss_chunk=256)
+    assert offered(planner, kept) == expected
+    recomputed = replace(kept, num_recomputed=NUM_LAYERS)
+    expected[1] = "memory.activation_offload"
+    assert offered(planner, recomputed) == expected
+    # Not where it would save nothing, is there already, or there is none.
+    for without, own in (
+        (planner, replace(recomputed, levers=ON_HOST)),
+        (planner, replace(recomputed, levers=Levers(nf4_head=True))),
+        (planners("gemma2", "accelerator"), recomputed),
+    ):
+        assert "quantization.head" not in offered(without, own)
