@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, attend, working_bytes
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.model import attention, row_ops
+from qlora_trainer.model import attention, nf4, row_ops
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
 from qlora_trainer.planning import inside
 from qlora_trainer.planning.inside import ATTENTION, ROW_OPS, bytes_of
@@ -193,4 +193,19 @@ def test_blocks_of_a_vocabulary_are_a_line(
     targets = TensorSpec((2 * chunk,), torch.int64, device)
     weight = TensorSpec((vocabulary, 2048), torch.bfloat16, device)
     arguments = (hidden, targets, weight, None, 1.0, softcap, chunk, needs_gradient, None, is_on_host)
+    assert bytes_of(Inside(0, inside.LOSS, arguments)) == inside._traced_bytes(inside.LOSS, arguments)
+
+
+@pytest.mark.parametrize("vocabulary", [32_000, 49_155])
+@pytest.mark.parametrize("dtype, double_quant", [(torch.float32, True), (torch.bfloat16, False)])
+def test_blocks_of_a_vocabulary_in_nf4_are_a_line(vocabulary: int, dtype: torch.dtype, double_quant: bool) -> None:
+    """Mutation tried: scales of the whole vocabulary beside a part of it, which no trace takes."""
+    device = torch.device("cpu")
+    code = torch.empty(256, device="meta") if double_quant else None
+    packed = nf4.empty((vocabulary, 2048), code=code, device=torch.device("meta"))
+    weight = TensorSpec((vocabulary, 1024), torch.uint8, device)
+    scales = (packed.absmax, packed.nested_absmax, packed.offset, packed.code)
+    specs = (None if one is None else TensorSpec(tuple(one.shape), one.dtype, device) for one in scales)
+    hidden, targets = TensorSpec((128, 2048), dtype, device), TensorSpec((128,), torch.int64, device)
+    arguments = (hidden, targets, weight, None, 1.0, 0.0, 64, True, None, False, None, None, None, *specs)
     assert bytes_of(Inside(0, inside.LOSS, arguments)) == inside._traced_bytes(inside.LOSS, arguments)
