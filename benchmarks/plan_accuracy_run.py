@@ -10,6 +10,7 @@ at each record; the kernel's mark is set back there (`/proc/self/clear_refs`), s
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 from collections.abc import Iterator, Sequence
@@ -217,6 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             measured[part] = run_and_read_kernel(records, predicted, until_saved)
         records.close()  # type: ignore[attr-defined]  # it is a generator, and holds the run folder's lock
+        gc.collect()  # a model that is let go of during the next part would count as less than nothing there
     chosen.result.write_text(json.dumps({"predicted": predicted, "measured": measured}))
 
 
