@@ -1,6 +1,6 @@
 """Runs in a control group whose memory limit is the budget: no kill, and the budget is used.
 
-    python -m benchmarks.hard_limit [--base smollm2-135m] [--seq-len 256] [--budgets 10] [--folder DIR] [--json FILE]
+    python -m benchmarks.hard_limit [--base smollm2-135m] [--seq-len 256] [--budgets 10] [--with-levers] [--json FILE]
 
 The smallest budget is what the smallest plan needs, as `train` itself says; the largest is a little above what the
 fastest plan needs; the others lie between, in equal ratios. Each run, in a process of its own, has an evaluation before
@@ -9,7 +9,8 @@ control groups (root, as a rule).
 
 Each run measures the machine's speed for itself, so their estimates of time differ. Here one speed is measured, and
 with it every layout is estimated (each multiple of 64 tokens, each chunk, each number of kept layers, far more than a
-search tries): the table has the chosen one's speed, and that of the fastest that fits the budget.
+search tries): the table has the chosen one's speed, and that of the fastest that fits the budget. `--with-levers`
+leaves the levers to the plan, too; then layouts are those of each set of levers that a search tries.
 
 Exit code 1 if a run does not end well, if the kernel ended a process of the group (its own counter says so), or if a
 plan leaves more than 15 % of its budget although a layout that is more than 2 % faster would fit.
@@ -18,6 +19,7 @@ plan leaves more than 15 % of its budget although a layout that is more than 2 %
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import signal
@@ -27,9 +29,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.plan_accuracy_inputs import ARCHITECTURES, SMOLLM2, write_base, write_documents
+from qlora_trainer.config.sizes import parse_size_bytes
+from qlora_trainer.planning.price import Layout
 from tests.hardware.memory_group import memory_group
 
 REPOSITORY = Path(__file__).parents[1]
@@ -38,7 +42,12 @@ LEAST_USED_SHARE = 0.85
 LEAST_OF_FASTEST = 0.98  # of the fastest that fits: what two measurements of the machine's speed may differ by
 RANK = 16  # the default
 IN_FP32 = "quantization.compute_dtype=float32"  # losses of different cuts are compared
-NO_LEVERS = ("memory.activation_offload=false", "memory.tile_tokens=0", "memory.base_residency=device")
+NO_LEVERS = (
+    "memory.activation_offload=false",
+    "memory.tile_tokens=0",
+    "memory.embedding_residency=device",
+    "memory.base_residency=device",
+)
 # The plan asks what its own process takes, and `train` imports a little more than what plans here.
 SPARE_BYTES = 12 * MIB
 _PLAN = """
@@ -59,7 +68,7 @@ class Outcome:
         exit_code: of the process; negative, the signal that ended it.
         num_kills: processes of the group that the kernel ended for want of memory.
         planned_bytes, measured_bytes: resident peak by plan and by kernel; 0 for a run that did not end well.
-        micro_batch_tokens, kept_layers, loss_chunk: the plan's choice.
+        knobs: the plan's choice, as in `Estimated`.
         losses: of the steps.
         eval_losses: of held-out rows, before and after.
     """
@@ -69,9 +78,7 @@ class Outcome:
     num_kills: int
     planned_bytes: int = 0
     measured_bytes: int = 0
-    micro_batch_tokens: int = 0
-    kept_layers: int = 0
-    loss_chunk: int = 0
+    knobs: Knobs | None = None
     losses: tuple[float, ...] = ()
     eval_losses: tuple[float, ...] = ()
 
@@ -97,15 +104,37 @@ class Outcome:
         return max((one.tokens_per_second for one in fitting), default=0.0)
 
     def _own(self, layouts: Sequence[Estimated]) -> Estimated | None:
-        knobs = (self.micro_batch_tokens, self.kept_layers, self.loss_chunk)
-        return next((one for one in layouts if one.knobs == knobs), None)
+        return next((one for one in layouts if one.knobs == self.knobs), None)
+
+
+class Knobs(NamedTuple):
+    """What a plan decides."""
+
+    micro_batch_tokens: int
+    kept_layers: int
+    offloaded_layers: int
+    loss_chunk: int
+    tile_tokens: int
+    embedding_residency: str
+    base_residency: str
+
+    @property
+    def levers(self) -> str:
+        """What is pulled, in words."""
+        words = {
+            f"{self.offloaded_layers} offloaded": self.offloaded_layers,
+            "tiles": self.tile_tokens,
+            "tables": self.embedding_residency == "host",
+            "streamed": self.base_residency == "streamed",
+        }
+        return ", ".join(word for word, is_pulled in words.items() if is_pulled)
 
 
 @dataclass(frozen=True, slots=True)
 class Estimated:
-    """A layout: (micro-batch tokens, layers kept, loss chunk), what a process with it takes, and its speed."""
+    """A layout, what a process with it takes, and its speed."""
 
-    knobs: tuple[int, int, int]
+    knobs: Knobs
     process_bytes: int
     tokens_per_second: float
 
@@ -115,6 +144,7 @@ def estimate_all(overrides: Sequence[str]) -> list[Estimated]:
     from qlora_trainer.config.load import load_config
     from qlora_trainer.hardware.device import choose_device
     from qlora_trainer.planning.planner import Planner
+    from qlora_trainer.planning.rungs import tried
     from qlora_trainer.planning.search import layout_of
     from qlora_trainer.run.inputs import read_inputs
     from qlora_trainer.run.knobs import decide_machine_knobs
@@ -131,14 +161,26 @@ def estimate_all(overrides: Sequence[str]) -> list[Estimated]:
     )
     space = planner.space(config.lora.rank if isinstance(config.lora.rank, int) else 16, documents.seq_len)
     found = []
-    for tokens in range(space.tokens[0], space.tokens[-1] + 1, ROW_MULTIPLE):
-        for chunk in space.loss_chunks:
-            for num_kept in range(planner.dry.num_layers + 1):
-                layout = layout_of(space, tokens, chunk, planner.dry.num_layers - num_kept)
-                used = planner.price(layout, space.optimizer)
-                process_bytes = planner.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
-                found.append(Estimated((tokens, num_kept, layout.loss_chunk), process_bytes, planner.estimate(layout)))
+    ranges = (range(space.tokens[0], space.tokens[-1] + 1, ROW_MULTIPLE), space.loss_chunks)
+    for own in tried(space, planner.levers()):
+        for tokens, chunk, policy in itertools.product(*ranges, range(own.num_policies)):
+            layout = layout_of(own, tokens, chunk, *own.policy(policy))
+            used = planner.price(layout, own.optimizer)
+            process_bytes = planner.budget.memory.process_bytes(used.peak_bytes, used.paged_bytes)
+            found.append(Estimated(_knobs(layout, planner.dry.num_layers), process_bytes, planner.estimate(layout)))
     return found
+
+
+def _knobs(layout: Layout, num_layers: int) -> Knobs:
+    return Knobs(
+        micro_batch_tokens=layout.tokens,
+        kept_layers=num_layers - layout.num_recomputed,
+        offloaded_layers=layout.num_offloaded,
+        loss_chunk=layout.loss_chunk,
+        tile_tokens=layout.levers.tile_tokens,
+        embedding_residency=layout.levers.embedding_residency,
+        base_residency=layout.levers.base_residency,
+    )
 
 
 def smallest_and_fastest(overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -183,9 +225,15 @@ def run_limited(overrides: Sequence[str], budget_bytes: int, folder: Path) -> Ou
         num_kills=num_kills,
         planned_bytes=plan["predicted"]["process_peak_bytes"],
         measured_bytes=summary["measured_peak_bytes"],
-        micro_batch_tokens=plan["knobs"]["micro_batch_tokens"],
-        kept_layers=plan["knobs"]["activation_keep_layers"],
-        loss_chunk=plan["knobs"]["loss_chunk"],
+        knobs=Knobs(
+            micro_batch_tokens=plan["knobs"]["micro_batch_tokens"],
+            kept_layers=plan["knobs"]["activation_keep_layers"],
+            offloaded_layers=plan["knobs"]["activation_offload_layers"],
+            loss_chunk=plan["knobs"]["loss_chunk"],
+            tile_tokens=plan["knobs"]["tile_tokens"],
+            embedding_residency=plan["knobs"]["embedding_residency"],
+            base_residency=plan["knobs"]["base_residency"],
+        ),
         losses=tuple(line["loss"] for line in lines if "loss" in line),
         eval_losses=(summary["eval_loss_before"], summary["eval_loss_after"]),
     )
@@ -197,6 +245,7 @@ def between(smallest: int, largest: int, count: int) -> list[int]:
 
 
 def _row(outcome: Outcome, layouts: Sequence[Estimated]) -> str:
+    knobs = outcome.knobs or Knobs(0, 0, 0, 0, 0, "", "")
     ending = "ended well" if outcome.exit_code == 0 else f"exit code {outcome.exit_code}"
     if outcome.exit_code == -signal.SIGKILL or outcome.num_kills:
         ending = "KILLED"
@@ -204,9 +253,10 @@ def _row(outcome: Outcome, layouts: Sequence[Estimated]) -> str:
         f"{outcome.budget_bytes / MIB:,.0f}",
         f"{outcome.planned_bytes / MIB:,.0f} ({outcome.planned_bytes / outcome.budget_bytes:.0%})",
         f"{outcome.measured_bytes / MIB:,.0f} ({outcome.measured_bytes / outcome.budget_bytes:.0%})",
-        f"{outcome.micro_batch_tokens:,}",
-        str(outcome.kept_layers),
-        f"{outcome.loss_chunk:,}",
+        f"{knobs.micro_batch_tokens:,}",
+        str(knobs.kept_layers),
+        f"{knobs.loss_chunk:,}",
+        knobs.levers,
         f"{outcome.tokens_per_second(layouts):,.0f}",
         f"{outcome.fastest(layouts):,.0f}",
         " ".join(f"{loss:.5f}" for loss in outcome.losses),
@@ -222,22 +272,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8, help="documents in a global batch")
     parser.add_argument("--budgets", type=int, default=10)
+    parser.add_argument("--with-levers", action="store_true", help="leave them to the plan")
+    parser.add_argument("--largest", help="the largest budget, such as 1GiB, in place of the fastest plan's")
     parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args(arguments)
     outcomes = []
     with tempfile.TemporaryDirectory(prefix="hard-limit-", dir=chosen.folder) as temporary:
         folder = Path(temporary)
-        overrides = [*small_run(folder, chosen.base, seq_len=chosen.seq_len, batch=chosen.batch), IN_FP32]
+        size = {"seq_len": chosen.seq_len, "batch": chosen.batch}
+        overrides = [*small_run(folder, chosen.base, **size, with_levers=chosen.with_levers), IN_FP32]
         run_limited(overrides, 16 * 2**30, folder / "warm")  # the NF4 cache is made
         smallest, fastest = smallest_and_fastest(overrides)
         layouts = estimate_all(overrides)
         least, most = (plan["predicted"]["process_peak_bytes"] + SPARE_BYTES for plan in (smallest, fastest))
-        print(
-            "| budget, MiB | plan | measured | micro-batch tokens | layers kept | chunk | tokens/s | best | losses | |"
-        )
-        print("|---:|---:|---:|---:|---:|---:|---:|---:|---|---|")
-        for number, budget in enumerate(between(least, round(1.05 * most), chosen.budgets)):
+        largest = round(1.05 * most) if chosen.largest is None else parse_size_bytes(chosen.largest)
+        titles = ("budget, MiB", "plan", "measured", "micro-batch tokens", "layers kept", "chunk", "levers")
+        print(f"| {' | '.join((*titles, 'tokens/s', 'best', 'losses'))} | |")
+        print("|---:|---:|---:|---:|---:|---:|---|---:|---:|---|---|")
+        for number, budget in enumerate(between(least, largest, chosen.budgets)):
             outcomes.append(run_limited(overrides, budget, folder / f"run-{number}"))
             print(_row(outcomes[-1], layouts), flush=True)
     if chosen.json:
@@ -248,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def small_run(folder: Path, base: str, *, seq_len: int, batch: int, with_levers: bool = False) -> list[str]:
     """Overrides of a run of four steps, of `batch` documents of `seq_len` tokens each; its data are written.
 
-    Without levers, all that is decided is in `Estimated.knobs`.
+    Without levers, none is pulled.
     """
     from qlora_trainer.model.base import read_tokenizer, resolve_base
 
