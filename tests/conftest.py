@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,6 +24,12 @@ from qlora_trainer.errors import StorageError
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays: a collector need not walk through all of torch and the tests, as it does once a plan."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -32,6 +32,7 @@ def test_the_generated_checkpoint_is_one_that_transformers_loads(tmp_path: Path)
         assert float(tensor.float().std()) == pytest.approx(0.02, rel=0.2)
 
 
+@pytest.mark.slow
 def test_a_cold_and_a_warm_load_stay_within_the_promise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     exit_code = main(["--size", "tiny", "--folder", str(tmp_path), "--json"])
 

@@ -137,6 +137,7 @@ def test_windows_and_stretched_positions_are_kept() -> None:
     assert built_config("llama-3.2-1b").rope_parameters["factor"] == 32.0
 
 
+@pytest.mark.slow
 def test_the_packaged_base_is_the_one_that_is_known() -> None:
     base = PACKAGED_BASES["smollm2-135m"]
     package = find_spec(base.package)
