@@ -75,6 +75,27 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "vocab_size": 2048,
         "tie_word_embeddings": False,
     },
+    "llama-53m": {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 16384,
+        "tie_word_embeddings": False,
+    },
+    # SmolLM2-135M's sizes, for what a base with one table cannot have.
+    "smollm2-untied": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": False,
+    },
 }
 MAX_POSITIONS = 8192
 SMOLLM2 = "smollm2-135m"
@@ -102,7 +123,13 @@ class Case:
     def name(self) -> str:
         policy = "recompute" if self.recompute else "keep"
         words = (self.architecture, f"{self.documents}x{self.seq_len}", f"r{self.rank}", policy, f"{self.bits}bit")
-        return " ".join((*words, "fp32" if self.dtype == "float32" else "bf16", *self.options))
+        told = (option for option in self.options if option not in NO_LEVER.values())
+        return " ".join((*words, "fp32" if self.dtype == "float32" else "bf16", *told))
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether pages of the mapped base are given back while it runs, which an allocator does not show."""
+        return bool({"memory.embedding_residency=host", "memory.base_residency=streamed"} & set(self.options))
 
 
 def _case(text: str, *options: str) -> Case:
@@ -114,6 +141,27 @@ def _case(text: str, *options: str) -> Case:
     return Case(
         architecture, seq_len, documents, number, policy == "recompute", int(bits[:-3]), dtype, int(chunk[1:]), options
     )
+
+
+# Pinned where a case is about another one: the planner would pull what is faster.
+NO_LEVER = {
+    key: f"{key}={value}"
+    for key, value in (
+        ("memory.activation_offload", "false"),
+        ("memory.tile_tokens", "0"),
+        ("memory.embedding_residency", "device"),
+        ("memory.base_residency", "device"),
+    )
+}
+
+
+def _lever_case(architecture: str, options: tuple[str, ...]) -> Case:
+    """Two documents of 1,024 tokens, all layers recomputed; a head in NF4 on a base that has one of its own."""
+    if architecture == SMOLLM2 and "quantization.head=nf4" in options:
+        architecture = "smollm2-untied"
+    keys = {option.partition("=")[0] for option in options}
+    pinned = (option for key, option in NO_LEVER.items() if key not in keys)
+    return _case(f"{architecture} 2x1024 r16 recompute 32bit fp32 c256", *pinned, *options)
 
 
 CASES = (
@@ -154,9 +202,24 @@ CASES = (
     _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256"),
     _case(f"{SMOLLM2} 1x2048 r8 recompute 8bit bf16 c512"),
     _case(f"{SMOLLM2} 1x512 r64 keep 32bit fp32 c128"),
-    _case("llama 2x1024 r16 recompute 32bit fp32 c256", "memory.activation_offload=true"),
-    _case("qwen3 1x4096 r8 recompute 32bit fp32 c256", "memory.activation_offload=3"),
-    _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256", "memory.activation_offload=true"),
+)
+# Each lever at three sizes; an optimizer on the host is none on a CPU, where that is the device.
+LEVERS = (
+    ("memory.activation_offload=true",),
+    ("memory.tile_tokens=128",),
+    ("memory.embedding_residency=host",),
+    ("memory.base_residency=streamed",),
+    ("quantization.head=nf4",),
+    (
+        "memory.activation_offload=true",
+        "memory.tile_tokens=128",
+        "memory.embedding_residency=host",
+        "memory.base_residency=streamed",
+    ),
+)
+LEVER_CASES = (
+    *(_lever_case(architecture, options) for options in LEVERS for architecture in ("llama", "llama-53m", SMOLLM2)),
+    _lever_case("qwen3", ("memory.activation_offload=3",)),
 )
 QUICK = (CASES[0], CASES[12], CASES[21])
 
