@@ -336,11 +336,14 @@ class Planner:
 
 
 def _with_few_tiles(layout: Layout) -> Layout:
-    """The same with `TRACED_TILES` tiles of tokens at most, in one document."""
-    tokens = TRACED_TILES * layout.levers.tile_tokens
-    if not tokens or tokens >= layout.tokens or layout.rows > 1:
+    """The same with about `TRACED_TILES` tiles of tokens at most, in one document or in as many rows as they take."""
+    tokens, row_tokens = TRACED_TILES * layout.levers.tile_tokens, layout.tokens // layout.rows
+    if not tokens or tokens >= layout.tokens:
         return layout
-    return replace(layout, tokens=tokens, seq_len=min(layout.seq_len, tokens))
+    if layout.rows == 1 or row_tokens >= tokens:
+        return replace(layout, tokens=tokens, seq_len=min(layout.seq_len, tokens), rows=1)
+    rows = min(layout.rows, -(-tokens // row_tokens))
+    return replace(layout, tokens=rows * row_tokens, rows=rows)
 
 
 def _scaled(level: Level, factor: float) -> Level:

@@ -24,13 +24,14 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device_memory import cpu_memory
+from qlora_trainer.planning import planner as planner_module
 from qlora_trainer.planning.budget import Budget, gpu_budget
 from qlora_trainer.planning.document_lengths import DEFAULT_SEQ_LEN, DocumentLengths, full_length
 from qlora_trainer.planning.full_trace import without_collector
 from qlora_trainer.planning.make_plan import choose, choose_rank, make_plan
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.planning.planner import Planner
-from qlora_trainer.planning.price import PHASES
+from qlora_trainer.planning.price import PHASES, Layout
 from qlora_trainer.planning.search import Candidate, smallest
 from qlora_trainer.planning.tracker import CATEGORIES
 from qlora_trainer.run.planned import require_fit
@@ -434,6 +435,45 @@ def test_a_pinned_micro_batch_beyond_all_memory_is_told_at_once() -> None:
     assert plan.knobs.micro_batch_tokens == 10**9
     assert plan.missing_bytes > 10**12
     assert plan.would_fit[0].knob == "memory.micro_batch_tokens"
+
+
+def test_rows_of_a_pinned_micro_batch_in_tiles_are_not_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten million tokens are 150,000 tiles. Fails, after hours, where rows of their own are traced all of them."""
+    seen: list[Layout] = []
+    traced = Planner._traced
+
+    def noted(planner: Planner, layout: Layout) -> Any:
+        seen.append(layout)
+        assert layout.tokens <= 2 * 64 + SEQ_LEN
+        return traced(planner, layout)
+
+    monkeypatch.setattr(Planner, "_traced", noted)
+    pins = ["data.packing=false", "memory.tile_tokens=64", "memory.activation_checkpointing=true"]
+    plan = planned(within(CPU, GIB), *pins, "memory.micro_batch_tokens=10000000", num_layers=1)
+    assert seen
+    assert plan.knobs.micro_batch_tokens == 10**7
+    assert not plan.fits
+
+
+@pytest.mark.parametrize("row_tokens, tile_tokens", [(SEQ_LEN, 64), (SEQ_LEN, 200), (64, 96)])
+def test_few_rows_in_tiles_tell_what_all_of_them_take(
+    row_tokens: int, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation tried: as many rows as there are tiles, of two tiles each."""
+    options = [f"data.seq_len={row_tokens}", f"memory.tile_tokens={tile_tokens}", "data.packing=false"]
+    documents = DocumentLengths.of_full_length(row_tokens, global_batch_size=16)
+    with without_collector():
+        config = run_config(*options, "memory.activation_checkpointing=true")
+        planner = Planner.of(config, CPU, architecture(1), documents, packing=False)
+        space = replace(planner.space(16, row_tokens), tokens=(8 * row_tokens,))
+        priced = smallest(space, planner.price, planner.estimate)
+        assert priced.layout.rows == 8
+        few = planner.confirmed(priced).usage
+        monkeypatch.setattr(planner_module, "_with_few_tiles", lambda layout: layout)
+        every = planner.confirmed(priced).usage
+    assert few.peak_bytes == pytest.approx(every.peak_bytes, rel=0.01)
+    for phase, num_bytes in every.phases.items():
+        assert few.phases[phase] == pytest.approx(num_bytes, rel=0.02), phase
 
 
 def test_documents_decide_what_is_auto() -> None:
