@@ -27,8 +27,10 @@ from qlora_trainer.export.merged_weights import MergedWeights, dequantized_weigh
 from qlora_trainer.export.source import read_source
 from qlora_trainer.model import nf4
 from qlora_trainer.model.base import resolve_base
+from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import CachedWeights, prepare_nf4_cache
 from qlora_trainer.model.packaged_base import unpack_packaged_base
+from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage
 from qlora_trainer.run.checkpoint.storage import sweep as sweep_folder
 from tests.export.made_adapters import PATTERNS, base_with_tokenizer, load_base, make_adapter, model_logits, peft_logits
@@ -187,8 +189,15 @@ def merged_run(run: Path, to: Path, *options: str) -> int:
     return main(["merge", str(run), "--to", str(to), *options])
 
 
-def test_base_and_adapter_stand_beside_it(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_base_and_adapter_stand_beside_it(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference loss is the one that the run logged; in its own base the merged model is as good."""
+    models: list[QuantizedModel] = []
+
+    def seen(*arguments: Any, **options: Any) -> QuantizedModel:
+        models.append(load_quantized(*arguments, **options))
+        return models[-1]
+
+    monkeypatch.setattr(measuring, "load_quantized", seen)
     merging = merge(
         finished, to=tmp_path / "to", base="dequantized", dtype="fp32", data=None, force=False, max_tokens=9999,
         model=None,
@@ -203,6 +212,8 @@ def test_base_and_adapter_stand_beside_it(finished: Path, tmp_path: Path, capsys
     assert measured.quantized.loss == pytest.approx(logged[0]["eval_loss"], rel=1e-6)
     assert measured.quantized.kl > 0.01  # NF4 is some way from the original
     assert (merged.path, merged.num_shards, merged.is_worse) == (tmp_path / "to", 1, False)
+    (model,) = models
+    assert all(linear.turn is not None for linear in model.linears.values())  # of the base, a layer at a time
 
 
 def _driven(merging: Any) -> tuple[Measured | None, Merged]:
