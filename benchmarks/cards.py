@@ -32,6 +32,7 @@ from qlora_trainer.planning.planner import Planner
 from qlora_trainer.planning.price import Usage
 from qlora_trainer.planning.rungs import fastest_that_fits, pulled_levers, with_levers
 from qlora_trainer.planning.search import Candidate, Pricer, find, largest_that, smallest
+from qlora_trainer.report.frontier_table import LEVER_LETTERS
 
 PAGE, NAME = Path(__file__).resolve().parents[1] / "docs" / "cards.md", "cards"
 MODELS = {
@@ -44,13 +45,6 @@ MODELS = {
 }
 RANK, SEQ_LEN = 16, 2048
 LENGTH_STEP = 256  # of the longest document
-WORDS = {  # of what `pulled_levers` names
-    "offload": "inputs on host",
-    "tile_tokens": "tiled",
-    "embedding_residency": "tables on host",
-    "optimizer_on_host": "optimizer on host",
-    "base_residency": "base streamed",
-}
 GIB = 2**30
 
 
@@ -59,7 +53,7 @@ class Cell:
     """What one card does with one model.
 
     Attributes:
-        choice: what the planner chose, in words; empty where nothing fits.
+        choice: what the planner chose, in short; empty where nothing fits.
         tokens_per_second: predicted; 0 where nothing fits.
         missing_bytes: by how much the smallest choice is too large; 0 where it fits.
         longest: tokens of the longest document that fits, whatever must be given up; 0 if not even the shortest does.
@@ -136,15 +130,20 @@ def cell(planner: Planner, price: Pricer, max_tokens: int) -> Cell:
 
 
 def told(chosen: Candidate, planner: Planner) -> str:
-    """A choice in a few words: tokens of a micro-batch, what was given up, and the host memory that it takes."""
+    """A choice in short, as the page says how to read it.
+
+    Tokens of a micro-batch, layers recomputed, the letters of what is pulled, and the host memory that it takes.
+    """
     layout = chosen.layout
-    words = [f"{layout.tokens:,} at once"]
+    pulled = pulled_levers(layout.levers, num_offloaded=layout.num_offloaded)
+    words = [f"{layout.tokens:,}"]
     if layout.num_recomputed:
-        words.append(f"{layout.num_recomputed}/{planner.dry.num_layers} recomputed")
-    words += [WORDS[name] for name in pulled_levers(layout.levers, num_offloaded=layout.num_offloaded)]
+        words.append(f"r{layout.num_recomputed}/{planner.dry.num_layers}")
+    if pulled:
+        words.append("".join(letter for name, (letter, _) in LEVER_LETTERS.items() if name in pulled))
     if chosen.usage.host_bytes:
-        words.append(f"{planner.needed_host_bytes(chosen.usage) / GIB:.0f} GiB of the host")
-    return ", ".join(words)
+        words.append(f"{planner.needed_host_bytes(chosen.usage) / GIB:.0f} GiB")
+    return " · ".join(words)
 
 
 def two_digits(number: float) -> int:

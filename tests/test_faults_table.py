@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ def read_table(text: str) -> dict[int, list[tuple[str, str]]]:
     return rows
 
 
+@cache
 def asserting_tests(path: Path) -> set[str]:
     """The tests of a file that assert something, themselves or in a function of the same file that they call."""
     functions = {node.name: node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
@@ -43,6 +45,7 @@ def _names(node: ast.FunctionDef) -> set[str]:
     return {child.id for child in ast.walk(node) if isinstance(child, ast.Name)}
 
 
+@cache
 def skipped_tests(path: Path) -> set[str]:
     """Tests that are marked to be skipped or to fail."""
     nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]

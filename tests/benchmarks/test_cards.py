@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.hardware.gpu_catalogue import CATALOGUE
 from qlora_trainer.planning.budget import gpu_budget
 from qlora_trainer.planning.make_plan import make_plan
+from qlora_trainer.report.frontier_table import LEVER_LETTERS
 
-FITS = Cell(choice="4,096 at once", tokens_per_second=1234.5, missing_bytes=0, longest=8192)
+FITS = Cell(choice="4,096 · r2/28 · s", tokens_per_second=1234.5, missing_bytes=0, longest=8192)
 SHORT = replace(FITS, tokens_per_second=0.0, missing_bytes=3 * 2**29, longest=512)
 
 
@@ -56,13 +58,25 @@ def test_a_cell_is_what_a_plan_says(size: str, gpu: str) -> None:
     cell = column(PAGE.read_text(), size)[number]
     if plan.fits:
         assert cell.startswith(f"**{cards.two_digits(plan.predicted.tokens_per_second):,}**/s<br>")
-        assert f"<br>{plan.knobs.micro_batch_tokens:,} at once" in cell
+        assert cell.split("<br>")[1].split(" · ")[0] == f"{plan.knobs.micro_batch_tokens:,}"
     else:
         assert cell.startswith(f"{plan.missing_bytes / 2**30:.2f} GiB short")
 
 
+def test_every_letter_of_the_table_is_explained() -> None:
+    """A head in NF4 is never taken unasked, and so has no letter here."""
+    page = PAGE.read_text()
+    explained = re.findall(r"^\| (\w) \| ", page, re.MULTILINE)
+    choices = [
+        cell.split("<br>")[1].split(" · ")[1:] for size in MODELS for cell in column(page, size) if "/s<" in cell
+    ]
+    used = {letter for words in choices for word in words for letter in re.sub(r"[^a-z]", "", word)}
+    assert used == set(explained)
+    assert set(explained) == {"r", *(letter for letter, _ in LEVER_LETTERS.values())} - {"n"}
+
+
 def test_what_a_cell_says() -> None:
-    assert str(FITS) == "**1,200**/s<br>4,096 at once<br>to 8,192"
+    assert str(FITS) == "**1,200**/s<br>4,096 · r2/28 · s<br>to 8,192"
     assert str(SHORT) == "1.50 GiB short<br>to 512"
     assert str(replace(SHORT, longest=0)) == "1.50 GiB short"
 
