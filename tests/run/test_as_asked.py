@@ -79,8 +79,12 @@ def test_the_rate_warms_up_and_falls_as_asked(tmp_path: Path, base: Path) -> Non
 
 
 def test_b_matrices_have_their_own_rate_and_a_resume_is_exact(tmp_path: Path, base: Path) -> None:
-    options = ("training.loraplus_lr_ratio=8", "lora.use_dora=true", "training.warmup_ratio=0.5")
-    options += ("training.optimizer=paged_adamw_8bit",)  # the one with the most state to lose
+    options = (
+        "training.loraplus_lr_ratio=8",
+        "lora.use_dora=true",
+        "training.warmup_ratio=0.5",
+        "training.optimizer=paged_adamw_8bit",  # the one with the most state to lose
+    )
     run_to_end(tiny_config(tmp_path, base, *options, f"output.dir={tmp_path / 'whole'}"))
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr_b"] for line in lines] == [8 * line["lr"] for line in lines]
