@@ -63,7 +63,7 @@ def test_the_plot_shows_the_same_letters_and_the_key() -> None:
     for plan in (plan_with(STREAMED, ("tile_tokens",)), plan_with()):
         figure = Figure()
         frontier_plot._draw(plan, figure)
-        texts.append([found.get_text() for found in figure.findobj(Text)]  # type: ignore[attr-defined])
+        texts.append([found.get_text() for found in figure.findobj(Text)])
     pulled, plain = texts
     assert [text.rpartition("  ")[2] for text in pulled if "tok/s  " in text] == ["os", "t"]
     assert "o inputs offloaded, t tiles, s base streamed" in pulled
