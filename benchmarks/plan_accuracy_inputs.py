@@ -202,6 +202,9 @@ CASES = (
     _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256"),
     _case(f"{SMOLLM2} 1x2048 r8 recompute 8bit bf16 c512"),
     _case(f"{SMOLLM2} 1x512 r64 keep 32bit fp32 c128"),
+    _case("llama 2x1024 r16 recompute 32bit fp32 c256", "memory.activation_offload=true"),
+    _case("qwen3 1x4096 r8 recompute 32bit fp32 c256", "memory.activation_offload=3"),
+    _case(f"{SMOLLM2} 4x512 r16 recompute 32bit fp32 c256", "memory.activation_offload=true"),
 )
 # Each lever at three sizes; an optimizer on the host is none on a CPU, where that is the device.
 LEVERS = (
@@ -219,7 +222,6 @@ LEVERS = (
 )
 LEVER_CASES = (
     *(_lever_case(architecture, options) for options in LEVERS for architecture in ("llama", "llama-53m", SMOLLM2)),
-    _lever_case("qwen3", ("memory.activation_offload=3",)),
 )
 QUICK = (CASES[0], CASES[12], CASES[21])
 

@@ -7,9 +7,9 @@ real: data, base, plan and files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,30 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_te
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.python_accelerator import NAME, python_accelerator
 from qlora_trainer.model import nf4
+from qlora_trainer.model.activation_policy import decoder_layers
+from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.nf4_cache import CachedWeights
+from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.tables import tables_of
 from qlora_trainer.run import prepare
 from qlora_trainer.run.checkpoint import load
 from qlora_trainer.run.checkpoint.tensors import read_tensors
 from qlora_trainer.run.inputs import read_inputs
 from qlora_trainer.run.records import Evaluated, Finished, Prepared, Record, Resumed, Saved, StepDone
+from qlora_trainer.step import optimizer as step_optimizer
 from qlora_trainer.step.batch import MicroBatch
+from qlora_trainer.step.loss import loss_and_gradient
+from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
 
 OPTIONS = ("quantization.compute_dtype=bfloat16", "training.max_steps=4", "training.eval_every=2", "lora.dropout=0.1")
+_LOSS = loss_and_gradient._opoverload
+RECOMPUTED = "memory.activation_checkpointing=true"
 DEVICE = python_accelerator()  # before any backward: autograd's engine counts the devices at its first
 
 
@@ -54,7 +64,12 @@ class Answering(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return (args[0].dtype == torch.bool or 1) if is_fake(args[0]) else on_host(func)(args[0])
         if func.namespace in ("qlora_trainer", "bitsandbytes"):  # fake kernels of others' operations do not look
-            devices = {str(value.device.type) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            # A projection that is said to be on the host is there; its blocks come inside.
+            is_head_on_host = func is _LOSS and len(args) > 9 and args[9]
+            own = [args[:2], args[3:], kwargs] if is_head_on_host else [args, kwargs]
+            devices = {str(value.device.type) for value in tree_leaves(own) if isinstance(value, Tensor)}
+            if is_head_on_host and args[2].device.type != "cpu":
+                raise RuntimeError(f"{func}: a projection on {args[2].device.type} that is said to be on the host")
             if len(devices) > 1:
                 raise RuntimeError(f"{func}: tensors on more than one device, {' and '.join(sorted(devices))}")
         device = (kwargs or {}).get("device")
@@ -155,6 +170,96 @@ def test_a_whole_run_and_its_resume_leave_nothing_on_the_wrong_device(known: tup
         run_until_step(config, 3)
         resumed = kinds(run_to_end(config, resume="auto"))
         assert (resumed[0], resumed[-1], resumed.count("StepDone")) == ("Resumed", "Finished", 2)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What rehearsals were given, and the paged buffers that were asked for."""
+
+    models: list[QuantizedModel] = field(default_factory=list)
+    optimizers: list[AdapterOptimizer] = field(default_factory=list)
+    paged: list[torch.device] = field(default_factory=list)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """Managed memory is made up: to torch it is the GPU's own."""
+    found, rehearse = Seen(), vars(prepare)["rehearse"]
+
+    def rehearsed(model: QuantizedModel, optimizer: AdapterOptimizer, *arguments: Any, **options: Any) -> None:
+        found.models.append(model)
+        found.optimizers.append(optimizer)
+        rehearse(model, optimizer, *arguments, **options)
+
+    def managed(num_elements: int, *, dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
+        if device.type == "cpu":
+            return zeros_paged(num_elements, dtype=dtype, device=device, folder=folder)
+        found.paged.append(device)
+        return torch.zeros(num_elements, dtype=dtype, device=device)
+
+    monkeypatch.setattr(prepare, "rehearse", rehearsed)
+    monkeypatch.setattr(step_optimizer, "zeros_paged", managed)
+    return found
+
+
+def devices(tensors: Iterable[Tensor]) -> set[str]:
+    return {tensor.device.type for tensor in tensors}
+
+
+def check_paged_and_offloaded(seen: Seen) -> None:
+    model, optimizer = seen.models[-1], seen.optimizers[-1]
+    there = [one for one in seen.optimizers if one.gradient.device == optimizer.gradient.device]
+    assert len(seen.paged) == len(there) > 0  # in 32 bits all state is one buffer
+    assert {device.type for device in seen.paged} == {NAME}
+    assert devices(optimizer.state_tensors()) == {NAME}
+    assert all(layer._gradient_checkpointing_func is not None for layer in decoder_layers(model))
+
+
+def check_streamed_and_updated_on_the_host(seen: Seen) -> None:
+    model, optimizer = seen.models[-1], seen.optimizers[-1]
+    assert all(linear.turn is not None for linear in model.linears.values())
+    assert devices(optimizer.state_tensors()) == {"cpu"}
+    assert devices([optimizer.gradient, *trainable_parameters(model).values()]) == {NAME}
+
+
+def check_tables_on_the_host(seen: Seen) -> None:
+    model = seen.models[-1]
+    assert devices(tables_of(model)) == {"cpu"}
+    assert model.head.is_on_host
+    assert devices(linear.packed for linear in model.linears.values()) == {NAME}
+
+
+@pytest.mark.parametrize(
+    "levers, check",
+    [
+        (
+            ("training.optimizer=paged_adamw_32bit", RECOMPUTED, "memory.activation_offload=1"),
+            check_paged_and_offloaded,
+        ),
+        (("memory.base_residency=streamed", "memory.optimizer_residency=host"), check_streamed_and_updated_on_the_host),
+        (("memory.embedding_residency=host", RECOMPUTED, "memory.tile_tokens=64"), check_tables_on_the_host),
+    ],
+    ids=["paged, offloaded", "streamed, optimizer on the host", "tables on the host, tiles"],
+)
+def test_a_run_with_levers_and_its_resume_leave_nothing_on_the_wrong_device(
+    levers: tuple[str, ...], check: Callable[[Seen], None], seen: Seen, tmp_path: Path, base: Path
+) -> None:
+    """A few levers at once, since a run is seconds; what is on the host is there on purpose.
+
+    Mutations tried: a streamed layer that is not asked for, a piece of the gradient that stays on the device, blocks of
+    the head that do not arrive.
+    """
+    options = (*OPTIONS, *levers, "training.max_steps=2", "training.save_every=1")
+    real = tmp_path / "real"
+    real.mkdir()
+    run_until_step(tiny_config(real, base, *options), 1)
+    with on_accelerator():
+        config = tiny_config(tmp_path, base, *options)
+        run_until_step(config, 2)
+        check(seen)
+        resumed = kinds(run_to_end(config, resume="auto"))
+        assert (resumed[0], resumed[-1], resumed.count("StepDone")) == ("Resumed", "Finished", 1)
+        check(seen)
 
 
 @pytest.mark.parametrize("name", ["input_ids_BT", "targets_N", "source_positions_N", "row_keys_T"])
