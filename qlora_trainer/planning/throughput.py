@@ -69,6 +69,12 @@ class Demand:
         """What one global batch in forty exceeds: two standard deviations above the mean of so many documents."""
         return self.global_batch_size * self.mean_tokens + 2.0 * math.sqrt(self.global_batch_size) * self.std_tokens
 
+    def num_micro_batches(self, micro_batch_tokens: int) -> int:
+        """Of a usual global batch: one where all of it fits, whatever its documents are."""
+        if micro_batch_tokens >= self.usual_batch_tokens:
+            return 1
+        return math.ceil(self.usual_batch_tokens / self.filled_tokens(micro_batch_tokens))
+
     def filled_tokens(self, micro_batch_tokens: int) -> float:
         """Of a micro-batch, what whole documents fill: equal ones leave a remainder, a short one fits any gap.
 
@@ -106,7 +112,7 @@ def tokens_per_second(
         host_elements: that are updated on the host.
     """
     tokens = demand.global_batch_size * demand.mean_tokens
-    num_micro_batches = max(1, -(-demand.usual_batch_tokens // demand.filled_tokens(layout.tokens)))
+    num_micro_batches = demand.num_micro_batches(layout.tokens)
     fixed, full = (_seconds(prices, layout, number, demand, speed) for number in (0, layout.tokens))
     work = num_micro_batches * fixed + tokens * (full - fixed) / layout.tokens
     over_link = 2 * (

@@ -21,7 +21,7 @@ def test_equal_documents_fill_what_the_cut_fills(length: int, number: int, rest:
     demand = Demand(4 * number, float(length), length)
 
     assert demand.filled_tokens(tokens) == number * length
-    assert len(cut([length] * 4 * number, tokens)) == 4
+    assert len(cut([length] * 4 * number, tokens)) == demand.num_micro_batches(tokens) == 4
 
 
 @given(st.integers(8, 10_000), st.integers(8, 10_000))
@@ -34,13 +34,20 @@ def test_a_micro_batch_holds_a_document_of_a_stretched_length(seq_len: int, stre
     assert demand.filled_tokens(stretched_to) == pytest.approx(stretched_to)
 
 
+def test_a_batch_that_fits_whole_is_one_micro_batch() -> None:
+    """Of nearly equal documents a mean does not tell: eight of 200 to 208 tokens fit 1,664, and eight means do, just."""
+    lengths = [200, 201, 203, 204, 204, 205, 207, 208] * 20
+    demand = Demand(8, sum(lengths) / len(lengths), min(lengths), float(np.std(lengths)))
+    assert demand.filled_tokens(1664) < demand.usual_batch_tokens < 1664  # what two micro-batches were counted for
+    assert demand.num_micro_batches(1664) == len(cut(lengths[:8], 1664)) == 1
+    assert demand.num_micro_batches(1024) == len(cut(lengths[:8], 1024)) == 2
+
+
 def test_short_documents_fill_the_gaps() -> None:
     lengths = [190, 10, 100, 100, 150, 40, 10] * 8
     demand = Demand(len(lengths), sum(lengths) / len(lengths), min(lengths))
 
-    micro_batches = -(-sum(lengths) // demand.filled_tokens(200))
-
-    assert len(cut(lengths, 200)) == pytest.approx(micro_batches, rel=0.1)
+    assert len(cut(lengths, 200)) == pytest.approx(demand.num_micro_batches(200), rel=0.1)
 
 
 @given(st.integers(8, 5000), st.integers(1, 64))
