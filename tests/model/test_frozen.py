@@ -90,24 +90,23 @@ def test_it_is_quantized_as_bitsandbytes_would_and_not_what_the_base_has(prepare
 def test_in_16_bits_the_gradient_adds_up_over_blocks_in_fp32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mutation tried: added up in 16 bits, it is twice as far from the truth with 32 blocks."""
+    """As near to that of one product, which is rounded once, as a rounding is. Mutation tried: added up in 16 bits."""
     monkeypatch.setattr(vocabulary_blocks, "BLOCK_ELEMENTS", 1)
     generator = torch.Generator().manual_seed(0)
     weight = nf4.quantize(torch.randn(8192, 64, generator=generator), double_quant=True)
     hidden_NH = torch.randn(20, 64, generator=generator)
     targets_N = torch.randint(0, 8192, (20,), generator=generator)
     gradients = []
-    for head, own in (
-        (FrozenHead(weight, None), dtype),
-        (FrozenHead(nf4.dequantize(weight, dtype), None), dtype),
-        (FrozenHead(nf4.dequantize(weight, torch.float32), None), torch.float32),
+    for head in (
+        FrozenHead(weight, None),
+        FrozenHead(nf4.dequantize(weight, dtype), None),
     ):
-        own_NH = hidden_NH.to(own).requires_grad_()
+        own_NH = hidden_NH.to(dtype).requires_grad_()
         chunked_cross_entropy(own_NH, targets_N, head, LogitShape(1.0, 0.0), chunk_tokens=8).backward()
         assert own_NH.grad is not None
         gradients.append(own_NH.grad)
-    in_blocks, whole, exact = gradients
-    assert relative_error(in_blocks, exact) <= 1.1 * relative_error(whole, exact)
+    in_blocks, whole = gradients
+    assert relative_error(in_blocks, whole) <= 0.4 * torch.finfo(dtype).eps  # 0.31; added up in 16 bits 0.54 and 0.69
 
 
 def test_a_head_of_an_adapter_takes_its_place_and_gives_it_back(prepared: Prepare) -> None:

@@ -199,7 +199,7 @@ def test_blocks_of_a_vocabulary_are_a_line(
 @pytest.mark.parametrize("vocabulary", [32_000, 49_155])
 @pytest.mark.parametrize("dtype, double_quant", [(torch.float32, True), (torch.bfloat16, False)])
 def test_blocks_of_a_vocabulary_in_nf4_are_a_line(vocabulary: int, dtype: torch.dtype, double_quant: bool) -> None:
-    """Mutation tried: scales of the whole vocabulary beside a part of it, which no trace takes."""
+    """Its blocks end with those of its scales, of which they take a part."""
     device = torch.device("cpu")
     code = torch.empty(256, device="meta") if double_quant else None
     packed = nf4.empty((vocabulary, 2048), code=code, device=torch.device("meta"))

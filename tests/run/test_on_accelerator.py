@@ -244,11 +244,7 @@ def check_tables_on_the_host(seen: Seen) -> None:
 def test_a_run_with_levers_and_its_resume_leave_nothing_on_the_wrong_device(
     levers: tuple[str, ...], check: Callable[[Seen], None], seen: Seen, tmp_path: Path, base: Path
 ) -> None:
-    """A few levers at once, since a run is seconds; what is on the host is there on purpose.
-
-    Mutations tried: a streamed layer that is not asked for, a piece of the gradient that stays on the device, blocks of
-    the head that do not arrive.
-    """
+    """A few levers at once, since a run is five seconds; what is on the host is there on purpose."""
     options = (*OPTIONS, *levers, "training.max_steps=2", "training.save_every=1")
     real = tmp_path / "real"
     real.mkdir()
