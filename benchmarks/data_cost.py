@@ -5,8 +5,9 @@
 * `data check` of the file, the whole command, and in a process that has imported everything: the same check; reading,
   tokenising and ordering it, with an empty cache and again.
 * A store of as many tokens as a JSON Lines file of `--large` has, beside one of `--small`: what a process takes to
-  select its documents and to read `--steps` global batches of them, of resident (VmHWM) and of anonymous memory
-  (RssAnon). The tokens are holes in files, so nothing is written but the rows; they are read as any are.
+  hold rows out, to select its documents and to read `--steps` global batches of them, of resident (VmHWM) and of
+  anonymous memory (RssAnon), and how long. The tokens are holes in files, so nothing is written but the rows; they are
+  read as any are.
 
 `benchmarks.data_memory` measures the command over a generated file.
 """
@@ -134,22 +135,27 @@ def write_store(folder: Path, file_bytes: int) -> int:
 
 
 def memory_of(folder: Path, num_steps: int) -> dict[str, float]:
-    """MiB that training on a store adds to what the imports took, and the most of it."""
+    """MiB that training on a store adds to what the imports took, the most of it, and seconds."""
     from qlora_trainer.data.document_store import DocumentStore
     from qlora_trainer.data.order import Order
+    from qlora_trainer.data.split import hold_out
     from qlora_trainer.data.tokenized import fit_documents, length_percentiles, select
 
     before = status()
+    begun = time.perf_counter()
     store = DocumentStore(folder)
-    whole = select(store, np.arange(store.num_rows, dtype=np.int32), bos_token_id=None)
+    rows, held_out = hold_out(store.num_rows, 0.05, 0)
+    held_out_at = time.perf_counter()
+    evaluation = select(store, held_out, bos_token_id=None)
+    whole = select(store, rows, bos_token_id=None)
     data = fit_documents(whole, 2048, overlong="drop", max_dropped_share=0.05)
     del whole
-    length_percentiles(data.documents.lengths_N)
-    _ = store.num_repeated, data.num_stopping_rows
+    length_percentiles(data.documents.lengths)
+    _ = store.num_repeated, store.content_hash, data.num_stopping_rows, evaluation.num_supervised_tokens
     order = Order(
         num_documents=len(data.documents), global_batch_size=GLOBAL_BATCH, seed=0, epochs=1.0, max_steps=num_steps
     )
-    at_start = status()
+    at_start, ordered_at = status(), time.perf_counter()
     for step in range(num_steps):
         for position in order.batch(step):
             data.documents[position]
@@ -159,6 +165,9 @@ def memory_of(folder: Path, num_steps: int) -> dict[str, float]:
         "anonymous at the first step": (at_start["RssAnon"] - before["RssAnon"]) / MIB,
         "anonymous at the last step": (after["RssAnon"] - before["RssAnon"]) / MIB,
         "of files at the last step": (after["RssFile"] - before["RssFile"]) / MIB,
+        "seconds to hold rows out": held_out_at - begun,
+        "seconds to select and count documents": ordered_at - held_out_at,
+        "milliseconds to order and read a global batch": 1000 * (time.perf_counter() - ordered_at) / num_steps,
     }
 
 
@@ -176,7 +185,7 @@ def table(found: dict[str, Any]) -> str:
     sizes = list(found["memory"])
     lines += ["", f"| | {' | '.join(sizes)} |", f"|---|{'---:|' * len(sizes)}"]
     for what in found["memory"][sizes[0]]:
-        lines.append(" | ".join([f"| {what}", *(f"{found['memory'][size][what]:,.0f}" for size in sizes)]) + " |")
+        lines.append(" | ".join([f"| {what}", *(f"{found['memory'][size][what]:,.1f}" for size in sizes)]) + " |")
     return "\n".join(lines)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_trainer.data.order import Order, permutation
+from qlora_trainer.data.order import Order
 from qlora_trainer.data.rows import START, Reading
+from qlora_trainer.data.shuffle import shuffled
 from qlora_trainer.data.stream import BegunStream, Block, BlockStart, StreamedRows, fit_block, open_rows, read_block
 from qlora_trainer.data.tokenized import TokenizedData
 from qlora_trainer.errors import ConfigError, DataError
@@ -121,8 +122,13 @@ class StreamedBatches:
         for sample in range(first, first + self._global_batch_size):
             while self._documents is None or sample >= self._next_start.num_samples:
                 yield from self._go_on()
-            order_N = permutation(self._seed, self._start.number, len(self._documents))
-            document = self._documents[int(order_N[sample - self._start.num_samples])]
+            [position] = shuffled(
+                [sample - self._start.num_samples],
+                seed=self._seed,
+                number=self._start.number,
+                size=len(self._documents),
+            )
+            document = self._documents[position]
             # Numbered through all blocks, as the rows of files are: the random draws of a document hang on its number.
             documents.append(replace(document, index=self._start.place.row + document.index))
         self._pending = None

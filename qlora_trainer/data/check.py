@@ -17,9 +17,9 @@ from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_named, iter_sources
 from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
 from qlora_trainer.data.stream import open_stream
-from qlora_trainer.data.token_cache import KnownTokenizer, writing_told
+from qlora_trainer.data.token_cache import ROOM, KnownTokenizer
 from qlora_trainer.errors import DataError
-from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
 from qlora_trainer.hardware.sealed_folder import scratch
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def check_named(
     bad, refused, warned = _Tally(), _Tally(), _Tally()
     files: list[FileRead] = []
     most_rows = max(MAX_STREAMED_ROWS, section.stream_rows) if key == "train" and section.streaming else None
-    with writing_told(cache_folder()), scratch(cache_folder() / "check") as folder:
+    with writing_told(cache_folder(), room=ROOM), scratch(cache_folder() / "check") as folder:
         with DocumentWriter(folder) as writer:
             for item in in_batches(_rows(section, key, tokenizer, most_rows)):
                 if isinstance(item, list):

@@ -2,8 +2,8 @@
 
 Three flat files in a folder: `tokens.bin` (int32 ids, all documents end to end), `learned.bin` (bool, one a token) and
 `rows.bin` (`ROW`, one a row). They are read by position, not mapped, so that a run that has seen much of its data does
-not hold it in resident memory; and through open files, so that they may be removed while a run uses them. A column over
-all rows is read some rows at a time.
+not hold it in resident memory; and through open files, so that they may be removed while a run uses them. What is asked
+of all rows is read some rows at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,7 +23,9 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_trainer.data.array_file import CHUNK, ArrayFile, read_at
 from qlora_trainer.data.chat import TokenizedRow
+from qlora_trainer.data.distinct import count_distinct
 from qlora_trainer.data.rows import FileRead, where_in
 from qlora_trainer.hardware.unused_folders import mark_used
 from qlora_trainer.step.document import IGNORE_INDEX, Document
@@ -42,7 +45,6 @@ ROW = np.dtype(
 )
 TOKENS_FILE = "tokens.bin"
 _LEARNED, _ROWS, _FILES = "learned.bin", "rows.bin", "files.json"
-_ROWS_AT_ONCE = 2**16  # of rows.bin: 3 MiB
 
 
 class DocumentWriter:
@@ -107,48 +109,52 @@ class DocumentStore:
         return self._num_rows
 
     @property
-    def lengths_N(self) -> NDArray[np.int32]:
-        """Tokens of each row; 0 where there is nothing to learn."""
-        return np.diff(self._column("end"), prepend=0).astype(np.int32)
-
-    @property
-    def num_supervised_N(self) -> NDArray[np.int32]:
-        """Tokens of each row that are learned."""
-        return self._column("num_supervised")
-
-    @property
-    def num_rewritten_N(self) -> NDArray[np.int32]:
-        """Answers of each row that are read but not learned, since the chat template rewrites them."""
-        return self._column("num_rewritten")
-
-    @property
-    def first_stop_N(self) -> NDArray[np.int32]:
-        """Where in each row the first stop token is that is learned; -1 where none is."""
-        return self._column("first_stop")
-
-    @property
-    def is_askable_N(self) -> NDArray[np.bool_]:
-        """Which rows a sample answer can be compared with."""
-        return self._column("is_askable")
-
-    @property
     def num_repeated(self) -> int:
-        """Rows with the very tokens of an earlier one."""
-        return self.num_rows - int(np.unique(self._column("content")).size)
+        """Rows with the very tokens of an earlier one.
+
+        Raises:
+            StorageError: the cache folder cannot be written.
+        """
+        return self.num_rows - count_distinct((records_N["content"] for records_N in self._chunks()), self.num_rows)
 
     @property
     def content_hash(self) -> str:
         """SHA-256 over the tokens of all rows, and which are learned, by way of a hash of each row."""
-        return hashlib.sha256(self._column("content").tobytes()).hexdigest()
+        digest = hashlib.sha256()
+        for records_N in self._chunks():
+            digest.update(records_N["content"].tobytes())
+        return digest.hexdigest()
+
+    def records(self, rows_N: NDArray[np.integer[Any]]) -> NDArray[np.void]:
+        """What is known of some rows, of dtype `ROW`.
+
+        Args:
+            rows_N: their numbers, ascending; some thousand, since all that is asked for is in memory at once.
+        """
+        records_N = np.empty(rows_N.size, dtype=ROW)
+        _, starts = np.unique(rows_N // CHUNK, return_index=True)  # what lies far apart is not read in one piece
+        for start, end in pairwise([*starts.tolist(), rows_N.size]):
+            first, last = int(rows_N[start]), int(rows_N[end - 1])
+            records_N[start:end] = self._some(first, last + 1 - first)[rows_N[start:end] - first]
+        return records_N
+
+    def lengths(self, rows_N: NDArray[np.integer[Any]]) -> NDArray[np.int32]:
+        """Tokens of each of these rows (see `records`); 0 where there is nothing to learn."""
+        ends_N = self.records(rows_N)["end"]
+        starts_N = np.where(rows_N > 0, self.records(np.maximum(rows_N - 1, 0))["end"], 0)
+        return (ends_N - starts_N).astype(np.int32)
 
     def where(self, row: int) -> str:
         """`file:line` or `file:row number`."""
-        entry = np.frombuffer(_read(self._rows, row * ROW.itemsize, ROW.itemsize), dtype=ROW)[0]
+        entry = self._some(row, 1)[0]
         return where_in(self.files[entry["file"]].path, int(entry["line"]), is_line=bool(entry["is_line"]))
 
-    def paths(self, rows_N: NDArray[np.int32]) -> list[str]:
+    def paths(self, rows: ArrayFile) -> list[str]:
         """The files that these rows are from, in order."""
-        return [self.files[number].path for number in np.unique(self._column("file")[rows_N])]
+        numbers: set[int] = set()
+        for rows_N in rows.chunks():
+            numbers.update(np.unique(self.records(rows_N)["file"]).tolist())
+        return [self.files[number].path for number in sorted(numbers)]
 
     def read(self, row: int, first: int, num_tokens: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids, and which are learned, of a part of a row, T = `num_tokens`.
@@ -158,28 +164,20 @@ class DocumentStore:
         """
         start = first
         if row:  # its tokens begin where those of the row before end, which is the first field of that
-            start += int.from_bytes(_read(self._rows, (row - 1) * ROW.itemsize, 8), "little")
-        ids_T = np.frombuffer(_read(self._tokens, 4 * start, 4 * num_tokens), dtype="<i4")
-        return ids_T, np.frombuffer(_read(self._learned, start, num_tokens), dtype=np.bool_)
+            start += int.from_bytes(read_at(self._rows, (row - 1) * ROW.itemsize, 8), "little")
+        ids_T = np.frombuffer(read_at(self._tokens, 4 * start, 4 * num_tokens), dtype="<i4")
+        return ids_T, np.frombuffer(read_at(self._learned, start, num_tokens), dtype=np.bool_)
 
-    def _column(self, name: str) -> NDArray[Any]:
-        """A field of every row, as a copy."""
-        column_N = np.empty(self._num_rows, dtype=ROW[name])
-        for first in range(0, self._num_rows, _ROWS_AT_ONCE):
-            some = min(_ROWS_AT_ONCE, self._num_rows - first)
-            raw = _read(self._rows, first * ROW.itemsize, some * ROW.itemsize)
-            column_N[first : first + some] = np.frombuffer(raw, dtype=ROW)[name]
-        return column_N
+    def _chunks(self) -> Iterator[NDArray[np.void]]:
+        """The records of all rows."""
+        for first in range(0, self._num_rows, CHUNK):
+            yield self._some(first, min(CHUNK, self._num_rows - first))
+
+    def _some(self, first: int, count: int) -> NDArray[np.void]:
+        return np.frombuffer(read_at(self._rows, first * ROW.itemsize, count * ROW.itemsize), dtype=ROW)
 
 
 def _content(document: Document) -> int:
     digest = hashlib.blake2b(document.input_ids_T.tobytes(), digest_size=8)
     digest.update(document.labels_T.tobytes())
     return int.from_bytes(digest.digest(), "little")
-
-
-def _read(descriptor: int, first: int, num_bytes: int) -> bytes:
-    raw = os.pread(descriptor, num_bytes, first)
-    if len(raw) != num_bytes:
-        raise EOFError(f"{len(raw)} of {num_bytes} bytes at {first}: the tokenised data was cut short")
-    return raw

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self, overload
+from typing import Any, Self, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.document_store import DocumentStore
+from qlora_trainer.data.length_counts import LengthCounts
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 
 PIECE = np.dtype([("row", "<i4"), ("first", "<i4"), ("num_tokens", "<i4"), ("num_supervised", "<i4")])
@@ -21,37 +23,48 @@ class Documents(Sequence[Document]):
 
     Attributes:
         store: where they lie.
-        pieces_N: of dtype `PIECE`, in row order: the row of each, its first token in that row (0 for whole rows), its
+        pieces: of dtype `PIECE`, in row order: the row of each, its first token in that row (0 for whole rows), its
             tokens, and those of them that are learned.
+        lengths: tokens of all of them.
         bos_token_id: begins every piece of a row that began with it.
     """
 
     store: DocumentStore
-    pieces_N: NDArray[np.void]
+    pieces: ArrayFile
+    lengths: LengthCounts
     bos_token_id: int | None = None
 
     @classmethod
-    def of_rows(cls, store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int | None) -> Self:
-        """Those of `rows_N` that have a token to learn."""
-        rows_N = rows_N[store.num_supervised_N[rows_N] > 0]
-        pieces_N = np.zeros(rows_N.size, dtype=PIECE)
-        pieces_N["row"] = rows_N
-        pieces_N["num_tokens"] = store.lengths_N[rows_N]
-        pieces_N["num_supervised"] = store.num_supervised_N[rows_N]
-        return cls(store, pieces_N, bos_token_id)
+    def of_rows(cls, store: DocumentStore, rows: ArrayFile, *, bos_token_id: int | None) -> Self:
+        """Those of `rows`, which ascend, that have a token to learn.
+
+        Raises:
+            StorageError: the cache folder cannot be written.
+        """
+        return cls._of(store, (_whole_rows(store, rows_N) for rows_N in rows.chunks()), bos_token_id)
+
+    @classmethod
+    def _of(cls, store: DocumentStore, parts: Iterable[NDArray[np.void]], bos_token_id: int | None) -> Self:
+        pieces = ArrayFile(PIECE, parts)
+        lengths = LengthCounts.of(pieces_N["num_tokens"] for pieces_N in pieces.chunks())
+        return cls(store, pieces, lengths, bos_token_id)
 
     @property
-    def lengths_N(self) -> NDArray[np.int32]:
-        """Tokens of each."""
-        return np.asarray(self.pieces_N["num_tokens"])
+    def num_supervised_tokens(self) -> int:
+        """Tokens of all documents that are learned."""
+        return sum(int(pieces_N["num_supervised"].sum(dtype=np.int64)) for pieces_N in self.pieces.chunks())
 
     @property
-    def longest_tokens(self) -> int:
-        """Tokens of the longest one; 0 if there is none."""
-        return int(self.lengths_N.max(initial=0))
+    def num_rows(self) -> int:
+        """Rows of which at least a piece is here."""
+        return num_rows_of(pieces_N["row"] for pieces_N in self.pieces.chunks())
+
+    def num_tokens(self, position: int) -> int:
+        """Tokens of one document."""
+        return int(self.pieces[position][2])
 
     def __len__(self) -> int:
-        return int(self.pieces_N.size)
+        return len(self.pieces)
 
     @overload
     def __getitem__(self, position: int) -> Document: ...
@@ -65,7 +78,7 @@ class Documents(Sequence[Document]):
         """
         if isinstance(position, slice):
             return [self[number] for number in range(*position.indices(len(self)))]
-        row, first, num_tokens, _ = self.pieces_N[position].item()
+        row, first, num_tokens, _ = self.pieces[position]
         ids_T, is_learned_T = self.store.read(row, first, num_tokens)
         labels_T = np.where(is_learned_T, ids_T, np.int32(IGNORE_INDEX))
         if first:
@@ -76,19 +89,30 @@ class Documents(Sequence[Document]):
                 ids_T[0] = row_begins_with
         return Document(index=row, input_ids_T=ids_T, labels_T=labels_T)
 
+    def within(self, seq_len: int) -> Self:
+        """Those of at most `seq_len` tokens."""
+        if self.lengths.longest <= seq_len:
+            return self
+        short = (pieces_N[pieces_N["num_tokens"] <= seq_len] for pieces_N in self.pieces.chunks())
+        return self._of(self.store, short, self.bos_token_id)
+
     def cut_to(self, seq_len: int, *, pieces: bool) -> Self:
         """Documents of at most `seq_len` tokens: in place of a longer one its first tokens, or all its `pieces`.
 
         Pieces without a token to learn are left out.
         """
-        is_long_N = self.lengths_N > seq_len
-        cut = [piece for whole in self.pieces_N[is_long_N] for piece in self._cut(whole.item(), seq_len, pieces=pieces)]
-        merged_N = np.concatenate([self.pieces_N[~is_long_N], np.array(cut, dtype=PIECE)])
-        return type(self)(self.store, np.sort(merged_N, order=("row", "first")), self.bos_token_id)
+        if self.lengths.longest <= seq_len:
+            return self
+        return self._of(self.store, self._cut_all(seq_len, pieces=pieces), self.bos_token_id)
 
-    def kept(self, is_kept_N: NDArray[np.bool_]) -> Self:
-        """Those that are marked."""
-        return type(self)(self.store, self.pieces_N[is_kept_N], self.bos_token_id)
+    def _cut_all(self, seq_len: int, *, pieces: bool) -> Iterator[NDArray[np.void]]:
+        for whole_N in self.pieces.chunks():
+            begin = 0
+            for position in np.flatnonzero(whole_N["num_tokens"] > seq_len).tolist():
+                yield whole_N[begin:position]
+                yield np.array(self._cut(whole_N[position].item(), seq_len, pieces=pieces), dtype=PIECE)
+                begin = position + 1
+            yield whole_N[begin:]
 
     def _cut(self, whole: tuple[int, int, int, int], seq_len: int, *, pieces: bool) -> list[tuple[int, int, int, int]]:
         """The pieces of a row; consecutive ones share a token."""
@@ -98,3 +122,21 @@ class Documents(Sequence[Document]):
         ends = [(first, min(first + seq_len, num_tokens)) for first in firsts]
         counted = [(row, first, end - first, int(is_learned_T[first + 1 : end].sum())) for first, end in ends]
         return [piece for piece in counted if piece[3]]
+
+
+def num_rows_of(parts: Iterable[NDArray[Any]]) -> int:
+    """How many different rows there are among numbers that ascend, and come some at a time."""
+    num_rows, last = 0, -1
+    for rows_N in parts:
+        num_rows += int(np.count_nonzero(np.diff(rows_N, prepend=last)))
+        last = int(rows_N[-1]) if rows_N.size else last
+    return num_rows
+
+
+def _whole_rows(store: DocumentStore, rows_N: NDArray[np.integer[Any]]) -> NDArray[np.void]:
+    records_N = store.records(rows_N)
+    pieces_N = np.zeros(rows_N.size, dtype=PIECE)
+    pieces_N["row"] = rows_N
+    pieces_N["num_tokens"] = store.lengths(rows_N)
+    pieces_N["num_supervised"] = records_N["num_supervised"]
+    return pieces_N[records_N["num_supervised"] > 0]

@@ -7,9 +7,28 @@ speed alone. The micro-batch with the longest document comes first: if memory do
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.step.document import Document
+
+_MOST_DOCUMENTS = 2**14  # whose lengths are in memory at once: of what is evaluated on there may be millions
+
+
+def cut_documents(documents: Sequence[Document], micro_batch_tokens: int, *, packing: bool) -> Iterator[list[int]]:
+    """Cuts documents, read one at a time, into micro-batches, by `cut` where they may share rows, else by `cut_padded`.
+
+    Yields:
+        Their positions in `documents`.
+
+    Raises:
+        ConfigError: a document is longer than a micro-batch.
+    """
+    for first in range(0, len(documents), _MOST_DOCUMENTS):
+        positions = range(first, min(first + _MOST_DOCUMENTS, len(documents)))
+        lengths = [documents[position].num_tokens for position in positions]
+        for micro_batch in (cut if packing else cut_padded)(lengths, micro_batch_tokens):
+            yield [positions[index] for index in micro_batch]
 
 
 def cut(lengths: Sequence[int], micro_batch_tokens: int) -> list[list[int]]:

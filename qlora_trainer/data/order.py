@@ -1,20 +1,21 @@
-"""The seeded order in which documents are trained on, found in O(1) for any step.
+"""The seeded order in which documents are trained on, found in O(1) time and memory for any step.
 
-Position p of the run is document `permutation(seed, p // N)[p % N]`; step s takes positions s*B .. s*B + B - 1. Nothing
-is remembered from step to step, so a resumed run needs no stored position but its step.
+Position p of the run is the document that permutation number p // N puts at p % N (`data.shuffle`); step s takes
+positions s*B .. s*B + B - 1. Nothing is remembered from step to step, so a resumed run needs no stored position but its
+step.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from math import ceil
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qlora_trainer.config.schema import TrainingSection
+from qlora_trainer.data.shuffle import shuffled
+
+# A checkpoint holds it: a run must not go on in another order. The first one sorted a random word for each document.
+ORDER_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +86,14 @@ class Order:
         """
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of a run with {self.num_steps} steps")
-        first = step * self.global_batch_size
-        epochs_and_offsets = (divmod(p, self.num_documents) for p in range(first, self.samples_seen(step + 1)))
-        return [int(permutation(self.seed, epoch, self.num_documents)[offset]) for epoch, offset in epochs_and_offsets]
+        first, end = step * self.global_batch_size, self.samples_seen(step + 1)
+        found: list[int] = []
+        while first < end:
+            epoch, offset = divmod(first, self.num_documents)
+            offsets = range(offset, min(offset + end - first, self.num_documents))
+            found += shuffled(offsets, seed=self.seed, number=epoch, size=self.num_documents)
+            first += len(offsets)
+        return found
 
     def samples_seen(self, num_steps_done: int) -> int:
         """Documents seen after that many optimizer steps, repeats counted."""
@@ -96,15 +102,3 @@ class Order:
     def epoch(self, num_steps_done: int) -> float:
         """Passes over the documents after that many optimizer steps."""
         return self.samples_seen(num_steps_done) / self.num_documents
-
-
-@lru_cache(maxsize=4)
-def permutation(seed: int, number: int, num_documents: int) -> NDArray[np.int64]:
-    """The permutation of that number (of an epoch, or of a block), which is a function of its arguments only.
-
-    Sorts raw Philox words: NumPy promises their stream for ever, but not that of `Generator.permutation`.
-    """
-    words = np.random.Philox(key=np.array([seed, number], dtype=np.uint64)).random_raw(num_documents)
-    shuffled: NDArray[np.int64] = np.argsort(words, kind="stable").astype(np.int64, copy=False)
-    shuffled.flags.writeable = False
-    return shuffled

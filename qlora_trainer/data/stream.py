@@ -11,8 +11,6 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from qlora_trainer.config.data_files import DataSource, HubDataset
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer
@@ -20,10 +18,11 @@ from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.hub_dataset import streamed
 from qlora_trainer.data.named import iter_sources, num_bad_rows, sources_named
 from qlora_trainer.data.rows import MAX_REASONS, START, BadRow, FileRead, Place, Reading, Row, in_batches
-from qlora_trainer.data.token_cache import KnownTokenizer, writing_told
+from qlora_trainer.data.split import all_rows
+from qlora_trainer.data.token_cache import ROOM, KnownTokenizer
 from qlora_trainer.data.tokenized import TokenizedData, fit_documents, select
 from qlora_trainer.errors import DataError
-from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
 from qlora_trainer.hardware.sealed_folder import scratch
 
 StreamedRows = Iterator[list[Row] | BadRow | Reading | FileRead]
@@ -148,7 +147,7 @@ def read_block(stream: Stream, start: BlockStart, rows: StreamedRows) -> Generat
         StorageError: the cache cannot be written.
     """
     folder = cache_folder() / "tokens" / "stream"
-    with writing_told(folder), scratch(folder) as temporary:
+    with writing_told(folder, room=ROOM), scratch(folder) as temporary:
         with DocumentWriter(temporary) as writer:
             end, is_last = yield from _write_block(writer, stream, start.place, rows)
         return Block(start=start, store=DocumentStore(temporary), end=end, is_last=is_last)
@@ -204,9 +203,9 @@ def fit_block(block: Block, stream: Stream, seq_len: int) -> TokenizedData:
 
 def select_block(block: Block, stream: Stream) -> TokenizedData:
     """The documents of a block, whatever their length."""
-    rows_N = np.arange(block.store.num_rows, dtype=np.int32)
     bos_token_id = stream.tokenizer.tokenizer.bos_token_id
-    return select(block.store, rows_N, bos_token_id=bos_token_id, num_bad=num_bad_rows(block.store.files))
+    rows = all_rows(block.store.num_rows)
+    return select(block.store, rows, bos_token_id=bos_token_id, num_bad=num_bad_rows(block.store.files))
 
 
 def stream_hash(stream: Stream, first: Block) -> str:

@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +25,8 @@ from qlora_trainer.data.document_store import TOKENS_FILE, DocumentStore, Docume
 from qlora_trainer.data.named import iter_sources, sources_named
 from qlora_trainer.data.rows import FileRead, Reading, in_batches
 from qlora_trainer.data.sources import pinned, source_hash
-from qlora_trainer.errors import DataError, StorageError
-from qlora_trainer.hardware.cache_folder import cache_folder
+from qlora_trainer.errors import DataError
+from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
 from qlora_trainer.hardware.sealed_folder import defects, writing
 from qlora_trainer.hardware.unused_folders import remove_unused
 
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
 
 
 MOST_BYTES = 20 * 2**30  # of all token folders: four billion tokens
+ROOM = "5 bytes a token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def tokenize_named(
     sources = tuple(pinned(source) for source in sources_named(section, key))
     hashes = _hashes(sources, key)
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
-    with writing_told(folder):
+    with writing_told(folder, room=ROOM):
         yield from _make_if_missing(folder, sources, section, key, tokenizer)
         try:
             store = DocumentStore(folder)
@@ -118,24 +118,6 @@ def _make_if_missing(
                 expected="data that stays as it is until it is tokenised",
                 fix="Start again when whatever writes it is done.",
             )
-
-
-@contextmanager
-def writing_told(folder: Path) -> Iterator[None]:
-    """Tells a disk without room, or a folder that is not ours, in one line.
-
-    Raises:
-        StorageError: something within could not be written or opened.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            where=str(folder),
-            found=f"a folder that cannot be written ({error.strerror or error})",
-            expected="room for the tokenised data: 5 bytes a token",
-            fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
-        ) from error
 
 
 def _hashes(sources: Sequence[DataSource], key: Literal["train", "eval"]) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.document_store import DocumentStore
-from qlora_trainer.data.documents import Documents
+from qlora_trainer.data.documents import Documents, num_rows_of
+from qlora_trainer.data.length_counts import LengthCounts
 from qlora_trainer.errors import DataError
 
 Overlong = Literal["drop", "truncate", "split", "error"]
@@ -49,47 +52,52 @@ class TokenizedData:
 
     @property
     def num_tokens(self) -> int:
-        return int(self.documents.lengths_N.sum(dtype=np.int64))
+        return self.documents.lengths.num_tokens
 
     @property
     def num_supervised_tokens(self) -> int:
-        return int(self.documents.pieces_N["num_supervised"].sum(dtype=np.int64))
+        return self.documents.num_supervised_tokens
 
     @property
     def num_kept_rows(self) -> int:
         """Rows of which at least a piece is a document."""
-        return int(np.unique(self.documents.pieces_N["row"]).size)
+        return self.documents.num_rows
 
     @property
     def num_stopping_rows(self) -> int:
         """Those of them of which a stop token is learned: one that is cut may lose it."""
-        pieces_N = self.documents.pieces_N
-        first_stop_N = self.documents.store.first_stop_N[pieces_N["row"]]
-        ends_N = pieces_N["first"] + pieces_N["num_tokens"]
-        has_it_N = (first_stop_N >= pieces_N["first"]) & (first_stop_N < ends_N)
-        return int(np.unique(pieces_N["row"][has_it_N]).size)
+
+        def stopping() -> Iterator[NDArray[np.int32]]:
+            for pieces_N in self.documents.pieces.chunks():
+                first_stop_N = self.documents.store.records(pieces_N["row"])["first_stop"]
+                ends_N = pieces_N["first"] + pieces_N["num_tokens"]
+                yield pieces_N["row"][(first_stop_N >= pieces_N["first"]) & (first_stop_N < ends_N)]
+
+        return num_rows_of(stopping())
 
 
-def select(
-    store: DocumentStore, rows_N: NDArray[np.int32], *, bos_token_id: int | None, num_bad: int = 0
-) -> TokenizedData:
+def select(store: DocumentStore, rows: ArrayFile, *, bos_token_id: int | None, num_bad: int = 0) -> TokenizedData:
     """Some rows of a store, whatever their length.
 
     Args:
         store: all rows.
-        rows_N: their numbers, ascending; a held-out part may be empty.
+        rows: their numbers, ascending; a held-out part may be empty.
         bos_token_id: see `Documents`.
         num_bad: see `TokenizedData`; 0 for a part whose files are counted with another part.
+
+    Raises:
+        StorageError: the cache folder cannot be written.
     """
-    paths = store.paths(rows_N)
-    documents = Documents.of_rows(store, rows_N, bos_token_id=bos_token_id)
+    paths = store.paths(rows)
+    documents = Documents.of_rows(store, rows, bos_token_id=bos_token_id)
+    num_rewritten = (store.records(rows_N)["num_rewritten"].sum(dtype=np.int64) for rows_N in rows.chunks())
     return TokenizedData(
         path=f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else "".join(paths),
         documents=documents,
-        num_rows=int(rows_N.size),
+        num_rows=len(rows),
         num_bad=num_bad,
-        num_dropped_untrainable=int(rows_N.size) - len(documents),
-        num_rewritten_turns=int(store.num_rewritten_N[rows_N].sum(dtype=np.int64)),
+        num_dropped_untrainable=len(rows) - len(documents),
+        num_rewritten_turns=sum(map(int, num_rewritten)),
     )
 
 
@@ -111,15 +119,14 @@ def fit_documents(
         DataError: too many rows are dropped or none is left, or one is too long and `overlong` is "error".
     """
     whole = data.documents
-    is_long_N = whole.lengths_N > seq_len
-    num_overlong = int(is_long_N.sum())
+    num_overlong = whole.lengths.num_longer_than(seq_len)
     if num_overlong and overlong == "error":
-        raise _overlong_row(whole, int(np.flatnonzero(is_long_N)[0]), seq_len)
+        raise _overlong_row(whole, seq_len)
     if overlong == "drop":
-        fitted = replace(data, documents=whole.kept(~is_long_N), num_dropped_overlong=num_overlong)
+        fitted = replace(data, documents=whole.within(seq_len), num_dropped_overlong=num_overlong)
     else:
         documents = whole.cut_to(seq_len, pieces=overlong == "split")
-        num_untrainable = len(whole) - int(np.unique(documents.pieces_N["row"]).size)
+        num_untrainable = len(whole) - documents.num_rows
         num_changed = num_overlong - num_untrainable
         fitted = replace(
             data,
@@ -166,13 +173,11 @@ def require_most_rows(data: TokenizedData, max_dropped_share: float, seq_len: in
     )
 
 
-def choose_seq_len(
-    lengths_N: NDArray[np.int32], max_positions: int, *, overlong: Overlong, max_dropped_share: float
-) -> int:
+def choose_seq_len(lengths: LengthCounts, max_positions: int, *, overlong: Overlong, max_dropped_share: float) -> int:
     """The smallest multiple of 64 that holds 99 % of the documents uncut, or all positions the base has.
 
     Args:
-        lengths_N: tokens of each document, at least one.
+        lengths: tokens of the documents, at least one.
         max_positions: positions the base was built for (see `model.positions`).
         overlong: what becomes of the others; "error" leaves no others.
         max_dropped_share: below 1 % it leaves no others.
@@ -183,19 +188,16 @@ def choose_seq_len(
     Raises:
         ValueError: there are no documents.
     """
-    if not lengths_N.size:
-        raise ValueError("no documents to choose a sequence length for")
     uncut_percent = 100 if overlong == "error" or max_dropped_share < 0.01 else 99
-    num_uncut = -(-lengths_N.size * uncut_percent // 100)
-    longest_uncut = int(np.partition(lengths_N, num_uncut - 1)[num_uncut - 1])
+    longest_uncut = lengths.of_share(uncut_percent)
     return min(-(-longest_uncut // SEQ_LEN_MULTIPLE) * SEQ_LEN_MULTIPLE, max_positions)
 
 
-def length_percentiles(lengths_N: NDArray[np.int32]) -> tuple[int, ...]:
+def length_percentiles(lengths: LengthCounts) -> tuple[int, ...]:
     """The length that half, 90 %, 99 % and all of the documents do not exceed, in tokens; zeros if there are none."""
-    if not lengths_N.size:
+    if not lengths.num_documents:
         return (0,) * len(PERCENTILES)
-    return tuple(int(length) for length in np.percentile(lengths_N, PERCENTILES, method="inverted_cdf"))
+    return tuple(lengths.of_share(percent) for percent in PERCENTILES)
 
 
 def changes_told(data: TokenizedData) -> list[str]:
@@ -208,10 +210,12 @@ def changes_told(data: TokenizedData) -> list[str]:
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 
 
-def _overlong_row(documents: Documents, position: int, seq_len: int) -> DataError:
+def _overlong_row(documents: Documents, seq_len: int) -> DataError:
+    """About the first one."""
+    row, _, num_tokens, _ = next(piece for piece in documents.pieces if piece[2] > seq_len)
     return DataError(
-        where=documents.store.where(int(documents.pieces_N[position]["row"])),
-        found=f"a row of {documents.lengths_N[position]} tokens",
+        where=documents.store.where(row),
+        found=f"a row of {num_tokens} tokens",
         expected=f"at most data.seq_len = {seq_len}, since data.overlong is error",
         fix="Raise data.seq_len, shorten the row, or set data.overlong to drop, truncate or split.",
     )

@@ -6,8 +6,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from qlora_trainer.config.data_files import require_data
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
@@ -79,11 +77,10 @@ def read_documents(judged_on: JudgedOn, source: Source, *, max_tokens: int) -> G
     tokenizer = known_tokenizer(config, source.base, read_tokenizer(source.base.folder))
     data, _ = yield from read_held_out(judged_on, source.base, tokenizer)
     documents = data.documents
-    everyone_N = np.arange(len(documents), dtype=np.int32)
-    chosen = spread(everyone_N, len(documents))
-    while len(chosen) > 1:
-        num_tokens = int(documents.lengths_N[np.asarray(chosen)].sum(dtype=np.int64))
-        if num_tokens <= max_tokens:
-            break
-        chosen = spread(everyone_N, max(1, min(len(chosen) - 1, len(chosen) * max_tokens // num_tokens)))
-    return HeldOut([documents[index] for index in chosen], len(documents), packs(config, source.base), data.path)
+    everyone = range(len(documents))
+    count, num_tokens = len(documents), data.num_tokens
+    while count > 1 and num_tokens > max_tokens:
+        count = max(1, min(count - 1, count * max_tokens // num_tokens))
+        num_tokens = sum(documents.num_tokens(position) for position in spread(everyone, count))
+    chosen = [documents[position] for position in spread(everyone, count)]
+    return HeldOut(chosen, len(documents), packs(config, source.base), data.path)

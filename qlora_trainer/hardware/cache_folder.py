@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_trainer.errors import StorageError
@@ -33,3 +35,25 @@ def cache_folder() -> Path:
             fix="Set XDG_CACHE_HOME to a folder of your own.",
         )
     return root
+
+
+@contextmanager
+def writing_told(folder: Path, *, room: str) -> Iterator[None]:
+    """Tells a disk without room, or a folder that is not ours, in one line.
+
+    Args:
+        folder: of the cache.
+        room: how much the tokenised data takes of it.
+
+    Raises:
+        StorageError: something within could not be written or opened.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            where=str(folder),
+            found=f"a folder that cannot be written ({error.strerror or error})",
+            expected=f"room for the tokenised data: {room}",
+            fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
+        ) from error

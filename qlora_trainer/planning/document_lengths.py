@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,17 +38,23 @@ class DocumentLengths:
         return cls(seq_len, float(seq_len), seq_len, seq_len * global_batch_size)
 
     @classmethod
-    def of(cls, lengths: ArrayLike, *, seq_len: int, global_batch_size: int) -> DocumentLengths:
-        """Of the documents that are trained on."""
-        lengths_N = np.asarray(lengths, dtype=np.int64)
-        largest_batch_tokens = int(np.sort(lengths_N)[-global_batch_size:].sum())
-        num_repeated = max(global_batch_size - lengths_N.size, 0)  # an epoch may end within a batch
+    def of(cls, lengths: ArrayLike, counts: ArrayLike = 1, *, seq_len: int, global_batch_size: int) -> DocumentLengths:
+        """Of the documents that are trained on: of each length as many as `counts` says."""
+        lengths_L = np.asarray(lengths, dtype=np.int64)
+        order_L = np.argsort(-lengths_L, kind="stable")
+        counts_L = np.broadcast_to(np.asarray(counts, dtype=np.int64), lengths_L.shape)[order_L]
+        lengths_L = lengths_L[order_L]  # the longest first
+        largest_L = np.clip(global_batch_size - np.cumsum(counts_L) + counts_L, 0, counts_L)
+        num_documents, num_tokens = int(counts_L.sum()), int((counts_L * lengths_L).sum())
+        # In whole numbers, which are exact: n times the squares' sum less the square of the sum is n^2 variances.
+        squares = sum(count * length**2 for count, length in zip(counts_L.tolist(), lengths_L.tolist(), strict=True))
+        num_repeated = max(global_batch_size - num_documents, 0)  # an epoch may end within a batch
         return cls(
             seq_len,
-            float(lengths_N.mean()),
-            int(lengths_N.min()),
-            largest_batch_tokens + num_repeated * int(lengths_N.max()),
-            float(lengths_N.std()),
+            num_tokens / num_documents,
+            int(lengths_L[-1]),
+            int((largest_L * lengths_L).sum()) + num_repeated * int(lengths_L[0]),
+            math.sqrt((num_documents * squares - num_tokens**2) / num_documents**2),
         )
 
 

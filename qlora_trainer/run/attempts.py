@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from qlora_trainer.data.micro_batches import cut, cut_padded
+from qlora_trainer.data.micro_batches import cut_documents
 from qlora_trainer.errors import DivergedError
 from qlora_trainer.hardware.heap import release_free_memory
 from qlora_trainer.hardware.memory import OutOfMemoryError, memory_errors_as_ours, read_memory
@@ -265,9 +265,8 @@ def _evaluate(session: Session, progress: Progress) -> tuple[Progress, Evaluated
 
 
 def _micro_batches(session: Session, documents: Sequence[Document], *, step: int) -> Generator[MicroBatch]:
-    lengths = [document.num_tokens for document in documents]
     packing = session.packs
-    for positions in (cut if packing else cut_padded)(lengths, session.knobs.plan.micro_batch_tokens):
+    for positions in cut_documents(documents, session.knobs.plan.micro_batch_tokens, packing=packing):
         chosen = [documents[position] for position in positions]
         yield make_micro_batch(chosen, seed=session.config.training.seed, step=step, packing=packing)
 

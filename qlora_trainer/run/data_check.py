@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.check import Checked, Problem, check_named
+from qlora_trainer.data.length_counts import LengthCounts
 from qlora_trainer.data.named import num_bad_rows
 from qlora_trainer.data.rows import FileRead, Reading
 from qlora_trainer.data.samples import Sample, make_sample
+from qlora_trainer.data.split import all_rows
 from qlora_trainer.data.token_cache import KnownTokenizer
 from qlora_trainer.data.tokenized import TokenizedData, fit_documents, length_percentiles, require_most_rows, select
 from qlora_trainer.errors import DataError
@@ -109,22 +111,22 @@ def check_data(config: RunConfig, *, num_samples: int) -> Generator[Reading, Non
     tokenizer = known_tokenizer(config, base, found_tokenizer)
     checked = yield from check_named(config.data, "train", tokenizer)
     held_out = None if config.data.eval is None else (yield from check_named(config.data, "eval", tokenizer))
-    train_rows_N, eval_rows_N = train_and_held_out(config, checked.store, held_out.store if held_out else None)
+    train_rows, eval_rows = train_and_held_out(config, checked.store, held_out.store if held_out else None)
     bos_token_id = tokenizer.tokenizer.bos_token_id
-    trained_on = select(checked.store, train_rows_N, bos_token_id=bos_token_id)
+    trained_on = select(checked.store, train_rows, bos_token_id=bos_token_id)
     seq_len = decide_seq_len(config, base, trained_on) if len(trained_on.documents) else 0
     batch = config.training.global_batch_size
-    train = _report(config, checked, tokenizer, seq_len=seq_len, judged_rows_N=train_rows_N, least_documents=batch)
+    train = _report(config, checked, tokenizer, seq_len=seq_len, judged_rows=train_rows, least_documents=batch)
     evaluation = None
     if held_out is not None:
-        evaluation = _report(config, held_out, tokenizer, seq_len=seq_len, judged_rows_N=eval_rows_N)
+        evaluation = _report(config, held_out, tokenizer, seq_len=seq_len, judged_rows=eval_rows)
     return DataReport(
         base=base.name,
         seq_len=seq_len,
         overlong=config.data.overlong,
         train=train,
         evaluation=evaluation,
-        num_held_out=0 if held_out else int(eval_rows_N.size),
+        num_held_out=0 if held_out else len(eval_rows),
         samples=_samples(trained_on, tokenizer, num_samples),
     )
 
@@ -148,18 +150,18 @@ def _report(
     tokenizer: KnownTokenizer,
     *,
     seq_len: int,
-    judged_rows_N: NDArray[np.int32],
+    judged_rows: ArrayFile,
     least_documents: int = 0,
 ) -> SetReport:
-    """One key's files; of `judged_rows_N` (all but those held out for another part) not too many may be left out."""
+    """One key's files; of `judged_rows` (all but those held out for another part) not too many may be left out."""
     store = checked.store
     bos_token_id = tokenizer.tokenizer.bos_token_id
-    rows_N = np.arange(store.num_rows, dtype=np.int32)
     num_skipped = num_bad_rows(store.files) if config.data.on_bad_row == "skip" else 0  # else any stops the run
     whole, judged = (
-        select(store, chosen_N, bos_token_id=bos_token_id, num_bad=num_skipped) for chosen_N in (rows_N, judged_rows_N)
+        select(store, rows, bos_token_id=bos_token_id, num_bad=num_skipped)
+        for rows in (all_rows(store.num_rows), judged_rows)
     )
-    lengths_N = whole.documents.lengths_N
+    lengths = whole.documents.lengths
     fitted, judged = (
         fit_documents(data, seq_len, overlong=_lenient(config), max_dropped_share=1.0) if seq_len else data
         for data in (whole, judged)
@@ -174,7 +176,7 @@ def _report(
         num_bad=checked.num_bad,
         bad=(*checked.bad, *checked.refused),
         warnings=checked.warnings,
-        num_overlong=int((lengths_N > seq_len).sum()) if seq_len else 0,
+        num_overlong=lengths.num_longer_than(seq_len) if seq_len else 0,
         num_dropped_overlong=fitted.num_dropped_overlong,
         num_dropped_untrainable=fitted.num_dropped_untrainable,
         num_documents=len(fitted.documents),
@@ -184,8 +186,8 @@ def _report(
         num_with_stop=_num_with_stop(fitted, checked.stop_ids),
         num_double_bos=counts.get("double BOS", 0),
         num_empty_answers=counts.get("empty answer", 0),
-        percentiles=length_percentiles(lengths_N),
-        histogram=_histogram(lengths_N),
+        percentiles=length_percentiles(lengths),
+        histogram=_histogram(lengths),
         is_beginning=checked.is_beginning,
         errors=tuple(errors),
     )
@@ -214,19 +216,20 @@ def _errors(
     return errors
 
 
-def _histogram(lengths_N: NDArray[np.int32]) -> tuple[tuple[int, int], ...]:
+def _histogram(lengths: LengthCounts) -> tuple[tuple[int, int], ...]:
     """In at most `NUM_BINS` bins of one width, a number with few binary digits."""
-    longest = int(lengths_N.max(initial=1))
+    longest = max(lengths.longest, 1)
     unit = 2 ** max(longest.bit_length() - 5, 0)
     width = -(-longest // (NUM_BINS * unit)) * unit
     num_bins = -(-longest // width)
-    counts_N = np.bincount((lengths_N - 1) // width, minlength=num_bins)
-    return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts_N))
+    counts = np.zeros(num_bins, dtype=np.int64)
+    np.add.at(counts, (lengths.lengths_L - 1) // width, lengths.counts_L)
+    return tuple((width * (number + 1), int(count)) for number, count in enumerate(counts))
 
 
 def _samples(data: TokenizedData, tokenizer: KnownTokenizer, count: int) -> tuple[Sample, ...]:
     documents = data.documents
-    positions = spread(np.arange(len(documents), dtype=np.int32), count)
+    positions = spread(range(len(documents)), count)
     return tuple(
         make_sample(document, tokenizer.tokenizer, where=documents.store.where(document.index))
         for document in (documents[position] for position in positions)

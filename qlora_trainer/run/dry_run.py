@@ -38,7 +38,7 @@ def counted_documents(inputs: Inputs) -> str:
     what = "a stream, at its start " if inputs.data.stream else ""
     return (
         f"{what}{len(data.documents):,} documents, {data.num_tokens:,} tokens, "
-        f"{data.num_supervised_tokens:,} of them supervised; longest {data.documents.longest_tokens:,}; "
+        f"{data.num_supervised_tokens:,} of them supervised; longest {data.documents.lengths.longest:,}; "
         f"{data.num_dropped:,} rows dropped, {data.documents.store.num_repeated:,} repeated; "
         f"a stop token is learned in {data.num_stopping_rows:,} of {data.num_kept_rows:,}"
     )

@@ -10,14 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from qlora_trainer.config.adapter_names import BASE
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.micro_batches import cut, cut_padded
+from qlora_trainer.data.micro_batches import cut_documents
 from qlora_trainer.data.named import num_bad_rows
 from qlora_trainer.data.rows import Reading
+from qlora_trainer.data.split import all_rows
 from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
 from qlora_trainer.data.tokenized import TokenizedData, choose_seq_len, fit_documents, select
 from qlora_trainer.errors import DataError, DivergedError, DoesNotFitError
@@ -179,23 +179,23 @@ def read_held_out(
     section, bos_token_id = config.data, tokenizer.tokenizer.bos_token_id
     if section.eval is not None:
         files = yield from tokenize_named(section, "eval", tokenizer)
-        rows_N = np.arange(files.store.num_rows, dtype=np.int32)
-        whole = select(files.store, rows_N, bos_token_id=bos_token_id, num_bad=num_bad_rows(files.store.files))
+        rows = all_rows(files.store.num_rows)
+        whole = select(files.store, rows, bos_token_id=bos_token_id, num_bad=num_bad_rows(files.store.files))
         max_dropped_share = section.max_dropped_share
         _require_unchanged(judged_on.run, "evaluation data", files.content_hash)
     else:
         files = yield from tokenize_named(section, "train", tokenizer)
         _require_unchanged(judged_on.run, "training data", files.content_hash)
-        _, rows_N = train_and_held_out(config, files.store, None)
-        whole = select(files.store, rows_N, bos_token_id=bos_token_id)
+        _, rows = train_and_held_out(config, files.store, None)
+        whole = select(files.store, rows, bos_token_id=bos_token_id)
         max_dropped_share = 1.0  # as in the run: of a dozen rows one is more than the share
     if section.seq_len != "auto":
         require_positions(section.seq_len, base.config, base.name)
         seq_len = section.seq_len
     elif len(whole.documents):  # no document is left out for what would save memory in training
-        lengths_N = whole.documents.lengths_N
-        most = max_positions(base.config) or int(lengths_N.max())
-        seq_len = choose_seq_len(lengths_N, most, overlong=section.overlong, max_dropped_share=0.0)
+        lengths = whole.documents.lengths
+        most = max_positions(base.config) or lengths.longest
+        seq_len = choose_seq_len(lengths, most, overlong=section.overlong, max_dropped_share=0.0)
     else:
         seq_len = 1
     data = fit_documents(whole, seq_len, overlong=section.overlong, max_dropped_share=max_dropped_share)
@@ -261,6 +261,5 @@ def _score_or_halve(
 
 def micro_batches(documents: Sequence[Document], tokens: int, *, packing: bool) -> Iterator[MicroBatch]:
     """All documents, in rows of at most `tokens` tokens, which the longest of them has room in."""
-    lengths = [document.num_tokens for document in documents]
-    for positions in (cut if packing else cut_padded)(lengths, tokens):
+    for positions in cut_documents(documents, tokens, packing=packing):
         yield make_micro_batch([documents[position] for position in positions], seed=0, step=0, packing=packing)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.strict_json import json_sha256
+from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.document_store import DocumentStore
 from qlora_trainer.data.named import forms_told, num_bad_rows, rows_of
 from qlora_trainer.data.rows import FileRead, Reading, Row
-from qlora_trainer.data.split import hold_out
+from qlora_trainer.data.split import all_rows, hold_out
 from qlora_trainer.data.stream import (
     BegunStream,
     BlockStart,
@@ -154,13 +153,13 @@ def _read_data(config: RunConfig, base: Base, tokenizer: KnownTokenizer) -> Gene
     bos_token_id = tokenizer.tokenizer.bos_token_id
     train = yield from tokenize_named(section, "train", tokenizer)
     held_out = None if section.eval is None else (yield from tokenize_named(section, "eval", tokenizer))
-    rows_N, eval_rows_N = train_and_held_out(config, train.store, held_out.store if held_out else None)
+    rows, eval_rows = train_and_held_out(config, train.store, held_out.store if held_out else None)
     # Bad rows are drawn for neither part of one set of files: they count to what is trained on.
-    train_data = select(train.store, rows_N, bos_token_id=bos_token_id, num_bad=num_bad_rows(train.store.files))
+    train_data = select(train.store, rows, bos_token_id=bos_token_id, num_bad=num_bad_rows(train.store.files))
     require_most_rows(train_data, section.max_dropped_share)
     seq_len = decide_seq_len(config, base, train_data)
     fitted = fit_documents(train_data, seq_len, overlong=section.overlong, max_dropped_share=section.max_dropped_share)
-    evaluation, questions = _held_out(config, held_out or train, eval_rows_N, tokenizer, seq_len)
+    evaluation, questions = _held_out(config, held_out or train, eval_rows, tokenizer, seq_len)
     return Data(
         train=fitted,
         evaluation=evaluation,
@@ -181,10 +180,10 @@ def _begin_stream(config: RunConfig, base: Base, tokenizer: KnownTokenizer) -> G
     seq_len = decide_seq_len(config, base, whole)
     held_out = None if section.eval is None else (yield from tokenize_named(section, "eval", tokenizer))
     if held_out is not None:
-        rows_N = np.arange(held_out.store.num_rows, dtype=np.int32)
-        evaluation, questions = _held_out(config, held_out, rows_N, tokenizer, seq_len)
+        eval_rows = all_rows(held_out.store.num_rows)
+        evaluation, questions = _held_out(config, held_out, eval_rows, tokenizer, seq_len)
     else:
-        evaluation, questions = select(first.store, np.zeros(0, dtype=np.int32), bos_token_id=None), ()
+        evaluation, questions = select(first.store, all_rows(0), bos_token_id=None), ()
     return Data(
         train=fit_block(first, stream, seq_len),
         evaluation=evaluation,
@@ -201,28 +200,38 @@ def _hashes(train_hash: str, held_out: TokenizedFiles | None) -> dict[str, str]:
 
 
 def _held_out(
-    config: RunConfig, files: TokenizedFiles, rows_N: NDArray[np.int32], tokenizer: KnownTokenizer, seq_len: int
+    config: RunConfig, files: TokenizedFiles, rows: ArrayFile, tokenizer: KnownTokenizer, seq_len: int
 ) -> tuple[TokenizedData, tuple[Question, ...]]:
     """The documents to evaluate on, rows of their own files or of those that are trained on; and questions of them."""
     section, store = config.data, files.store
     has_files = section.eval is not None
     num_bad = num_bad_rows(store.files) if has_files else 0
-    data = select(store, rows_N, bos_token_id=tokenizer.tokenizer.bos_token_id, num_bad=num_bad)
+    data = select(store, rows, bos_token_id=tokenizer.tokenizer.bos_token_id, num_bad=num_bad)
     # A part that is held out may be a dozen rows, of which one is more than the share: there it is counted only.
     share = section.max_dropped_share if has_files else 1.0
-    askable_rows_N = rows_N[store.is_askable_N[rows_N]]
-    asked = spread(askable_rows_N[askable_rows_N < MAX_ROWS_READ_FOR_QUESTIONS], config.output.sample_questions)
+    asked = spread(_askable(store, rows), config.output.sample_questions)
     questions = tuple(_question(row) for row in rows_of(files.sources, section, asked))
     return fit_documents(data, seq_len, overlong=section.overlong, max_dropped_share=share), questions
 
 
+def _askable(store: DocumentStore, rows: ArrayFile) -> list[int]:
+    """Those of the rows, among the first of their files, that a sample answer can be compared with."""
+    found: list[int] = []
+    for chunk_N in rows.chunks():
+        rows_N = chunk_N[chunk_N < MAX_ROWS_READ_FOR_QUESTIONS]
+        found += rows_N[store.records(rows_N)["is_askable"]].tolist()
+        if rows_N.size < chunk_N.size:
+            break
+    return found
+
+
 def train_and_held_out(
     config: RunConfig, train: DocumentStore, held_out: DocumentStore | None
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+) -> tuple[ArrayFile, ArrayFile]:
     """The rows of `train` to train on, and those held out: all of `held_out`, or where it is None others of `train`."""
     if held_out is None:
         return hold_out(train.num_rows, config.data.eval_fraction, config.training.seed)
-    return np.arange(train.num_rows, dtype=np.int32), np.arange(held_out.num_rows, dtype=np.int32)
+    return all_rows(train.num_rows), all_rows(held_out.num_rows)
 
 
 def decide_seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
@@ -234,8 +243,8 @@ def decide_seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
     seq_len = config.data.seq_len
     if seq_len == "auto":
         return choose_seq_len(
-            data.documents.lengths_N,
-            max_positions(base.config) or data.documents.longest_tokens,
+            data.documents.lengths,
+            max_positions(base.config) or data.documents.lengths.longest,
             overlong=config.data.overlong,
             max_dropped_share=config.data.max_dropped_share,
         )
@@ -243,10 +252,10 @@ def decide_seq_len(config: RunConfig, base: Base, data: TokenizedData) -> int:
     return seq_len
 
 
-def spread(rows_N: NDArray[np.int32], count: int) -> list[int]:
-    """That many of the rows, from all over: neighbours in a file are often about the same thing."""
-    count = min(count, rows_N.size)
-    return [int(rows_N[number * rows_N.size // count]) for number in range(count)]
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """That many of the numbers, from all over: neighbours in a file are often about the same thing."""
+    count = min(count, len(numbers))
+    return [numbers[number * len(numbers) // count] for number in range(count)]
 
 
 def _require_a_batch(data: Data, global_batch_size: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.show import to_yaml
+from qlora_trainer.data.order import ORDER_VERSION
 from qlora_trainer.data.tokenized import length_percentiles
 from qlora_trainer.errors import InterruptedAndSaved, QloraTrainerError
 from qlora_trainer.model.adapters import trainable_parameters
@@ -139,6 +140,7 @@ def _save(session: Session, progress: Progress, *, is_best: bool) -> Saved:
                 "samples_seen": session.batches.samples_seen(progress.step),
                 "epoch": session.batches.epoch(progress.step),
                 "seed": session.config.training.seed,
+                "order": ORDER_VERSION,
                 "stream": session.batches.state(progress.step),
                 "loss_scaler": None if session.scaler is None else session.scaler.state_dict(),
                 "best_step": None if progress.best_eval_loss is None else progress.best_step,
@@ -221,7 +223,7 @@ def _prepared(session: Session) -> Prepared:
         num_dropped_documents=session.train_data.num_dropped,
         num_tokens=session.train_data.num_tokens,
         num_supervised_tokens=session.train_data.num_supervised_tokens,
-        length_percentiles=length_percentiles(session.train_data.documents.lengths_N),
+        length_percentiles=length_percentiles(session.train_data.documents.lengths),
         num_repeated_rows=session.train_data.documents.store.num_repeated,
         num_kept_rows=session.train_data.num_kept_rows,
         num_stopping_rows=session.train_data.num_stopping_rows,

@@ -21,8 +21,9 @@ from qlora_trainer.run.knobs import Knobs, MachineKnobs
 
 def documents_of(inputs: Inputs, global_batch_size: int) -> DocumentLengths:
     """What a plan needs to know of the data."""
+    lengths = inputs.data.train.documents.lengths
     return DocumentLengths.of(
-        inputs.data.train.documents.lengths_N, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size
+        lengths.lengths_L, lengths.counts_L, seq_len=inputs.data.seq_len, global_batch_size=global_batch_size
     )
 
 

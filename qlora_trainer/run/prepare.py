@@ -51,7 +51,15 @@ from qlora_trainer.run.knobs import (
 from qlora_trainer.run.planned import budget_of, halved_or_refused, plan_run, require_fit
 from qlora_trainer.run.records import Planned, PlanRevised, Preparing, RowsSkipped
 from qlora_trainer.run.rehearsal import rehearse
-from qlora_trainer.run.resume import continued_config, find_checkpoint, restore, rewind, version_notes, with_best
+from qlora_trainer.run.resume import (
+    continued_config,
+    find_checkpoint,
+    require_same_order,
+    restore,
+    rewind,
+    version_notes,
+    with_best,
+)
 from qlora_trainer.run.session import Session, packs
 from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings
@@ -79,6 +87,7 @@ def prepare(
     loaded, notes = (None, ()) if resume is None else _saved_before(folder, resume)
     changes: tuple[Change, ...] = ()
     if loaded is not None:
+        require_same_order(loaded)
         config, changes = continued_config(config, loaded, allow_change)
     machine = _settled_machine(config, device, loaded)
     paging_folder = _paging_folder(config, folder, device)

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.order import ORDER_VERSION
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import linked_step, step_name
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint, newest_verified
@@ -75,6 +76,22 @@ def with_best(folder: RunFolder, loaded: Loaded) -> tuple[Loaded, tuple[str, ...
     forgotten = replace(progress, best_eval_loss=None, best_step=0)
     note = f"{path.name}, the best step so far, is not whole: the best from here on is exported ({'; '.join(reasons)})"
     return replace(loaded, state={**loaded.state, "progress": forgotten.as_json()}), (note,)
+
+
+def require_same_order(loaded: Loaded) -> None:
+    """Refuse to go on where documents would come in another order than before: some would be seen twice, some never.
+
+    Raises:
+        StorageError: names both orders; the first one was not written down.
+    """
+    began_with = loaded.state.get("order", 1)
+    if began_with != ORDER_VERSION:
+        raise StorageError(
+            where=str(loaded.path),
+            found=f"a run that sees its documents in order {began_with}",
+            expected=f"order {ORDER_VERSION}, the only one that this version of qlora-trainer knows",
+            fix="Resume with the version that began the run, or begin a new run in another folder with lora.init_from.",
+        )
 
 
 def version_notes(loaded: Loaded) -> tuple[str, ...]:

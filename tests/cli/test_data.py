@@ -70,7 +70,7 @@ def test_good_data_is_counted_as_a_run_would_count_it(
     assert train["num_supervised_tokens"] == sum(part.num_supervised_tokens for part in both)
     assert train["num_with_stop"] == 60
     assert (train["num_double_bos"], train["num_empty_answers"], train["num_repeated"]) == (0, 0, 0)
-    lengths = sorted([*both[0].documents.lengths_N.tolist(), *both[1].documents.lengths_N.tolist()])
+    lengths = sorted(document.num_tokens for part in both for document in part.documents)
     assert train["percentiles"] == [lengths[29], lengths[53], lengths[59], lengths[59]]
     assert sum(count for _, count in train["histogram"]) == 60
     below = 0
@@ -251,7 +251,7 @@ def test_one_long_row_of_a_small_held_out_part_is_no_error(
     """A run counts it only; one more in what is trained on is beyond 1 %, of 57 rows."""
     lines = data.read_text().splitlines()
     long = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x " * 100}]})
-    train, held_out = (numbers.tolist() for numbers in hold_out(60, 0.05, 0))
+    train, held_out = (list(numbers) for numbers in hold_out(60, 0.05, 0))
     options = (str(data), "--model", str(base), "--set", "data.seq_len=64", "--set", "data.max_dropped_share=0.01")
     lines[held_out[0]] = long
     data.write_text("\n".join(lines))

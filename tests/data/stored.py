@@ -7,11 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from qlora_trainer.data.chat import RowTokenizer, TokenizedRow
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.rows import FileRead, Message, Row
+from qlora_trainer.data.split import all_rows
 from qlora_trainer.data.tokenized import TokenizedData, select
 from qlora_trainer.data.turns import TrainOn
 from qlora_trainer.step.document import Document
@@ -48,4 +47,4 @@ def store_of(rows: Sequence[TokenizedRow]) -> DocumentStore:
 
 
 def _select(rows: Sequence[TokenizedRow], *, bos_token_id: int | None) -> TokenizedData:
-    return select(store_of(rows), np.arange(len(rows), dtype=np.int32), bos_token_id=bos_token_id)
+    return select(store_of(rows), all_rows(len(rows)), bos_token_id=bos_token_id)

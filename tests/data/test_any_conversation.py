@@ -56,7 +56,7 @@ def test_labels_are_what_is_to_be_learned_and_nothing_else(name: str, data: st.D
     assert (document.labels_T[is_learned_T] == document.input_ids_T[is_learned_T]).all()
     if tokenizer.bos_token_id is not None and name != "phi_3":  # whose template writes none
         assert (document.input_ids_T == tokenizer.bos_token_id).nonzero()[0].tolist() == [0]
-    first_stop = int(tokenized.documents.store.first_stop_N[0])
+    first_stop = int(tokenized.documents.store.records(np.array([0]))["first_stop"][0])
     assert first_stop >= 0 or conversation.train_on == "all"
     if first_stop >= 0:
         assert int(document.labels_T[first_stop]) in tokenizer.added_tokens_decoder  # special tokens are

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.chat import TokenizedRow
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.documents import Documents
 from qlora_trainer.data.rows import FileRead, Row
+from qlora_trainer.data.split import all_rows
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from tests.data.stored import store_of, stored
 
@@ -36,8 +38,11 @@ def test_what_is_written_is_read_back(learned: list[list[bool]]) -> None:
         assert found.input_ids_T.tolist() == wanted.input_ids_T.tolist()
         assert found.labels_T.tolist() == wanted.labels_T.tolist()
         assert found.input_ids_T.dtype == found.labels_T.dtype == np.int32
-    assert documents.lengths_N.tolist() == [document.num_tokens for document in expected]
-    assert documents.pieces_N["num_supervised"].tolist() == [document.num_supervised_tokens for document in expected]
+    lengths = [document.num_tokens for document in expected]
+    assert [documents.num_tokens(position) for position in range(len(documents))] == lengths
+    assert (documents.lengths.num_documents, documents.lengths.num_tokens) == (len(lengths), sum(lengths))
+    assert documents.num_supervised_tokens == sum(document.num_supervised_tokens for document in expected)
+    assert documents.num_rows == len(expected)
 
 
 def test_rows_are_known_by_where_they_are_from(tmp_path: Path, make_row: Callable[..., Row]) -> None:
@@ -53,10 +58,11 @@ def test_rows_are_known_by_where_they_are_from(tmp_path: Path, make_row: Callabl
     store = DocumentStore(tmp_path)
     assert store.files == FILES
     assert [store.where(number) for number in range(3)] == ["a.jsonl:1", "a.jsonl:3", "b.parquet:row 1"]
-    assert store.paths(np.arange(3, dtype=np.int32)) == ["a.jsonl", "b.parquet"]
-    assert store.paths(np.arange(2, dtype=np.int32)) == ["a.jsonl"]
-    assert store.is_askable_N.tolist() == [True, False, False]
-    assert store.num_rewritten_N.tolist() == [0, 1, 2]
+    assert store.paths(all_rows(3)) == ["a.jsonl", "b.parquet"]
+    assert store.paths(all_rows(2)) == ["a.jsonl"]
+    records_N = store.records(np.arange(3))
+    assert records_N["is_askable"].tolist() == [True, False, False]
+    assert records_N["num_rewritten"].tolist() == [0, 1, 2]
 
 
 def test_a_store_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path) -> None:
@@ -66,7 +72,7 @@ def test_a_store_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path) -> N
             writer.append(tokenized(Row("a.jsonl", number, number + 1, ()), [True] * 50), file=0)
         writer.write_files(FILES[:1])
     store = DocumentStore(tmp_path)
-    documents = Documents.of_rows(store, np.arange(3, dtype=np.int32), bos_token_id=None)
+    documents = Documents.of_rows(store, all_rows(3), bos_token_id=None)
     (tmp_path / "tokens.bin").write_bytes(b"\0" * 300)
     assert documents[0].num_tokens == 50
     with pytest.raises(EOFError, match="100 of 200 bytes at 200"):
@@ -75,9 +81,9 @@ def test_a_store_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path) -> N
 
 def test_documents_are_a_sequence() -> None:
     rows = [tokenized(Row("a.jsonl", number, number + 1, ()), [True] * (number + 1)) for number in range(1, 6)]
-    documents = Documents.of_rows(store_of(rows), np.array([0, 2, 3], dtype=np.int32), bos_token_id=None)
+    documents = Documents.of_rows(store_of(rows), ArrayFile("<i4", [np.array([0, 2, 3])]), bos_token_id=None)
     assert [document.index for document in documents] == [0, 2, 3]
     assert [document.index for document in documents[1:]] == [2, 3]
-    assert documents[-1].num_tokens == documents.longest_tokens == 5
+    assert documents[-1].num_tokens == documents.lengths.longest == 5
     with pytest.raises(IndexError):
         documents[3]

@@ -3,12 +3,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_trainer.data.micro_batches import cut, cut_padded
+from qlora_trainer.data import micro_batches
+from qlora_trainer.data.micro_batches import cut, cut_documents, cut_padded
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.step.document import Document
 
 Cut = Callable[[Sequence[int], int], list[list[int]]]
 LENGTHS = st.lists(st.integers(1, 64), max_size=80)
@@ -54,3 +57,24 @@ def test_nothing_gives_nothing() -> None:
 def test_a_document_longer_than_a_micro_batch_is_refused(cut_by: Cut) -> None:
     with pytest.raises(ConfigError, match=r"memory\.micro_batch_tokens: found 16 tokens, and a document of 17"):
         cut_by([3, 17], 16)
+
+
+@given(st.lists(st.integers(1, 20), max_size=30), st.booleans(), st.integers(1, 40))
+def test_documents_are_cut_some_at_a_time(lengths: list[int], packing: bool, at_once: int) -> None:
+    """Each once, as their lengths are cut, and no more of them than are known at once."""
+    documents = stored_of(lengths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(micro_batches, "_MOST_DOCUMENTS", at_once)
+        found = list(cut_documents(documents, 24, packing=packing))
+    windows = [lengths[first : first + at_once] for first in range(0, len(lengths), at_once)]
+    cuts = [(cut if packing else cut_padded)(window, 24) for window in windows]
+    wanted = [[at_once * number + index for index in part] for number, parts in enumerate(cuts) for part in parts]
+    assert found == wanted
+    assert sorted(position for part in found for position in part) == list(range(len(lengths)))
+
+
+def stored_of(lengths: list[int]) -> list[Document]:
+    return [
+        Document(index=number, input_ids_T=np.zeros(length, np.int32), labels_T=np.zeros(length, np.int32))
+        for number, length in enumerate(lengths)
+    ]

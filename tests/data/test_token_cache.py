@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 
 from qlora_trainer.config.schema import DataSection
@@ -17,6 +16,7 @@ from qlora_trainer.data import document_store, token_cache
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.documents import Documents
 from qlora_trainer.data.rows import BATCH_ROWS, Reading
+from qlora_trainer.data.split import all_rows
 from qlora_trainer.data.token_cache import KnownTokenizer, TokenizedFiles, tokenize_named
 from qlora_trainer.errors import DataError, StorageError
 
@@ -66,8 +66,8 @@ def drained(reading: Generator[Reading, None, TokenizedFiles]) -> tuple[list[Rea
 
 
 def tokens(files: TokenizedFiles) -> list[list[int]]:
-    rows_N = np.arange(files.store.num_rows, dtype=np.int32)
-    return [document.input_ids_T.tolist() for document in Documents.of_rows(files.store, rows_N, bos_token_id=None)]
+    rows = all_rows(files.store.num_rows)
+    return [document.input_ids_T.tolist() for document in Documents.of_rows(files.store, rows, bos_token_id=None)]
 
 
 def test_tokens_are_made_once_and_found_again(

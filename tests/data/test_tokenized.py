@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_trainer.data.chat import TokenizedRow
+from qlora_trainer.data.length_counts import LengthCounts
 from qlora_trainer.data.rows import Row
+from qlora_trainer.data.split import all_rows
 from qlora_trainer.data.tokenized import (
     Overlong,
     TokenizedData,
@@ -123,13 +125,12 @@ def test_too_many_dropped_rows_are_refused_with_counts_unless_allowed() -> None:
         fit(data, 40, share=0.07)
     with pytest.raises(DataError, match=r"40 of 40 rows.*expected at most 100 %"):
         fit(data, 2, share=1.0)
-    require_most_rows(select(data.documents.store, np.zeros(0, np.int32), bos_token_id=None), 0.05)  # nothing held out
+    require_most_rows(select(data.documents.store, all_rows(0), bos_token_id=None), 0.05)  # nothing held out
 
 
 def test_bad_rows_count_to_the_share_of_dropped_ones() -> None:
     """Mutations tried: bad rows not added to what is dropped, or not to the rows there were."""
-    rows_N = np.arange(40, dtype=np.int32)
-    data = select(MANY.documents.store, rows_N, bos_token_id=None, num_bad=2)
+    data = select(MANY.documents.store, all_rows(40), bos_token_id=None, num_bad=2)
     require_most_rows(data, 2 / 42)
     with pytest.raises(
         DataError, match=r"train\.jsonl: found 2 of 42 rows .*\(2 bad ones, which .*Correct the bad rows"
@@ -156,9 +157,10 @@ def test_the_chosen_seq_len_is_the_smallest_that_holds_99_percent(lengths: list[
     def holds(seq_len: int, percent: int) -> bool:
         return 100 * sum(length <= seq_len for length in lengths) >= percent * len(lengths)
 
+    counted = LengthCounts.of([np.array(lengths)])
     wanted: list[tuple[Overlong, float, int]] = [("drop", 0.05, 99), ("error", 0.05, 100), ("drop", 0.0, 100)]
     for overlong, share, percent in wanted:
-        seq_len = choose_seq_len(np.array(lengths), max_positions, overlong=overlong, max_dropped_share=share)
+        seq_len = choose_seq_len(counted, max_positions, overlong=overlong, max_dropped_share=share)
         if seq_len < max_positions:
             assert seq_len % 64 == 0
             assert holds(seq_len, percent)
@@ -169,7 +171,7 @@ def test_the_chosen_seq_len_is_the_smallest_that_holds_99_percent(lengths: list[
 
 
 def test_one_long_document_in_a_hundred_counts_where_none_may_be_dropped() -> None:
-    lengths = np.array([10] * 99 + [200])
+    lengths = LengthCounts.of([np.array([10] * 99 + [200])])
     assert choose_seq_len(lengths, 4096, overlong="drop", max_dropped_share=0.01) == 64
     assert choose_seq_len(lengths, 4096, overlong="drop", max_dropped_share=0.009) == 256
     assert choose_seq_len(lengths, 4096, overlong="error", max_dropped_share=1.0) == 256
@@ -177,7 +179,7 @@ def test_one_long_document_in_a_hundred_counts_where_none_may_be_dropped() -> No
 
 def test_seq_len_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="no documents"):
-        choose_seq_len(np.zeros(0, np.int32), 2048, overlong="drop", max_dropped_share=0.05)
+        choose_seq_len(LengthCounts.of([]), 2048, overlong="drop", max_dropped_share=0.05)
 
 
 # Where the first stop token is that is learned, in rows of ten tokens of which all are: two rows have none.
@@ -197,6 +199,6 @@ def test_rows_are_counted_of_which_a_stop_token_is_learned(
         for number, first_stop in enumerate(STOPS)
     ]
     store = store_of(rows)
-    whole = select(store, np.arange(len(rows), dtype=np.int32), bos_token_id=None)
+    whole = select(store, all_rows(len(rows)), bos_token_id=None)
     data = fit_documents(whole, seq_len, overlong=overlong, max_dropped_share=None)
     assert (data.num_kept_rows, data.num_stopping_rows) == (kept, stopping)

@@ -67,7 +67,7 @@ def test_a_base_without_a_limit_takes_any_seq_len(tmp_path: Path, base: Path) ->
     """Mutation tried: no more than the longest document has, which is no limit of the base."""
     config = tiny_config(tmp_path, base, "data.seq_len=200")
     found = watched(read_inputs(config), stderr_console())
-    assert found.data.train.documents.longest_tokens < 200
+    assert found.data.train.documents.lengths.longest < 200
     assert decide_seq_len(config, replace(found.base, config=PreTrainedConfig()), found.data.train) == 200
 
 
@@ -257,7 +257,7 @@ def test_one_long_row_of_a_small_held_out_part_does_not_stop_a_run(tmp_path: Pat
     """Mutation tried: 5 % of what is held out, which is less than one row."""
     lines = write_rows(tmp_path / "rows.jsonl", 60).read_text().splitlines()
     options = ("data.eval_fraction=0.1", "data.seq_len=64", "training.max_steps=1")
-    number = hold_out(60, 0.1, 0)[1].tolist()[0]
+    number = hold_out(60, 0.1, 0)[1][0]
     lines[number] = json.dumps({"messages": LONG_MESSAGES})
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     (prepared,) = [r for r in run_to_end(tiny_config(tmp_path, base, *options)) if isinstance(r, Prepared)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import time
@@ -17,7 +18,7 @@ import torch
 
 from qlora_trainer.config.strict_json import decode, encode, read_capped
 from qlora_trainer.run.checkpoint.load import newest_verified
-from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME, read_manifest
+from qlora_trainer.run.checkpoint.manifest import MANIFEST_NAME, FileEntry, read_manifest
 from qlora_trainer.run.checkpoint.storage import LocalStorage
 from qlora_trainer.run.records import Evaluated, Finished, Resumed, Saved, StepDone
 from qlora_trainer.step.optimizer import AdapterOptimizer
@@ -152,6 +153,25 @@ def test_a_checkpoint_of_a_newer_version_is_not_fallen_back_over(
     assert train_command(config, "--resume", "auto") == 5
     assert "made by a newer version of qlora-trainer (schema 2)" in complaint(capsys)
     assert saved_steps(tmp_path / "run") == ["last", "step-00000002", "step-00000004"]
+
+
+def test_a_run_does_not_go_on_in_another_order(tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint from before the order was written down has none. Mutation tried: without `require_same_order` it
+    went on, and saw some documents twice in an epoch.
+    """
+    config = tiny_config(tmp_path, base, *PLAIN, "training.max_steps=3")
+    run_until_step(config, 3)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    state, manifest = decode(read_capped(checkpoint / "state.json")), read_manifest(checkpoint)
+    assert state.pop("order") == 2
+    written = encode(state)
+    (checkpoint / "state.json").write_bytes(written)
+    found = {**manifest.files, "state.json": FileEntry(len(written), hashlib.sha256(written).hexdigest())}
+    (checkpoint / MANIFEST_NAME).write_bytes(replace(manifest, files=found).to_bytes())
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert train_command(config, "--resume", "auto") == 5
+    assert "found a run that sees its documents in order 1; expected order 2" in complaint(capsys)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
 
 
 @pytest.mark.parametrize(
