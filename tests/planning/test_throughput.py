@@ -35,7 +35,7 @@ def test_a_micro_batch_holds_a_document_of_a_stretched_length(seq_len: int, stre
 
 
 def test_a_batch_that_fits_whole_is_one_micro_batch() -> None:
-    """Of nearly equal documents a mean does not tell: eight of 200 to 208 tokens fit 1,664, and eight means do, just."""
+    """Of nearly equal documents a mean does not tell: eight of 200 to 208 tokens fit 1,664, as eight means do."""
     lengths = [200, 201, 203, 204, 204, 205, 207, 208] * 20
     demand = Demand(8, sum(lengths) / len(lengths), min(lengths), float(np.std(lengths)))
     assert demand.filled_tokens(1664) < demand.usual_batch_tokens < 1664  # what two micro-batches were counted for

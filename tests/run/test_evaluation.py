@@ -166,7 +166,7 @@ def test_runs_that_held_out_other_rows_are_compared_on_a_file_only(run: Path, co
     [
         ("eval_fraction: 0.0", DataError, "a run that held no rows out"),
         ("data", DataError, "another training data than when it began"),
-        ("weights", ConfigError, "weights that are not finite"),
+        ("weights", ConfigError, "that is not finite"),
         ("no run", ConfigError, "adapter folders without a run, and no --data"),
     ],
 )
