@@ -19,7 +19,7 @@ from qlora_trainer.model.lora_settings import (
     require_expressions,
     select_targets,
 )
-from qlora_trainer.model.table_names import BaseTables
+from qlora_trainer.model.table_names import BaseTables, means
 
 # Fields of adapter_config.json that change the result; anything but these values is refused, never ignored.
 _PLAIN_LORA: dict[str, tuple[object, ...]] = {
@@ -27,7 +27,6 @@ _PLAIN_LORA: dict[str, tuple[object, ...]] = {
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
     "bias": ("none",),
-    "exclude_modules": (None, []),
     "fan_in_fan_out": (False,),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others have changed the base itself
     "kasa_config": (None,),
@@ -115,6 +114,7 @@ def read_config_fields(path: Path) -> dict[str, Any]:
         if name in fields and fields[name] not in allowed:
             raise wrong_adapter(path, f"{name} = {fields[name]!r}", f"{allowed[0]!r}")
     _check_variants(path, fields)
+    _check_excluded(path, fields.get("exclude_modules"))
     layers = fields.get("layers_to_transform")
     one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
     one_form |= {"layers_to_transform": [layers]} if isinstance(layers, int) else {}
@@ -140,6 +140,10 @@ def settings_of(
         ConfigError: the fields name something that the base does not have.
     """
     targets = _meant(linear_names, fields["target_modules"], where, "target_modules", "linears inside the layers")
+    excluded = fields.get("exclude_modules") or []
+    targets = tuple(name for name in targets if not _is_excluded(name, excluded))
+    if not targets:
+        raise wrong_adapter(where, f"exclude_modules = {excluded!r}, of every linear", "some that target_modules means")
     layers = fields.get("layers_to_transform")
     if layers is not None and layers != []:
         pattern = fields.get("layers_pattern") or ()
@@ -221,6 +225,20 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
         raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
     if type(fields.get("ensure_weight_tying", False)) is not bool:
         raise wrong_adapter(path, f"ensure_weight_tying = {fields['ensure_weight_tying']!r}", "true or false")
+
+
+def _check_excluded(path: Path, excluded: object) -> None:
+    if isinstance(excluded, str):
+        require_expressions([excluded], where=f"{path}, exclude_modules")
+    elif not (excluded is None or _are_names(excluded)):
+        raise wrong_adapter(path, f"exclude_modules = {excluded!r}", "a list of names or a regular expression")
+
+
+def _is_excluded(name: str, excluded: str | Sequence[str]) -> bool:
+    """By PEFT's rules: a regular expression for the whole name, or names and ends of names."""
+    if isinstance(excluded, str):
+        return bool(excluded) and re.fullmatch(excluded, name) is not None
+    return any(means(entry, name) for entry in excluded)
 
 
 def _whole_if_it_is(value: float) -> float:

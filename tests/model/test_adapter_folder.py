@@ -92,6 +92,28 @@ def test_we_load_what_peft_saved_and_give_its_logits(
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= 1e-5
 
 
+@pytest.mark.parametrize("excluded", [["k_proj", "model.layers.0.mlp.up_proj"], r".*layers\.1\..*", [], ""], ids=str)
+def test_what_peft_left_out_is_left_out(excluded: str | list[str], tmp_path: Path) -> None:
+    """Mutations tried: an expression that need not match the whole name; the end of a name without its dot."""
+    base, cache = prepare(tmp_path / "base", CONFIGS["llama"])
+    wrapped = _save_with_peft(tmp_path / "adapter", cache, "all-linear", exclude_modules=excluded)
+    model = load_for_training(base, cache)
+    adapter = read_adapter_folder(tmp_path / "adapter", linear_names=list(model.linears))
+    assert (len(adapter.settings.targets) < len(model.linears)) == bool(excluded)
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+    with torch.no_grad():
+        theirs_TV = logits(wrapped, DOCUMENTS)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= 1e-5
+
+
+@pytest.mark.parametrize("excluded", ["(", ["q_proj"], r".*", 5, [1]], ids=str)
+def test_what_leaves_nothing_or_means_nothing_is_refused(excluded: object, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exclude_modules"):
+        read_adapter_folder(
+            _plain_folder(tmp_path / "adapter", exclude_modules=excluded), linear_names=["layers.0.q_proj"]
+        )
+
+
 def _save_with_peft(folder: Path, cache: NF4Cache, target_modules: str | list[str], **fields: Any) -> Any:
     oracle = load_oracle(cache.folder, torch.float32)
     config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=target_modules, task_type="CAUSAL_LM", **fields)
@@ -179,7 +201,6 @@ def _plain_folder(folder: Path, **changes: object) -> Path:
     [
         ("bias", "all"),
         ("fan_in_fan_out", True),
-        ("exclude_modules", ["k_proj"]),
         ("layer_replication", [[0, 1], [0, 1]]),
         ("alora_invocation_tokens", [1, 2]),
         ("lora_bias", True),
