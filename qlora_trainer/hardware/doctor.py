@@ -24,10 +24,9 @@ from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.control_group import memory_limit_bytes
 from qlora_trainer.hardware.device import (
     BF16_COMPUTE_CAPABILITY,
-    DTYPES,
+    best_gemm_gflops,
     choose_compute_dtype,
     choose_device,
-    measure_gemm_gflops,
     num_cpu_threads,
 )
 from qlora_trainer.hardware.memory import available_memory_bytes, total_memory_bytes
@@ -181,7 +180,7 @@ def _speed(device: torch.device) -> Iterator[Finding]:
     if device.type == "cuda":
         yield Finding("compute dtype", choose_compute_dtype(device), "ok", "What auto takes on this GPU.")
         return
-    gflops = {name: measure_gemm_gflops(DTYPES[name]) for name in ("float32", "bfloat16")}
+    gflops = best_gemm_gflops()
     for name, speed in gflops.items():
         yield Finding(f"{name} products", f"{speed:.0f} GFLOP/s", "ok")
     fastest = max(gflops, key=lambda name: gflops[name])

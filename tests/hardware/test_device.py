@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import pytest
 import torch
 
-from qlora_trainer.hardware import device as device_module
 from qlora_trainer.hardware.device import (
     DTYPES,
+    best_gemm_gflops,
     choose_adapter_dtype,
     choose_compute_dtype,
     choose_device,
@@ -59,7 +60,21 @@ def test_adapters_are_bf16_where_the_device_has_it(asked: Any, compute_dtype: An
 
 @pytest.mark.parametrize("faster", ["float32", "bfloat16"])
 def test_a_cpu_computes_in_what_it_multiplies_faster(monkeypatch: pytest.MonkeyPatch, faster: str) -> None:
-    monkeypatch.setattr(device_module, "measure_gemm_gflops", lambda dtype: 200.0 if dtype == DTYPES[faster] else 100.0)
+    """Though two of three products are disturbed, those of the faster dtype by more.
+
+    Mutation tried: the median instead of the best, which takes the slower one.
+    """
+    clock, num_products = [0.0], [0]
+
+    def product(left: torch.Tensor, _right: torch.Tensor) -> None:
+        num_products[0] += 1
+        is_faster = left.dtype == DTYPES[faster]
+        clock[0] += 1.0 if is_faster else 1.5
+        if num_products[0] % 3:
+            clock[0] += 9.0 if is_faster else 1.0
+
+    monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     assert faster_cpu_dtype() == faster
     assert choose_compute_dtype(torch.device("cpu")) == faster
@@ -68,6 +83,7 @@ def test_a_cpu_computes_in_what_it_multiplies_faster(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_measured_speed_is_one_that_a_cpu_can_have(dtype: torch.dtype) -> None:
     assert 0.01 < measure_gemm_gflops(dtype, size=128, repeats=3) < 1e5
+    assert all(0.01 < gflops < 1e5 for gflops in best_gemm_gflops(size=128, rounds=3).values())
 
 
 def test_threads_are_the_processors_that_this_process_may_use() -> None:

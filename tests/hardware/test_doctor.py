@@ -31,7 +31,7 @@ def quiet_machine(disk_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder on a disk, a cache of its own, and speeds that are not measured anew in every test."""
     monkeypatch.chdir(disk_folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(disk_folder / "cache"))
-    monkeypatch.setattr(doctor, "measure_gemm_gflops", lambda dtype: 200.0 if dtype == torch.float32 else 100.0)
+    monkeypatch.setattr(doctor, "best_gemm_gflops", lambda: {"float32": 200.0, "bfloat16": 100.0})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(doctor, "get_token", lambda: None)
 
