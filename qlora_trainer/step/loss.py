@@ -254,15 +254,7 @@ def _(
     softcap: float,
     chunk_tokens: int,
     needs_gradient: bool,
-    gradient_scale: Tensor | None = None,
-    is_on_host: bool = False,
-    total: Tensor | None = None,
-    weight_grad_VH: Tensor | None = None,
-    bias_grad_V: Tensor | None = None,
-    absmax: Tensor | None = None,
-    nested_absmax: Tensor | None = None,
-    offset: Tensor | None = None,
-    code: Tensor | None = None,
+    *_others: object,
 ) -> tuple[Tensor, Tensor]:
     grad_NH = torch.empty_like(hidden_NH) if needs_gradient else hidden_NH.new_empty(0)
     return hidden_NH.new_empty((), dtype=torch.float32), grad_NH

@@ -1,7 +1,4 @@
-"""The kill test, three kills of a tiny run here; thirty of a real one are in docs/log.md.
-
-`.ci/run` runs it; among the tests of every day are one kill (`tests/run/test_loop.py`) and signals in every phase.
-"""
+"""The kill test, three kills of a tiny run here; thirty of a real one are in docs/log.md."""
 
 from __future__ import annotations
 
@@ -27,7 +24,6 @@ def kill(work: Path, *arguments: str, kills: int) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.slow
 def test_three_kills_change_nothing(tmp_path: Path) -> None:
     """Several micro-batches a step (eight of documents of full length); the third kill comes after a SIGTERM.
 
