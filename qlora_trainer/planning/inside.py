@@ -16,7 +16,7 @@ from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
 from qlora_trainer.model import attention, dora, nf4, row_ops
 from qlora_trainer.model.vocabulary_blocks import rows_in_block as rows_in_vocabulary_block
-from qlora_trainer.planning.timeline import Probe
+from qlora_trainer.planning.timeline import Probe, on_a_line
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
 
@@ -105,11 +105,10 @@ def _loss_bytes(arguments: tuple[Any, ...]) -> int:
     if not is_cut or not is_alike or num_blocks <= _SOME_BLOCKS:
         return _traced_bytes(LOSS, arguments)
     few, some = (
-        _traced_bytes(LOSS, _with_vocabulary(arguments, number * block + vocabulary % block))
+        (number, _traced_bytes(LOSS, _with_vocabulary(arguments, number * block + vocabulary % block)))
         for number in (_FEW_BLOCKS, _SOME_BLOCKS)
     )
-    more_blocks = int(num_blocks - _SOME_BLOCKS)
-    return some + (some - few) * more_blocks // (_SOME_BLOCKS - _FEW_BLOCKS)
+    return on_a_line(few, some, num_blocks)
 
 
 def _with_vocabulary(arguments: tuple[Any, ...], vocabulary: int) -> tuple[Any, ...]:

@@ -39,7 +39,7 @@ from qlora_trainer.planning.replay import Reserved, Storages, replay, resident_s
 from qlora_trainer.planning.rungs import Lever
 from qlora_trainer.planning.search import Candidate, Space, chunk_steps, token_steps
 from qlora_trainer.planning.shallow_trace import trace_step
-from qlora_trainer.planning.state_trace import StateTrace, trace_state
+from qlora_trainer.planning.state_trace import StateForm, StateTrace, trace_state
 from qlora_trainer.planning.throughput import Demand, tokens_per_second
 from qlora_trainer.planning.timeline import Level
 from qlora_trainer.planning.trained import Trained, trained_at
@@ -125,14 +125,14 @@ class Planner:
             return traced(rank if settings.rank_pattern else settings.rank, levers)
 
         def state_of(num_elements: int, bits: Literal[8, 32], is_on_host: bool) -> StateTrace:
-            return trace_state(
-                num_elements,
+            form = StateForm(
                 bits=bits,
                 adapter_dtype=adapter_dtype,
                 device=device,
                 alignment_bytes=alignment,
                 is_on_host=is_on_host,
             )
+            return trace_state(num_elements, form)
 
         prices_of(rank)  # traced now, so that the process is as large as it will be when it is asked for its size
         return cls(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from qlora_trainer.planning.inside import bytes_of, inside_bytes
-from qlora_trainer.planning.timeline import Level, read_levels
+from qlora_trainer.planning.timeline import Level, on_a_line, read_levels
 from qlora_trainer.planning.tracker import StorageTracker
 from qlora_trainer.step.optimizer import CPU_PIECE_ELEMENTS, GPU_PIECE_ELEMENTS, AdapterOptimizer, OptimizerSettings
 from qlora_trainer.step.state import first_non_finite
@@ -40,51 +39,50 @@ class StateTrace:
     host_bytes: int = 0
 
 
-def trace_state(
-    num_flat_elements: int,
-    *,
-    bits: Literal[8, 32],
-    adapter_dtype: torch.dtype,
-    device: torch.device,
-    alignment_bytes: int,
-    is_on_host: bool = False,
-) -> StateTrace:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateForm:
+    """What the bytes of an optimizer depend on, beside how much it trains.
+
+    Attributes:
+        bits: of a moment.
+        adapter_dtype: of what it updates.
+        device: where that is.
+        alignment_bytes: of the device's allocator.
+        is_on_host: whether master and moments are on the host.
+    """
+
+    bits: Literal[8, 32]
+    adapter_dtype: torch.dtype
+    device: torch.device
+    alignment_bytes: int
+    is_on_host: bool = False
+
+    @property
+    def piece_elements(self) -> int:
+        """That are updated at once."""
+        return CPU_PIECE_ELEMENTS if self.is_on_host or self.device.type == "cpu" else GPU_PIECE_ELEMENTS
+
+
+def trace_state(num_flat_elements: int, form: StateForm) -> StateTrace:
     """Update, hand out and take back the state of an optimizer over that many elements.
 
     All adapters together are one parameter here: the optimizer's buffers are flat in any case.
     """
-    traced = partial(
-        trace_whole_state,
-        bits=bits,
-        adapter_dtype=adapter_dtype,
-        device=device,
-        alignment_bytes=alignment_bytes,
-        is_on_host=is_on_host,
-    )
-    piece_elements = CPU_PIECE_ELEMENTS if is_on_host or device.type == "cpu" else GPU_PIECE_ELEMENTS
-    num_pieces = num_flat_elements // piece_elements
+    num_pieces, rest = divmod(num_flat_elements, form.piece_elements)
     if num_pieces <= SOME_PIECES:
-        return traced(num_flat_elements)
-    rest = num_flat_elements % piece_elements
-    few, some = (traced(number * piece_elements + rest) for number in (FEW_PIECES, SOME_PIECES))
+        return trace_whole_state(num_flat_elements, form)
+    few, some = (trace_whole_state(number * form.piece_elements + rest, form) for number in (FEW_PIECES, SOME_PIECES))
     return _further(few, some, num_pieces)
 
 
-def trace_whole_state(
-    num_flat_elements: int,
-    *,
-    bits: Literal[8, 32],
-    adapter_dtype: torch.dtype,
-    device: torch.device,
-    alignment_bytes: int,
-    is_on_host: bool = False,
-) -> StateTrace:
+def trace_whole_state(num_flat_elements: int, form: StateForm) -> StateTrace:
     """The same, every piece of it traced, of which a 70B at rank 128 has fifteen hundred."""
+    device, alignment_bytes = form.device, form.alignment_bytes
     tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
-    residency: Literal["device", "host"] = "host" if is_on_host else "device"
-    settings = OptimizerSettings(bits=bits, residency=residency, weight_decay=0.0, paging_folder=Path())
+    residency: Literal["device", "host"] = "host" if form.is_on_host else "device"
+    settings = OptimizerSettings(bits=form.bits, residency=residency, weight_decay=0.0, paging_folder=Path())
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
-        parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=adapter_dtype, device=device))
+        parameter = nn.Parameter(torch.empty(num_flat_elements, dtype=form.adapter_dtype, device=device))
         parameter.grad_dtype = torch.float32
         optimizer = AdapterOptimizer({"adapters": parameter}, settings)
         with tracker:
@@ -115,7 +113,7 @@ def _further(few: StateTrace, some: StateTrace, num_pieces: int) -> StateTrace:
     """On the line through two traces."""
 
     def at(low: int, high: int) -> int:
-        return high + (high - low) * (num_pieces - SOME_PIECES) // (SOME_PIECES - FEW_PIECES)
+        return on_a_line((FEW_PIECES, low), (SOME_PIECES, high), num_pieces)
 
     def all_at(low: tuple[int, ...], high: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(map(at, low, high))

@@ -119,6 +119,12 @@ def outline(segment: Segment, sizes: NDArray[np.int64]) -> Outline:
     return Outline(net, int(levels[last]), at_peak)
 
 
+def on_a_line(first: tuple[int, int], second: tuple[int, int], number: int) -> int:
+    """The bytes that `number` equal parts take, from what two other numbers of them take: (parts, bytes) each."""
+    (few, few_bytes), (some, some_bytes) = first, second
+    return some_bytes + (some_bytes - few_bytes) * (number - some) // (some - few)
+
+
 def choose_probe(sizes: Iterable[int]) -> Probe:
     """Primes that divide none of `sizes` (bytes of storages that depend on neither tokens nor rank).
 

@@ -29,7 +29,7 @@ from qlora_trainer.planning.price import Layout, Prices, evaluation_level
 from qlora_trainer.planning.pulled import pulled
 from qlora_trainer.planning.rungs import pulled_levers
 from qlora_trainer.planning.shallow_trace import trace_step
-from qlora_trainer.planning.state_trace import trace_state
+from qlora_trainer.planning.state_trace import StateForm, trace_state
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import Document
 from qlora_trainer.step.optimizer import AdapterOptimizer, OptimizerSettings, num_flat_elements
@@ -278,13 +278,8 @@ def test_an_update_a_save_and_a_resume(bits: Literal[8, 32], dtype: torch.dtype,
         optimizer.load_state_dict({name: tensor.clone() for name, tensor in optimizer.state_dict().items()})
         assert len(adapters) == len(shapes)
 
-    trace = trace_state(
-        num_flat_elements(shapes),
-        bits=bits,
-        adapter_dtype=dtype,
-        device=CPU,
-        alignment_bytes=1,
-    )
+    form = StateForm(bits=bits, adapter_dtype=dtype, device=CPU, alignment_bytes=1)
+    trace = trace_state(num_flat_elements(shapes), form)
     predicted = {phase: level.peak_bytes for phase, level in trace.levels.items()}
     counted = {
         "optimizer": allocated_by(update).peak_bytes,
