@@ -12,6 +12,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import (
+    ALL_LINEAR,
     LoraSettings,
     Number,
     in_layers,
@@ -20,6 +21,7 @@ from qlora_trainer.model.lora_settings import (
     select_targets,
 )
 from qlora_trainer.model.table_names import BaseTables, means
+from qlora_trainer.model.table_updates import AskedUpdates
 
 # Fields of adapter_config.json that change the result; anything but these values is refused, never ignored.
 _PLAIN_LORA: dict[str, tuple[object, ...]] = {
@@ -34,11 +36,12 @@ _PLAIN_LORA: dict[str, tuple[object, ...]] = {
     "lora_bias": (False,),
     "monteclora_config": (None,),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "use_bdlora": (None, False),
     "use_qalora": (False,),
 }
+_LAYERS = "layers_to_transform"
 _MAX_RANK = 2**16  # beyond any layer's width: a rank that no adapter has
+_MAX_TOKEN = 2**31  # as many as no vocabulary has
 _MAX_ALPHA = 2.0**126  # the factor on an update is a number in fp32
 
 
@@ -114,6 +117,7 @@ def read_config_fields(path: Path) -> dict[str, Any]:
         if name in fields and fields[name] not in allowed:
             raise wrong_adapter(path, f"{name} = {fields[name]!r}", f"{allowed[0]!r}")
     _check_variants(path, fields)
+    _check_token_ids(path, fields.get("trainable_token_indices"))
     _check_excluded(path, fields.get("exclude_modules"))
     layers = fields.get("layers_to_transform")
     one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
@@ -139,21 +143,18 @@ def settings_of(
     Raises:
         ConfigError: the fields name something that the base does not have.
     """
-    targets = _meant(linear_names, fields["target_modules"], where, "target_modules", "linears inside the layers")
-    excluded = fields.get("exclude_modules") or []
-    targets = tuple(name for name in targets if not _is_excluded(name, excluded))
+    targets, _ = _targets(fields, linear_names, tables, where)
     if not targets:
-        raise wrong_adapter(where, f"exclude_modules = {excluded!r}, of every linear", "some that target_modules means")
-    layers = fields.get("layers_to_transform")
-    if layers is not None and layers != []:
-        pattern = fields.get("layers_pattern") or ()
-        chosen = in_layers(targets, layers, [pattern] if isinstance(pattern, str) else pattern)
-        targets = tuple(name for name in targets if name in chosen or name in fields["target_modules"])  # as PEFT does
+        found = f"target_modules = {fields['target_modules']!r}, exclude_modules = {fields.get('exclude_modules')!r}"
+        raise wrong_adapter(where, found, "LoRA on some linear inside the layers")
     saved = fields.get("modules_to_save") or []
-    if saved and tables is None:
+    rows = fields.get("trainable_token_indices")
+    if (saved or rows) and tables is None:
         raise ConfigError(
             where=str(where),
-            found=f"modules_to_save = {saved!r}: modules that were trained whole",
+            found=f"modules_to_save = {saved!r}: modules that were trained whole"
+            if saved
+            else f"trainable_token_indices = {rows!r}",
             expected="null: adapters of linears are all that is put on a base here",
             fix="Merge the adapter into its base with qlora-trainer merge, or choose another one.",
         )
@@ -169,6 +170,45 @@ def settings_of(
         alpha_pattern=tuple((fields.get("alpha_pattern") or {}).items()),
         modules_to_save=modules_to_save,
         tied_head=tied_head,
+    )
+
+
+def asked_updates(fields: Mapping[str, Any], *, linear_names: Sequence[str], tables: BaseTables) -> AskedUpdates:
+    """What the checked fields ask of embeddings and head, beside `modules_to_save`.
+
+    Args:
+        fields: of `read_config_fields`.
+        linear_names, tables: of the base.
+
+    Raises:
+        ConfigError: the fields name something that the base does not have.
+    """
+    where = Path(ADAPTER_CONFIG_FILE)
+    rows = fields.get("trainable_token_indices") or {}
+    by_name = {tables.embeddings[0]: rows} if isinstance(rows, list) else rows
+    token_ids = {}
+    for entry, ids in by_name.items():
+        for name in _meant(tables.names, [entry], where, "trainable_token_indices", "embeddings and head"):
+            token_ids[name] = tuple(ids)
+    _, targets = _targets(fields, linear_names, tables, where)
+    return AskedUpdates(targets, token_ids, bool(fields.get("ensure_weight_tying")))
+
+
+def _targets(
+    fields: Mapping[str, Any], linear_names: Sequence[str], tables: BaseTables | None, where: Path
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The linears and the tables that carry LoRA, by PEFT's rules."""
+    wanted, excluded, layers = fields["target_modules"], fields.get("exclude_modules") or [], fields.get(_LAYERS)
+    table_names = () if tables is None or wanted == ALL_LINEAR else tables.names
+    targets = _meant((*linear_names, *table_names), wanted, where, "target_modules", "linears inside the layers")
+    targets = tuple(name for name in targets if not _is_excluded(name, excluded))
+    if layers is not None and layers != []:
+        pattern = fields.get("layers_pattern") or ()
+        chosen = in_layers(targets, layers, [pattern] if isinstance(pattern, str) else pattern)
+        targets = tuple(name for name in targets if name in chosen or name in wanted)  # as PEFT does
+    return (
+        tuple(name for name in targets if name not in table_names),
+        tuple(name for name in targets if name in table_names),
     )
 
 
@@ -232,6 +272,17 @@ def _check_excluded(path: Path, excluded: object) -> None:
         require_expressions([excluded], where=f"{path}, exclude_modules")
     elif not (excluded is None or _are_names(excluded)):
         raise wrong_adapter(path, f"exclude_modules = {excluded!r}", "a list of names or a regular expression")
+
+
+def _check_token_ids(path: Path, rows: object) -> None:
+    by_name = rows if isinstance(rows, dict) else {} if rows is None else {"": rows}
+    for ids in by_name.values():
+        if (
+            not (isinstance(ids, list) and ids)
+            or not all(type(one) is int and 0 <= one < _MAX_TOKEN for one in ids)
+            or len(set(ids)) < len(ids)
+        ):
+            raise wrong_adapter(path, f"trainable_token_indices = {rows!r}", "numbers of tokens, each once")
 
 
 def _is_excluded(name: str, excluded: str | Sequence[str]) -> bool:

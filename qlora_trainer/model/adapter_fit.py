@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_trainer.model.adapter_folder import AdapterFolder
+from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.table_names import BaseTables
+from qlora_trainer.model.table_updates import require_updates_fit
 
 
 def base_tables(parts: Parts) -> BaseTables:
@@ -29,3 +32,21 @@ def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[s
         for leaf, parameter in skeleton.get_submodule(name).named_parameters():
             shapes[f"{name}.{leaf}"] = tuple(parameter.shape)
     return shapes
+
+
+def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, where: str) -> None:
+    """Refuse an adapter of another base.
+
+    Args:
+        skeleton: of the base.
+        adapter: with what it makes of tables still to be made.
+        where: what to call it in an error.
+
+    Raises:
+        ConfigError: names or shapes differ; the first five are named, or the first of an update of a table.
+    """
+    shapes = expected_shapes(skeleton, adapter.settings)
+    require_updates_fit(adapter.updates, shapes, where=where)
+    to_be_made = {f"{name}.{leaf}" for name in adapter.updates for leaf in ("weight", "bias")}
+    expected = {name: shape for name, shape in shapes.items() if name not in to_be_made}
+    require_shapes(expected, adapter.weights, where=where)

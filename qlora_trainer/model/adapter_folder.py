@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
-from qlora_trainer.model.adapter_config import read_config_fields, settings_of, wrong_adapter
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_config import asked_updates, read_config_fields, settings_of, wrong_adapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
+from qlora_trainer.model.table_updates import TableUpdate, take_updates
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -35,12 +37,15 @@ class AdapterFolder:
         revision: the base's hub revision, or None.
         settings: with targets resolved against the linears of a base.
         weights: by our names, see `adapter_tensors`.
+        updates: what becomes of tables that are in `settings.modules_to_save`, but not in `weights` (see
+            `model.table_updates`); only where it was asked for.
     """
 
     base_name: str
     revision: str | None
     settings: LoraSettings
     weights: dict[str, Tensor]
+    updates: Mapping[str, TableUpdate] = field(default_factory=dict)
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
@@ -83,8 +88,8 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     return read_config_fields(folder / ADAPTER_CONFIG_FILE)
 
 
-def whole_modules(folder: Path) -> list[str]:
-    """The modules whose own weights are in an adapter's file, by name: those that were trained whole.
+def outside_layers(folder: Path) -> list[str]:
+    """The modules of an adapter's file that lie in no numbered layer, by name: embedding and head, and what else.
 
     Raises:
         ConfigError: the file is broken or not safetensors.
@@ -95,11 +100,11 @@ def whole_modules(folder: Path) -> list[str]:
             names = [name.removeprefix(_PREFIX) for name in file.keys()]  # noqa: SIM118  # it is no mapping
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
-    return sorted({name.rpartition(".")[0] for name in names if ".lora_" not in name})
+    return sorted({name.rpartition(".")[0] for name in names if not any(map(str.isdigit, name.split(".")))})
 
 
 def read_adapter_folder(
-    folder: Path, *, linear_names: Sequence[str], tables: BaseTables | None = None
+    folder: Path, *, linear_names: Sequence[str], tables: BaseTables | None = None, may_update_tables: bool = False
 ) -> AdapterFolder:
     """Read an adapter; its targets are resolved against the base's own names.
 
@@ -107,6 +112,8 @@ def read_adapter_folder(
         folder: where it lies.
         linear_names: the linears of its base.
         tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
+        may_update_tables: the caller makes whole tables of LoRA on embedding or head, and of trained rows; else such
+            an adapter is refused.
 
     Raises:
         ConfigError: see `read_adapter_fields`; or the weights file is broken or not safetensors, or holds what is no
@@ -124,7 +131,23 @@ def read_adapter_folder(
         raise wrong_adapter(folder / WEIGHTS_FILE, "a weight twice, with and without a prefix", "each weight once")
     if settings.tied_head is not None:
         _forget_second_table(weights, settings, folder / WEIGHTS_FILE)
-    return AdapterFolder(fields.get("base_model_name_or_path") or "", fields.get("revision"), settings, weights)
+    updates: Mapping[str, TableUpdate] = {}
+    if tables is not None:
+        asked = asked_updates(fields, linear_names=linear_names, tables=tables)
+        settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
+    if updates and not may_update_tables:
+        raise _updated(folder, updates)
+    name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
+    return AdapterFolder(name, revision, settings, weights, updates)
+
+
+def _updated(folder: Path, updates: Mapping[str, TableUpdate]) -> ConfigError:
+    return ConfigError(
+        where=str(folder),
+        found=f"an adapter that changes {', '.join(updates)} other than as a whole",
+        expected="LoRA on linears inside the layers, and tables in modules_to_save",
+        fix="Train on from it (lora.init_from), or merge it into its base with PEFT (merge_and_unload).",
+    )
 
 
 def _usable(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

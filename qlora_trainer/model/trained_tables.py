@@ -9,14 +9,17 @@ Legend: V vocabulary, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.model.quantized import CausalModel
+from qlora_trainer.model.quantized import CausalModel, QuantizedModel
 from qlora_trainer.model.table_names import BaseTables
+from qlora_trainer.model.table_updates import update_table_
 
 Table = FrozenEmbedding | FrozenHead
 _LEAVES = ("weight", "bias")
@@ -107,6 +110,37 @@ def held_tables(
     if settings.tied_head is not None:
         tables[settings.tied_head, "weight"] = tables[settings.modules_to_save[0], "weight"]
     return tables
+
+
+def updated_tables(model: CausalModel, adapter: AdapterFolder) -> dict[str, Tensor]:
+    """`{module}.weight` and `{module}.bias` of the tables that an adapter updates.
+
+    Args:
+        model: which trains them, and has those of the base there still: they are changed in place.
+        adapter: that fits it.
+    """
+    made = {
+        name: own for name, own in table_weights(model, adapter.settings).items() if _owner(name) in adapter.updates
+    }
+    for name, update in adapter.updates.items():
+        update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
+    return made
+
+
+def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> AdapterFolder:
+    """The adapter with copies of those tables among its weights, in the compute dtype; the model is left as it is."""
+    made = {
+        name: own.to(dtype=model.compute_dtype, copy=True)
+        for name, own in table_weights(model, adapter.settings).items()
+        if _owner(name) in adapter.updates
+    }
+    for name, update in adapter.updates.items():
+        update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
+    return replace(adapter, weights=adapter.weights | made, updates={})
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def base_tables(model: CausalModel, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Tensor]:

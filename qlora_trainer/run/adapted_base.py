@@ -24,7 +24,7 @@ from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
-from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_tables import base_tables_of, with_updated_tables
 from qlora_trainer.run.fingerprints import require_same_base
 from qlora_trainer.run.folder import RunFolder, find_adapter
 
@@ -106,7 +106,16 @@ def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = 
     model.module.eval()
     adapters, tables = AdapterSet(model), base_tables_of(model)
     for name, folder in named.folders.items():
-        adapters.add(name, read_adapter_folder(folder, linear_names=list(model.linears), tables=tables))
+        adapter = read_adapter_folder(folder, linear_names=list(model.linears), tables=tables, may_update_tables=True)
+        settings = adapter.settings
+        if named.nf4_head and tables.head in (*settings.modules_to_save, settings.tied_head):
+            raise ConfigError(
+                where=f"adapter {name}",
+                found="a head of its own, beside a run whose head is in NF4",
+                expected="adapters of one base",
+                fix="Take them one at a time.",
+            )
+        adapters.add(name, with_updated_tables(model, adapter))
     return adapters
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,18 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
-from qlora_trainer.model.adapter_fit import base_tables, expected_shapes
+from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
+    outside_layers,
     read_adapter_fields,
     read_adapter_folder,
-    whole_modules,
 )
-from qlora_trainer.model.adapters import require_shapes
-from qlora_trainer.model.base import Base
+from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
+from qlora_trainer.model.table_names import means
 from qlora_trainer.run.folder import find_adapter
 from qlora_trainer.run.records import Preparing
 
@@ -69,8 +69,8 @@ def filled_in(config: RunConfig) -> RunConfig:
         return config
     folder = initial_folder(config.lora.init_from)
     fields = read_adapter_fields(folder)
-    if fields.get("ensure_weight_tying"):
-        fields["modules_to_save"] = whole_modules(folder)  # one table for two, of which PEFT's config names one
+    if outside_layers(folder):
+        fields |= _of_tables(config, folder, fields)
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
     for key in ("rank", "alpha", "use_rslora", "use_dora"):
@@ -85,6 +85,45 @@ def filled_in(config: RunConfig) -> RunConfig:
         found = f"{_FIELDS[str(first['loc'][0])][0]} = {first['input']!r}"
         raise _mismatch(str(folder / ADAPTER_CONFIG_FILE), found, "what can be trained") from error
     return config.model_copy(update={"lora": section})
+
+
+def _of_tables(config: RunConfig, folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Targets and modules to save of an adapter that has more than LoRA inside the layers, as a config has them.
+
+    Tables that it has trained whole are named as anything else of it. Those that it changes in another way become
+    trained whole here, which takes memory that nobody has asked for: these the config must name.
+
+    Raises:
+        ConfigError: it does not, or embedding and head of a base that ties them have become two tables.
+    """
+    base = resolve_base(config.model.base, config.model.revision, with_weights=False)
+    parts = find_parts(build_skeleton(base.config, with_buffers=False))
+    tables = base_tables(parts)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    tied = () if adapter.settings.tied_head is None else (adapter.settings.tied_head,)
+    whole = (*adapter.settings.modules_to_save, *tied)
+    if adapter.updates:
+        changed = (*adapter.updates, *tied)
+        key, leaves = "lora.modules_to_save", [name.rpartition(".")[2] for name in whole]
+        if tables.is_tied and not tied and {tables.embeddings[0], tables.head} & set(whole):
+            raise ConfigError(
+                where=str(folder),
+                found=f"{', '.join(adapter.updates)} changed, of a base in which embedding and head are one table",
+                expected="an adapter that keeps them one (PEFT's ensure_weight_tying)",
+                fix="Merge it into its base (qlora-trainer merge), and train a new adapter on that.",
+            )
+        if not all(any(means(entry, name) for entry in config.lora.modules_to_save) for name in changed):
+            raise ConfigError(
+                where=key,
+                found=f"{list(config.lora.modules_to_save)!r}, and an adapter with LoRA or rows of its own on "
+                f"{', '.join(adapter.updates)} ({folder})",
+                expected="these tables trained whole, from what the adapter makes of them; the plan prices it",
+                fix=f"Write {key}: [{', '.join(leaves)}], or choose another adapter.",
+            )
+    wanted = fields["target_modules"]
+    if not isinstance(wanted, str):  # an expression is looked for in names of linears only
+        wanted = [entry for entry in wanted if any(means(entry, name) for name in parts.linears)]
+    return {"modules_to_save": list(whole), "target_modules": wanted}
 
 
 def initial_folder(name: str) -> Path:
@@ -146,9 +185,10 @@ def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | No
     folder = initial_folder(config.lora.init_from)
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
-    require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights, where=f"{_KEY} {folder}")
-    _require_equal(asked_settings(config.lora, rank, parts.linears, base_tables(parts)), adapter.settings, folder)
+    tables = base_tables(parts)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    require_adapter_fits(skeleton, adapter, where=f"{_KEY} {folder}")
+    _require_equal(asked_settings(config.lora, rank, parts.linears, tables), adapter.settings, folder)
     return adapter
 
 

@@ -30,7 +30,7 @@ from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_tables import base_tables_of, updated_tables
 from qlora_trainer.planning.plan import Plan, PlanKnobs, is_paged
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.checkpoint.storage import check_free_space
@@ -128,7 +128,7 @@ def prepare(
     _require_disk_space(folder, model, optimizer)
     yield Preparing(what="rehearsing the largest step")
     knobs = yield from _rehearse(config, model, optimizer, scaler, lora, knobs, packing=packs(config, base))
-    _set_state(optimizer, scaler, loaded, initial)
+    _set_state(model, optimizer, scaler, loaded, initial)
     if resume is not None:
         rewind(folder, loaded)
     asked = config.model_dump(mode="json")
@@ -203,13 +203,17 @@ def require_same_inputs(fingerprints: Mapping[str, str], loaded: Loaded) -> None
 
 
 def _set_state(
-    optimizer: AdapterOptimizer, scaler: LossScaler | None, loaded: Loaded | None, initial: AdapterFolder | None
+    model: QuantizedModel,
+    optimizer: AdapterOptimizer,
+    scaler: LossScaler | None,
+    loaded: Loaded | None,
+    initial: AdapterFolder | None,
 ) -> None:
     """What is trained on from here: a checkpoint's state, an adapter's weights, or the new adapter that is there."""
     if loaded is not None:
         restore(load_checkpoint(loaded.path), optimizer, scaler)
     elif initial is not None:
-        optimizer.reset(initial.weights)
+        optimizer.reset(initial.weights | updated_tables(model, initial))
 
 
 def _paging_folder(config: RunConfig, folder: RunFolder, device: torch.device) -> Path:

@@ -207,7 +207,6 @@ def _plain_folder(folder: Path, **changes: object) -> Path:
         ("init_lora_weights", "pissa"),
         ("init_lora_weights", "olora"),
         ("target_parameters", ["experts"]),
-        ("trainable_token_indices", [3]),
         ("peft_type", "IA3"),
     ],
 )
@@ -343,6 +342,22 @@ def test_modules_that_were_trained_whole_are_refused_where_they_cannot_be_used(t
         folder, linear_names=["q_proj"], tables=BaseTables(("model.embed_tokens",), "lm_head", False)
     )
     assert read.settings.modules_to_save == ("lm_head",)
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["q_proj", "lm_head"]}, {"trainable_token_indices": [3]}])
+def test_updates_of_tables_are_refused_where_they_cannot_be_used(fields: dict[str, object], tmp_path: Path) -> None:
+    folder = _plain_folder(tmp_path / "adapter", **fields)
+    rows, parts = torch.zeros(1, 8), {"lora_A": torch.zeros(2, 8), "lora_B": torch.zeros(20, 2)}
+    added = {f"base_model.model.lm_head.{leaf}.weight": part for leaf, part in parts.items()}
+    if "trainable_token_indices" in fields:
+        added = {"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": rows}
+        with pytest.raises(ConfigError, match=r"trainable_token_indices = \[3\]"):
+            read_adapter_folder(folder, linear_names=["q_proj"])
+    save_file(added, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"changes (lm_head|model\.embed_tokens) other than as a whole.*init_from"):
+        read_adapter_folder(
+            folder, linear_names=["q_proj"], tables=BaseTables(("model.embed_tokens",), "lm_head", False)
+        )
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

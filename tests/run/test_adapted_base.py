@@ -8,12 +8,18 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from qlora_trainer.config.adapter_names import BASE
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.base import resolve_base
+from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.run.adapted_base import find_adapters, load_adapters, with_template
+from tests.model.peft_oracle import load_adapter, load_oracle, logits
 from tests.model.test_hostile_files import Canary
+from tests.model.tiny_models import packed_logits, relative_error, tiny_documents
+from tests.run.test_continue_from import peft_folder
 from tests.run.tiny_adapters import write_adapter
 from tests.run.tiny_run import CHATML, write_base
 
@@ -33,6 +39,21 @@ def test_adapters_of_one_base_share_it(tmp_path: Path, base: Path, adapter: Path
     adapters = load_adapters(named, compute_dtype="float32")
     assert (adapters.names, adapters.active) == (("a", "b"), None)
     assert not adapters.model.module.training
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+def test_what_peft_adds_to_a_head_is_used_and_gone_with_its_adapter(tmp_path: Path, base: Path, adapter: Path) -> None:
+    """Of a base that ties embedding and head, which PEFT's LoRA on the head alone unties."""
+    folder, documents = peft_folder(tmp_path / "theirs", base, "lm_head"), tiny_documents(20)
+    adapters = load_adapters(find_adapters({"a": adapter, "b": folder}, base=str(base)), compute_dtype="float32")
+    without_TV = packed_logits(adapters.model, documents)
+    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
+    with torch.no_grad():
+        expected_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), folder), documents)
+    adapters.activate("b")
+    assert relative_error(packed_logits(adapters.model, documents), expected_TV) <= 1e-5
+    adapters.activate(None)
+    assert torch.equal(packed_logits(adapters.model, documents), without_TV)
 
 
 def test_a_base_that_cannot_chat_is_asked_as_its_adapters_are(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.run import continue_from
 from qlora_trainer.run.continue_from import filled_in, initial_folder
 from qlora_trainer.run.records import Preparing
-from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, logits, wrap
-from tests.model.tiny_models import tiny_documents
-from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
+from tests.model.peft_oracle import load_adapter, load_oracle, logits, wrap
+from tests.model.tiny_models import relative_error, tiny_documents
+from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_base
 from tests.run.told import complaint
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
@@ -38,17 +38,17 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def peft_folder(folder: Path, base: Path, **fields: Any) -> Path:
-    """An adapter of rank 3 that changes the logits, as PEFT saves it."""
+def peft_folder(folder: Path, base: Path, *tables: str, **fields: Any) -> Path:
+    """An adapter of rank 3, with LoRA on these tables, too, that changes the logits, as PEFT saves it."""
     cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
     config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM", **fields
+        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj", *tables], task_type="CAUSAL_LM", **fields
     )
     wrapped = wrap(load_oracle(cache.folder, torch.float32), config)
     generator = torch.Generator().manual_seed(0)
-    for name, parameter in adapter_parameters(wrapped).items():
-        if "magnitude" not in name:
-            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and "magnitude" not in name:
+            parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))  # two may be one
     wrapped.save_pretrained(folder)
     return folder
 
@@ -78,6 +78,63 @@ def test_a_run_begins_with_what_peft_has_trained(variant: str, tmp_path: Path, b
             for path in (tmp_path / "run" / "adapter", folder)
         )
     assert torch.equal(found, expected)
+
+
+TABLES: list[tuple[bool, list[str], dict[str, Any], str]] = [
+    (False, ["lm_head"], {}, "lm_head"),
+    (False, ["embed_tokens"], {"trainable_token_indices": {"lm_head": [3, 7]}}, "embed_tokens, lm_head"),
+    (True, ["embed_tokens"], {"ensure_weight_tying": True}, "embed_tokens, lm_head"),
+    (True, [], {"trainable_token_indices": [3, 7]}, "embed_tokens, lm_head"),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[bool, Path]:
+    """By whether they tie embedding and head."""
+    return {True: base, False: write_base(tmp_path_factory.mktemp("untied"), is_tied=False)}
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("is_tied, tables, fields, whole", TABLES, ids=str)
+def test_a_run_begins_with_whole_tables_where_peft_has_trained_parts(
+    is_tied: bool,
+    tables: list[str],
+    fields: dict[str, Any],
+    whole: str,
+    tmp_path: Path,
+    bases: dict[bool, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Not unless the config says so: whole tables take memory. Mutation tried: the tables of the base instead."""
+    base = bases[is_tied]
+    folder = peft_folder(tmp_path / "theirs", base, *tables, **fields)
+    message = refusal(begun_with(tmp_path, base, folder), capsys)
+    assert "lora.modules_to_save: found [], and an adapter with LoRA or rows of its own on" in message
+    assert f"Write lora.modules_to_save: [{whole}]" in message
+    options = ("lora.dtype=float32", f"lora.modules_to_save=[{whole}]", "training.max_steps=2")
+    config = begun_with(tmp_path, base, folder, *options)
+    run_until_step(config, 1)
+    run_to_end(config, resume="auto")
+    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
+    documents = tiny_documents(20)
+    with torch.no_grad():
+        found, expected = (
+            logits(load_adapter(load_oracle(cache.folder, torch.float32), path), documents)
+            for path in (tmp_path / "run" / "adapter", folder)
+        )
+        assert relative_error(logits(load_oracle(cache.folder, torch.float32), documents), expected) > 1e-3
+    assert relative_error(found, expected) <= 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+def test_tables_that_an_adapter_has_untied_are_refused(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", base, "lm_head")
+    options = "lora.modules_to_save=[embed_tokens, lm_head]"
+    message = refusal(begun_with(tmp_path, base, folder, options), capsys)
+    assert "model.embed_tokens, lm_head changed, of a base in which embedding and head are one table" in message
+    assert "Merge it into its base" in message
 
 
 def test_a_run_goes_on_from_a_run_and_a_resume_of_it_is_the_same(tmp_path: Path, base: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.errors import ConfigError
@@ -113,6 +113,11 @@ def test_two_tables_of_a_base_that_ties_them_are_not_gone_on_from(run: Path, bas
         run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}"))
     fields["modules_to_save"] = ["lm_head"]
     (folder / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"model\.embed_tokens changed, of a base in which embedding and head"):
+        run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}"))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    del tensors[TABLE]
+    save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match="lm_head alone, of a base in which embedding and head are one table"):
         run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}"))
 
