@@ -10,7 +10,6 @@ import torch
 
 from qlora_trainer.config.sizes import format_size
 from qlora_trainer.errors import ConfigError, DoesNotFitError
-from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
 from qlora_trainer.hardware.device import (
     ComputeDtype,
     choose_compute_dtype,
@@ -22,7 +21,7 @@ from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_
 from qlora_trainer.hardware.gpu_catalogue import LARGEST_NOMINAL_GIB, choose_gpu, nearest_by_name
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
 from qlora_trainer.planning.plan import DEVICE_KEY, HOST_KEY
-from qlora_trainer.planning.throughput import Speed, gpu_speed
+from qlora_trainer.planning.throughput import Speed, cpu_speed, gpu_speed
 
 NO_LIMIT_BYTES = 2**62
 
@@ -126,7 +125,6 @@ def cpu_budget(
     free_bytes = min(total_memory_bytes(cpu), available_memory_bytes(cpu) + resident_bytes())
     budget_bytes = min(asked) if asked else free_bytes
     dtype = compute_dtype or choose_compute_dtype(cpu)
-    measured = measure_cpu_speed(dtype)
     return Budget(
         kind="cpu",
         device_name="cpu",
@@ -136,15 +134,7 @@ def cpu_budget(
         most_host_bytes=total_memory_bytes(cpu),
         compute_dtype=dtype,
         memory=cpu_memory(),
-        speed=Speed(
-            flops=measured.flops,
-            bytes=measured.bytes,
-            unpacked_elements=measured.unpacked_elements,
-            launch_seconds=measured.launch_seconds,
-            weight_passes=3,
-            link_bytes=measured.file_bytes,
-            link_overlaps=False,
-        ),
+        speed=cpu_speed(dtype),
         device_key=where,
         asked_bytes=ram_bytes,
         asked_host_bytes=host_bytes,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
+from qlora_trainer.hardware.device import ComputeDtype
 from qlora_trainer.hardware.gpu_catalogue import Gpu
 from qlora_trainer.model.vocabulary_blocks import BLOCK_ELEMENTS
 from qlora_trainer.planning.price import Layout, Prices, hidden_bytes
@@ -23,8 +25,12 @@ GPU_LINK_SHARE = 0.8
 # An update of one element in 32 bits reads four numbers and writes three, and a copy of three is made before it; of a
 # host whose speed nobody knows, two channels of DDR4-3200 at 40 %: a guess.
 HOST_UPDATE_BYTES, HOST_BANDWIDTH = 4 * (4 + 3 + 2 * 3), 20e9
-# Causal attention is half of a full product, and its kernels reach about this share of the product rate.
-ATTENTION_SHARE = 0.5
+# The same of what a CPU reaches where each kind of work is timed alone, by 27 layouts of a step on one CPU
+# (`benchmarks.plan_choice`, docs/log.md): in a step nothing stays in the caches, and freed pages are mapped again.
+CPU_PRODUCT_SHARE, CPU_ROW_SHARE, CPU_UNPACK_SHARE = 0.85, 0.4, 0.65
+# Causal attention is half of a full product, and its kernels reach about this share of the product rate; a CPU's half
+# of it in documents of so many tokens (docs/log.md, 2026-11-28: from 0.12 for 60 tokens to 0.4 for 1,024).
+ATTENTION_SHARE, CPU_ATTENTION_RAMP_TOKENS = 0.5, 320
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,19 +39,23 @@ class Speed:
 
     Attributes:
         flops: of matrix products.
-        bytes: read or written by everything else.
-        unpacked_elements: weights dequantized.
+        bytes: read or written by everything else: by simple operations on large tensors, as in the loss.
+        row_bytes: the same of row operations.
+        unpacked_elements: weights dequantized; on a CPU, and read by a product.
         launch_seconds: of starting one operation.
-        weight_passes: how often a product moves its weight; CPU libraries read it, pack it and read that.
+        weight_passes: how often a product with the head moves it; CPU libraries read it, pack it and read that.
+        attention_ramp_tokens: documents of that many are attended to at half the rate of long ones.
         link_bytes: between host and device, in one direction; on a CPU between a file and memory.
         link_overlaps: what goes over the link goes beside the work.
     """
 
     flops: float
     bytes: float
+    row_bytes: float
     unpacked_elements: float
     launch_seconds: float
     weight_passes: int
+    attention_ramp_tokens: int
     link_bytes: float
     link_overlaps: bool
 
@@ -90,11 +100,29 @@ def gpu_speed(gpu: Gpu) -> Speed:
     return Speed(
         flops=gpu.tensor_tflops * 1e12 * GPU_PRODUCT_SHARE,
         bytes=bandwidth,
+        row_bytes=bandwidth,
         unpacked_elements=bandwidth / 2.52,  # half a byte read, two bytes written
         launch_seconds=GPU_LAUNCH_SECONDS,
         weight_passes=1,
+        attention_ramp_tokens=0,
         link_bytes=gpu.host_link_gbps * 1e9 * GPU_LINK_SHARE,
         link_overlaps=True,
+    )
+
+
+def cpu_speed(compute_dtype: ComputeDtype) -> Speed:
+    """Of this machine's CPU, measured."""
+    measured = measure_cpu_speed(compute_dtype)
+    return Speed(
+        flops=measured.flops * CPU_PRODUCT_SHARE,
+        bytes=measured.bytes,
+        row_bytes=measured.bytes * CPU_ROW_SHARE,
+        unpacked_elements=measured.unpacked_elements * CPU_UNPACK_SHARE,
+        launch_seconds=measured.launch_seconds,
+        weight_passes=3,
+        attention_ramp_tokens=CPU_ATTENTION_RAMP_TOKENS,
+        link_bytes=measured.file_bytes,
+        link_overlaps=False,
     )
 
 
@@ -146,7 +174,7 @@ def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed:
         each = _part_seconds(own.forward_work, layout, tokens, speed)
         each += _part_seconds(own.backward_work, layout, tokens, speed)
         attention_flops = own.attention_passes * tokens * _attention_flops_per_token(own.query_spec, demand)
-        total += run.num_layers * (each + attention_flops / (speed.flops * ATTENTION_SHARE))
+        total += run.num_layers * (each + attention_flops / _attention_flops(demand, speed))
     total += _loss_seconds(prices, layout, tokens, speed)
     return total
 
@@ -156,7 +184,7 @@ def _part_seconds(work: WorkSum, layout: Layout, tokens: int, speed: Speed) -> f
     launches = work.launches + work.tile_launches * (-(-tokens // max(1, layout.levers.tile_tokens)))
     return (
         flops / speed.flops
-        + moved / speed.bytes
+        + moved / speed.row_bytes
         + work.unpacked_elements / speed.unpacked_elements
         + launches * speed.launch_seconds
     )
@@ -166,6 +194,12 @@ def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
     """Of a causal forward pass over documents of the mean length: two products over half of the pairs."""
     heads, head_dim = query.shape[1], query.shape[3]
     return 2.0 * demand.mean_tokens * heads * head_dim
+
+
+def _attention_flops(demand: Demand, speed: Speed) -> float:
+    """A second."""
+    ramp = demand.mean_tokens / (demand.mean_tokens + speed.attention_ramp_tokens)
+    return speed.flops * ATTENTION_SHARE * ramp
 
 
 def _loss_seconds(prices: Prices, layout: Layout, tokens: int, speed: Speed) -> float:

@@ -12,7 +12,7 @@ from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.cpu_speed import CpuSpeed
 from qlora_trainer.hardware.device import ComputeDtype
 from qlora_trainer.hardware.gpu_catalogue import find_gpu
-from qlora_trainer.planning import budget
+from qlora_trainer.planning import budget, throughput
 from qlora_trainer.planning.budget import cpu_budget, gpu_budget, machine_budget
 from qlora_trainer.run import plan_command
 
@@ -58,7 +58,7 @@ def test_a_plan_for_this_cpu_is_timed_in_the_dtype_that_is_pinned(
         measured.append(dtype)
         return CpuSpeed(flops=1e9, bytes=1e9, unpacked_elements=1e9, launch_seconds=1e-6, file_bytes=1e9)
 
-    monkeypatch.setattr(budget, "measure_cpu_speed", measure)
+    monkeypatch.setattr(throughput, "measure_cpu_speed", measure)
     monkeypatch.setattr(budget, "choose_device", lambda: torch.device("cpu"))
     config = load_config(None, ["model.base=tiny", "data.train=x.jsonl", f"quantization.compute_dtype={asked}"])
     assert plan_command._budget(config, None, None, ram_bytes).compute_dtype == asked
