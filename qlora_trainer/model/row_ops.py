@@ -43,8 +43,9 @@ def _empty_norm(x_TH: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rms_norm(out_TH: Tensor, inverse_T1: Tensor, x_TH: Tensor, weight_H: Tensor, eps: float, offset: float) -> None:
     x_TH = x_TH.float()
-    inverse_T1.copy_(torch.rsqrt((x_TH * x_TH).mean(-1, keepdim=True) + eps))
-    out_TH.copy_((x_TH * inverse_T1).mul_(_factor(weight_H, offset)))
+    squares_T1 = torch.linalg.vector_norm(x_TH, dim=-1, keepdim=True).square_()
+    inverse_T1.copy_(squares_T1.div_(x_TH.shape[1]).add_(eps).rsqrt_())
+    _set_to_scaled_(out_TH, x_TH, inverse_T1, _factor(weight_H, offset))
 
 
 @torch.library.custom_op("qlora_trainer::rms_norm_again", mutates_args=())
@@ -64,7 +65,15 @@ def _(x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tens
 
 
 def _rms_norm_again(out_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> None:
-    out_TH.copy_(_in_fp32(x_TH).mul_(inverse_T1).mul_(_factor(weight_H, offset)))
+    _set_to_scaled_(out_TH, x_TH.float(), inverse_T1, _factor(weight_H, offset))
+
+
+def _set_to_scaled_(out_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, factor_H: Tensor) -> None:
+    """`x * inverse * factor`, of which x is fp32: in place where the result is, too."""
+    if out_TH.dtype == torch.float32:
+        torch.mul(x_TH, inverse_T1, out=out_TH).mul_(factor_H)
+    else:
+        out_TH.copy_((x_TH * inverse_T1).mul_(factor_H))
 
 
 @torch.library.custom_op("qlora_trainer::rms_norm_backward_", mutates_args=("grad_TH",))
@@ -88,25 +97,27 @@ def _(
 
 
 def _rms_norm_backward(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> None:
-    grad_TH.copy_(_grad_of_normed(grad_TH, x_TH, inverse_T1, weight_H, offset))
+    _to_grad_of_x(grad_TH, x_TH, inverse_T1, weight_H, offset, None)
 
 
 def _rms_norm_backward_added(
     grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, added_TH: Tensor, weight_H: Tensor, offset: float
 ) -> None:
-    grad_TH.copy_(_grad_of_normed(grad_TH, x_TH, inverse_T1, weight_H, offset).add_(added_TH))
+    _to_grad_of_x(grad_TH, x_TH, inverse_T1, weight_H, offset, added_TH)
 
 
-def _grad_of_normed(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float) -> Tensor:
-    scaled_TH = _in_fp32(grad_TH).mul_(_factor(weight_H, offset))
-    x_TH = x_TH.float()
-    along_T1 = (scaled_TH * x_TH).mean(-1, keepdim=True) * inverse_T1.pow(3)
-    return scaled_TH.mul_(inverse_T1).sub_(x_TH * along_T1)
-
-
-def _in_fp32(rows_TH: Tensor) -> Tensor:
-    """A copy. (Of 16 bits times fp32 a CPU would make such a copy too, unseen, beside the result.)"""
-    return rows_TH.to(torch.float32, copy=True)
+def _to_grad_of_x(
+    grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, weight_H: Tensor, offset: float, added_TH: Tensor | None
+) -> None:
+    # Of 16 bits times fp32 a CPU would make a copy in fp32 too, unseen, beside the result.
+    scaled_TH, x_TH = grad_TH.float(), x_TH.float()  # of fp32 no copies
+    scaled_TH.mul_(_factor(weight_H, offset))
+    along_T1 = (scaled_TH * x_TH).mean(-1, keepdim=True).mul_(inverse_T1.pow(3))
+    scaled_TH.mul_(inverse_T1).sub_(x_TH * along_T1)
+    if added_TH is not None:
+        scaled_TH.add_(added_TH)
+    if scaled_TH is not grad_TH:
+        grad_TH.copy_(scaled_TH)
 
 
 def _factor(weight_H: Tensor, offset: float) -> Tensor:
@@ -132,7 +143,7 @@ def _rotate(x_TnD: Tensor, cos_TD: Tensor, sin_TD: Tensor, sign: float) -> None:
     half = x_TnD.shape[-1] // 2
     first, second = x_TnD[..., :half], x_TnD[..., half:]
     cos, sin = (table[:, None, :half] for table in (cos_TD, sin_TD))
-    rotated = torch.addcmul(first * cos, second, sin, value=-sign)
+    rotated = (first * cos).addcmul_(second, sin, value=-sign)
     second.mul_(cos).addcmul_(first, sin, value=sign)
     first.copy_(rotated)
 
@@ -178,10 +189,10 @@ def _gated_backward(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation:
     torch.mul(activated_TI, grad_TI, out=up_TI)
     grad_TI.copy_(out_TI)
     if activation == SILU:
-        gate_TI.copy_(torch.ops.aten.silu_backward(grad_activated_TI, gate_TI))
+        torch.ops.aten.silu_backward.grad_input(grad_activated_TI, gate_TI, grad_input=gate_TI)
     else:
         approximate = "tanh" if activation == GELU_TANH else "none"
-        gate_TI.copy_(torch.ops.aten.gelu_backward(grad_activated_TI, gate_TI, approximate=approximate))
+        torch.ops.aten.gelu_backward.grad_input(grad_activated_TI, gate_TI, approximate=approximate, grad_input=gate_TI)
 
 
 def _activated(gate_TI: Tensor, activation: str) -> Tensor:
