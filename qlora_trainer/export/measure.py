@@ -24,6 +24,7 @@ from qlora_trainer.model.base import Base, read_config
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.streamed import stream_model
+from qlora_trainer.model.trained_tables import with_updated_tables
 from qlora_trainer.run.evaluation import MICRO_BATCH_TOKENS, micro_batches
 from qlora_trainer.run.records import Preparing
 
@@ -88,7 +89,8 @@ def measure(
     levers = Levers(base_residency="streamed" if device.type == "cpu" else "device")
     quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device, levers=levers)
     adapters = AdapterSet(quantized)
-    adapters.add("trained", AdapterFolder(source.base_name, source.revision, source.settings, dict(source.weights)))
+    adapter = AdapterFolder(source.base_name, source.revision, source.settings, dict(source.weights), source.updates)
+    adapters.add("trained", with_updated_tables(quantized, adapter))
     adapters.activate("trained")
     streamed = stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device)
     merged = compare(quantized, streamed, batches)

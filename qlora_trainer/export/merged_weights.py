@@ -10,7 +10,7 @@ Legend: O out_features, I in_features, R rank, Q rows of a block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +24,7 @@ from qlora_trainer.model.base import weight_files
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.streamed import DiskWeights
+from qlora_trainer.model.table_updates import TableUpdate, update_table_
 
 _BLOCK_ELEMENTS = 2**24  # of a weight in fp32 at once: 64 MiB
 
@@ -90,6 +91,7 @@ class MergedWeights(Mapping[str, Tensor]):
         settings: what the adapter is.
         shapes: of the result, as `merged_shapes` gives them.
         parts: of the base.
+        updates: by the full name of a table that the adapter has no weight of.
     """
 
     def __init__(
@@ -99,7 +101,9 @@ class MergedWeights(Mapping[str, Tensor]):
         settings: LoraSettings,
         shapes: Mapping[str, Tensor],
         parts: Parts,
+        updates: Mapping[str, TableUpdate] | None = None,
     ) -> None:
+        self._updates = updates or {}
         self._base, self._adapter, self._settings, self._shapes = base, adapter, settings, shapes
         self._targets = {f"{name}.weight": name for name in settings.targets}
         self._linears = {f"{name}.weight" for name in parts.linears}
@@ -110,6 +114,8 @@ class MergedWeights(Mapping[str, Tensor]):
         like = self._shapes[name]
         if name in self._targets:
             merged = self._merged(self._targets[name], self._base.linear(name), like.dtype)
+        elif name.rpartition(".")[0] in self._updates:
+            merged = self._updated(name, like)
         elif name in self._adapter:
             merged = self._adapter[name].to(like.dtype)
         else:
@@ -127,6 +133,17 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+    def _updated(self, name: str, like: Tensor) -> Tensor:
+        update, stored = self._updates[name.rpartition(".")[0]], self._base.dense(self._tied.get(name, name))
+        if stored.shape != like.shape:
+            raise _broken(name, f"the shape {tuple(stored.shape)}", f"{tuple(like.shape)}, as config.json says")
+        if name.endswith(".bias"):
+            return (stored if update.own_bias_V is None else update.own_bias_V).to(like.dtype)
+        table_VH = torch.empty(like.shape, dtype=like.dtype)
+        start_VH = stored if update.own_VH is None else update.own_VH
+        update_table_(table_VH, None, replace(update, own_VH=start_VH))
+        return table_VH
 
     def _merged(self, target: str, weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
         a_RI, b_OR = (self._adapter[f"{target}.{leaf}"].float() for leaf in ("lora_A", "lora_B"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -14,13 +14,13 @@ from qlora_trainer.config.load import load_config
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_fit import base_tables, expected_shapes
+from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
-from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
 from qlora_trainer.model.table_names import BaseTables
+from qlora_trainer.model.table_updates import TableUpdate
 from qlora_trainer.run.folder import RunFolder, find_adapter
 
 
@@ -39,6 +39,7 @@ class Source:
         settings: what the adapter is.
         weights: by our names, see `model.adapter_folder.adapter_tensors`.
         chat_template: where it is not the base's own.
+        updates: of tables whose weights are to be made (see `model.table_updates`).
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Source:
     settings: LoraSettings
     weights: Mapping[str, Tensor]
     chat_template: str | None
+    updates: Mapping[str, TableUpdate] = field(default_factory=dict)
 
     @property
     def tables(self) -> BaseTables:
@@ -59,12 +61,13 @@ class Source:
         return base_tables(self.parts)
 
 
-def read_source(target: Path, *, model: str | None) -> Source:
+def read_source(target: Path, *, model: str | None, may_update_tables: bool = False) -> Source:
     """Read an adapter and see that it fits its base; no weight of the base is read or fetched.
 
     Args:
         target: a run folder, or a PEFT adapter folder.
         model: base to use in place of the one that the adapter names.
+        may_update_tables: see `read_adapter_folder`.
 
     Raises:
         ConfigError: no adapter in `target`, only a pickled one, one of a kind that is not computed here, no such base,
@@ -81,8 +84,11 @@ def read_source(target: Path, *, model: str | None) -> Source:
     base = resolve_base(model or base_name, None if model else revision, with_weights=False)
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
-    require_shapes(expected_shapes(skeleton, adapter.settings), adapter.weights, where=str(folder))
+    tables = base_tables(parts)
+    adapter = read_adapter_folder(
+        folder, linear_names=parts.linears, tables=tables, may_update_tables=may_update_tables
+    )
+    require_adapter_fits(skeleton, adapter, where=str(folder))
     template = folder / CHAT_TEMPLATE_FILE
     return Source(
         folder=folder,
@@ -96,6 +102,7 @@ def read_source(target: Path, *, model: str | None) -> Source:
         settings=adapter.settings,
         weights=adapter.weights,
         chat_template=read_chat_template(str(template)) if template.is_file() else None,
+        updates=adapter.updates,
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_fields import require_plain_lora
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,
@@ -23,22 +24,6 @@ from qlora_trainer.model.lora_settings import (
 from qlora_trainer.model.table_names import BaseTables, means
 from qlora_trainer.model.table_updates import AskedUpdates
 
-# Fields of adapter_config.json that change the result; anything but these values is refused, never ignored.
-_PLAIN_LORA: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # the others have changed the base itself
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False,),
-    "monteclora_config": (None,),
-    "target_parameters": (None, []),
-    "use_bdlora": (None, False),
-    "use_qalora": (False,),
-}
 _LAYERS = "layers_to_transform"
 _MAX_RANK = 2**16  # beyond any layer's width: a rank that no adapter has
 _MAX_TOKEN = 2**31  # as many as no vocabulary has
@@ -113,9 +98,7 @@ def read_config_fields(path: Path) -> dict[str, Any]:
         raise wrong_adapter(path, found, "a positive whole number, a number, and a share below 1")
     if not (isinstance(targets, str) or _are_names(targets)):
         raise wrong_adapter(path, f"target_modules = {targets!r}", "a list of names or a regular expression")
-    for name, allowed in _PLAIN_LORA.items():
-        if name in fields and fields[name] not in allowed:
-            raise wrong_adapter(path, f"{name} = {fields[name]!r}", f"{allowed[0]!r}")
+    require_plain_lora(path, fields)
     _check_variants(path, fields)
     _check_token_ids(path, fields.get("trainable_token_indices"))
     _check_excluded(path, fields.get("exclude_modules"))
@@ -200,7 +183,8 @@ def _targets(
     """The linears and the tables that carry LoRA, by PEFT's rules."""
     wanted, excluded, layers = fields["target_modules"], fields.get("exclude_modules") or [], fields.get(_LAYERS)
     table_names = () if tables is None or wanted == ALL_LINEAR else tables.names
-    targets = _meant((*linear_names, *table_names), wanted, where, "target_modules", "linears inside the layers")
+    names = (*linear_names, *table_names)
+    targets = _meant(names, _of_this_base(wanted, names), where, "target_modules", "linears inside the layers")
     targets = tuple(name for name in targets if not _is_excluded(name, excluded))
     if layers is not None and layers != []:
         pattern = fields.get("layers_pattern") or ()
@@ -212,9 +196,17 @@ def _targets(
     )
 
 
+def _of_this_base(wanted: str | Sequence[str], names: Sequence[str]) -> str | Sequence[str]:
+    """Without entries that mean nothing in this base, which PEFT passes over where another does."""
+    if isinstance(wanted, str):
+        return wanted
+    return [entry for entry in wanted if any(means(entry, name) for name in names)] or wanted
+
+
 def _saved_modules(fields: Mapping[str, Any], tables: BaseTables, where: Path) -> tuple[tuple[str, ...], str | None]:
     """`LoraSettings.modules_to_save` and `.tied_head`: PEFT unties what it trains of two, unless it is told not to."""
-    chosen = _meant(tables.names, fields["modules_to_save"], where, "modules_to_save", "embeddings and head")
+    wanted = _of_this_base(fields["modules_to_save"], tables.names)
+    chosen = _meant(tables.names, wanted, where, "modules_to_save", "embeddings and head")
     both = (tables.embeddings[0], tables.head)
     if not (tables.is_tied and fields.get("ensure_weight_tying") and set(both) & set(chosen)):
         return chosen, None

@@ -25,6 +25,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_OF_BACKWARD = ".lora_velora_embed"  # VeLoRA's, with which it compresses what backward keeps
 _MATRICES = (".lora_A", ".lora_B")  # which PEFT keeps in modules of their own, with a `.weight`
 
 
@@ -85,7 +86,22 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     if not (folder / WEIGHTS_FILE).is_file():
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
-    return read_config_fields(folder / ADAPTER_CONFIG_FILE)
+    fields = read_config_fields(folder / ADAPTER_CONFIG_FILE)
+    if fields.get("bias", "none") != "none":
+        _require_no_biases(folder, fields["bias"])
+    return fields
+
+
+def _require_no_biases(folder: Path, bias: str) -> None:
+    """Of a base without biases, an adapter that was to train them is LoRA all the same."""
+    names = sorted(name for name in _names(folder) if name.endswith(".bias"))
+    if names:
+        raise ConfigError(
+            where=str(folder),
+            found=f"bias = {bias!r}, and {len(names)} trained biases, such as {names[0]}",
+            expected="an adapter of linears, which leaves the biases of its base alone",
+            fix="Merge it into its base with PEFT (merge_and_unload), which keeps them, and take that as the base.",
+        )
 
 
 def outside_layers(folder: Path) -> list[str]:
@@ -94,13 +110,26 @@ def outside_layers(folder: Path) -> list[str]:
     Raises:
         ConfigError: the file is broken or not safetensors.
     """
+    names = _names(folder)
+    return sorted({name.rpartition(".")[0] for name in names if not any(map(str.isdigit, name.split(".")))})
+
+
+def lora_modules(folder: Path) -> list[str]:
+    """The modules that have LoRA in an adapter's file, by name.
+
+    Raises:
+        ConfigError: the file is broken or not safetensors.
+    """
+    return sorted({name.partition(".lora_")[0] for name in _names(folder) if ".lora_" in name})
+
+
+def _names(folder: Path) -> list[str]:
     try:
         require_sane_header(folder / WEIGHTS_FILE)
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            names = [name.removeprefix(_PREFIX) for name in file.keys()]  # noqa: SIM118  # it is no mapping
+            return [name.removeprefix(_PREFIX) for name in file.keys()]  # noqa: SIM118  # it is no mapping
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
-    return sorted({name.rpartition(".")[0] for name in names if not any(map(str.isdigit, name.split(".")))})
 
 
 def read_adapter_folder(
@@ -126,6 +155,8 @@ def read_adapter_folder(
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
     settings = settings_of(fields, linear_names=linear_names, tables=tables, where=folder / ADAPTER_CONFIG_FILE)
+    if fields.get("velora_config"):
+        tensors = {name: own for name, own in tensors.items() if not name.endswith(_OF_BACKWARD)}
     weights = _usable(weights_by_our_names(tensors), folder / WEIGHTS_FILE)
     if len(weights) != len(tensors):
         raise wrong_adapter(folder / WEIGHTS_FILE, "a weight twice, with and without a prefix", "each weight once")
@@ -146,7 +177,7 @@ def _updated(folder: Path, updates: Mapping[str, TableUpdate]) -> ConfigError:
         where=str(folder),
         found=f"an adapter that changes {', '.join(updates)} other than as a whole",
         expected="LoRA on linears inside the layers, and tables in modules_to_save",
-        fix="Train on from it (lora.init_from), or merge it into its base with PEFT (merge_and_unload).",
+        fix="Train on from it (lora.init_from), or merge it into its base (qlora-trainer merge).",
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
+    lora_modules,
     outside_layers,
     read_adapter_fields,
     read_adapter_folder,
@@ -71,6 +72,8 @@ def filled_in(config: RunConfig) -> RunConfig:
     fields = read_adapter_fields(folder)
     if outside_layers(folder):
         fields |= _of_tables(config, folder, fields)
+    elif isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
+        fields["target_modules"] = _naming(fields["target_modules"], lora_modules(folder))
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
     for key in ("rank", "alpha", "use_rslora", "use_dora"):
@@ -122,8 +125,13 @@ def _of_tables(config: RunConfig, folder: Path, fields: Mapping[str, Any]) -> di
             )
     wanted = fields["target_modules"]
     if not isinstance(wanted, str):  # an expression is looked for in names of linears only
-        wanted = [entry for entry in wanted if any(means(entry, name) for name in parts.linears)]
+        wanted = _naming(wanted, parts.linears)
     return {"modules_to_save": list(whole), "target_modules": wanted}
+
+
+def _naming(entries: Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Those entries that mean one of the modules; all where none does, which is told of later."""
+    return [entry for entry in entries if any(means(entry, name) for name in modules)] or list(entries)
 
 
 def initial_folder(name: str) -> Path:

@@ -50,7 +50,7 @@ def make_adapter(
             parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
         elif ".lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        elif ".modules_to_save." in name:
+        elif ".modules_to_save." in name or ".trainable_tokens_delta." in name:
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     wrapped.save_pretrained(folder)
     return wrapped.eval()

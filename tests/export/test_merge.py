@@ -51,6 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora with patterns": {"use_dora": True, **PATTERNS},
     "head": {"modules_to_save": ["lm_head"]},
     "tables": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "lora on tables": {"target_modules": ["down_proj", "lm_head", "embed_tokens"]},
+    "rows": {"target_modules": ["lm_head", "down_proj"], "trainable_token_indices": [3, 5], "use_dora": True},
 }
 
 
@@ -69,6 +71,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3"])
 def test_weights_and_logits_are_those_of_pefts_merge(
@@ -118,12 +121,22 @@ def test_a_tied_head_stays_tied(base: Path, tmp_path: Path) -> None:
     assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
 
 
+UNTIES: list[dict[str, Any]] = [
+    {"modules_to_save": ["lm_head"]},
+    {"modules_to_save": ["embed_tokens"]},
+    {"modules_to_save": ["lm_head", "embed_tokens"]},
+    {"target_modules": ["q_proj", "lm_head"]},
+    {"target_modules": ["q_proj", "embed_tokens"]},
+]
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT says what this test is about
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]], ids=str)
-def test_a_tied_head_that_was_trained_on_its_own_is_untied(saved: list[str], base: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("fields", UNTIES, ids=str)
+def test_a_tied_head_that_was_trained_on_its_own_is_untied(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """PEFT trains a copy, and leaves the other where it was. Mutation tried: `tie_word_embeddings` kept."""
     base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama-tied"], base)
-    wrapped = make_adapter(tmp_path / "adapter", base, modules_to_save=saved)
+    wrapped = make_adapter(tmp_path / "adapter", base, **fields)
     with torch.no_grad():
         expected_TV = logits(wrapped, DOCUMENTS)
     folder = unmeasured(tmp_path / "adapter", tmp_path / "to")
@@ -131,10 +144,15 @@ def test_a_tied_head_that_was_trained_on_its_own_is_untied(saved: list[str], bas
     assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
 
 
-def test_a_table_that_was_trained_for_both_stays_one(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "fields",
+    [{"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, {"trainable_token_indices": [3, 5]}],
+    ids=str,
+)
+def test_a_table_that_was_trained_for_both_stays_one(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
     """PEFT with `ensure_weight_tying`. Mutation tried: the head of the base, as where PEFT unties it."""
     base = base_with_tokenizer(tmp_path / "base", CONFIGS["llama-tied"], base)
-    wrapped = make_adapter(tmp_path / "adapter", base, modules_to_save=["lm_head"], ensure_weight_tying=True)
+    wrapped = make_adapter(tmp_path / "adapter", base, **fields)
     with torch.no_grad():
         expected_TV = logits(wrapped, DOCUMENTS)
     folder = unmeasured(tmp_path / "adapter", tmp_path / "to")
@@ -226,8 +244,30 @@ def _driven(merging: Any) -> tuple[Measured | None, Merged]:
         measured = item if isinstance(item, Measured) else measured
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"fan_in_fan_out": True, "use_dora": True},
+        {"init_lora_weights": "mica"},
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"velora_config": {"num_groups": 4}},
+    ],
+    ids=str,
+)
+def test_what_only_begins_or_trains_otherwise_is_merged(fields: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    make_adapter(tmp_path / "adapter", base, **fields)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | fields))  # PEFT has set the first to false
+    folder = unmeasured(tmp_path / "adapter", tmp_path / "to")
+    expected_TV = peft_logits(base, tmp_path / "adapter", DOCUMENTS)
+    assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
+    assert relative_error(model_logits(base, DOCUMENTS), expected_TV) > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # its head becomes its own
-@pytest.mark.parametrize("name", ["plain", "patterns", "dora", "dora with patterns", "head", "tables"])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "rows"])  # of a base that ties both
 def test_every_variant_is_measured_as_it_was_trained(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -137,6 +137,11 @@ def test_tables_that_an_adapter_has_untied_are_refused(
     assert "Merge it into its base" in message
 
 
+def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:
+    folder = peft_folder(tmp_path / "theirs", base, "W_pack")
+    assert run_to_end(begun_with(tmp_path, base, folder, "training.max_steps=1"))
+
+
 def test_a_run_goes_on_from_a_run_and_a_resume_of_it_is_the_same(tmp_path: Path, base: Path) -> None:
     run_to_end(tiny_config(tmp_path, base, "lora.use_rslora=true", f"output.dir={tmp_path / 'first'}"))
     options = (f"lora.init_from={tmp_path / 'first'}", "lora.dropout=0.1")
@@ -240,7 +245,7 @@ def damaged(folder: Path, how: str, canary: Path) -> None:
         weights.write_bytes(pickle.dumps(_Canary(canary)))
     elif how in ("saved", "negative"):
         config = folder / "adapter_config.json"
-        change = {"bias": "all"} if how == "saved" else {"lora_alpha": -4}
+        change = {"init_lora_weights": "pissa"} if how == "saved" else {"lora_alpha": -4}
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
 
 
@@ -262,7 +267,7 @@ class _Canary:
         ("infinite", "that is not finite"),
         ("pickle", "only adapter_model.bin, a pickle, which is never read"),
         ("renamed", "no safetensors file"),
-        ("saved", "bias = 'all'"),
+        ("saved", "init_lora_weights = 'pissa'"),
         ("negative", "lora_alpha = -4"),
     ],
 )
