@@ -10,6 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_trainer.data.micro_batches import cut
+from qlora_trainer.hardware.cpu_speed import CpuSpeed
+from qlora_trainer.hardware.gpu_catalogue import find_gpu
+from qlora_trainer.planning import throughput
 from qlora_trainer.planning.search import MAX_MULTIPLES, TOKEN_STEP, token_steps
 from qlora_trainer.planning.throughput import Demand
 from qlora_trainer.step.batch import ROW_MULTIPLE
@@ -70,3 +73,33 @@ def test_hardly_a_batch_exceeds_what_is_usual() -> None:
     batches = lengths.reshape(-1, 8).sum(1)
 
     assert 0.01 < (batches > demand.usual_batch_tokens).mean() < 0.05
+
+
+def test_in_a_step_a_cpu_is_slower_than_each_kind_of_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = CpuSpeed(flops=3e11, bytes=3e10, unpacked_elements=2e9, launch_seconds=2e-5, file_bytes=1e9)
+    monkeypatch.setattr(throughput, "measure_cpu_speed", lambda _dtype: alone)
+    speed = throughput.cpu_speed("float32")
+
+    assert speed.row_bytes < speed.bytes == alone.bytes
+    assert speed.flops < alone.flops
+    assert speed.unpacked_elements < alone.unpacked_elements
+    assert speed.launch_seconds == alone.launch_seconds
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_a_cpu_attends_to_short_documents_slowly(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's share of its product rate is the same for all (it is fitted to published rows as it is)."""
+    alone = CpuSpeed(flops=3e11, bytes=3e10, unpacked_elements=2e9, launch_seconds=2e-5, file_bytes=1e9)
+    monkeypatch.setattr(throughput, "measure_cpu_speed", lambda _dtype: alone)
+    speed = throughput.cpu_speed("float32") if device == "cpu" else throughput.gpu_speed(find_gpu("rtx-4060"))
+    ramp = throughput.CPU_ATTENTION_RAMP_TOKENS
+    short, middle, long = (
+        throughput._attention_flops(Demand(8, float(length), length), speed) / speed.flops
+        for length in (ramp // 8, ramp, 100 * ramp)
+    )
+    if device == "gpu":
+        assert short == middle == long == throughput.ATTENTION_SHARE
+    else:
+        assert short < middle / 3
+        assert middle == pytest.approx(throughput.ATTENTION_SHARE / 2)
+        assert long == pytest.approx(throughput.ATTENTION_SHARE, rel=0.02)
