@@ -7,6 +7,7 @@ step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
@@ -16,6 +17,11 @@ from qlora_trainer.data.shuffle import shuffled
 
 # A checkpoint holds it: a run must not go on in another order. The first one sorted a random word for each document.
 ORDER_VERSION = 2
+
+
+def began_with_order(state: Mapping[str, object]) -> object:
+    """The order that a checkpoint's state was saved in; the first one was not written down."""
+    return state.get("order", 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_trainer.config.strict_json import decode, read_capped
+from qlora_trainer.data.order import ORDER_VERSION, began_with_order
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.run.checkpoint.listing import list_steps
-from qlora_trainer.run.checkpoint.manifest import verify
+from qlora_trainer.run.checkpoint.manifest import STATE_NAME, verify
 from qlora_trainer.run.checkpoint.storage import LOCAL, refusal
 from qlora_trainer.run.folder import LOCK_NAME, RunFolder, read_lines
 
@@ -32,12 +33,14 @@ class CheckpointFound:
         path: the `step-…` directory.
         num_bytes: of its files.
         reasons: why it is not whole; empty for one whose every byte is as its manifest says.
+        order: in which its run sees documents (see `data.order`); None where the checkpoint is not whole.
     """
 
     step: int
     path: Path
     num_bytes: int
     reasons: tuple[str, ...]
+    order: object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +158,8 @@ def _examine_checkpoints(folder: Path) -> tuple[CheckpointFound, ...]:
         except StorageError as error:  # made by a newer version
             reasons = (error.found,)
         num_bytes = 0 if path.is_symlink() else sum(_sizes(path))
-        found.append(CheckpointFound(step=step, path=path, num_bytes=num_bytes, reasons=reasons))
+        order = None if reasons else began_with_order(_read_object(path / STATE_NAME))
+        found.append(CheckpointFound(step=step, path=path, num_bytes=num_bytes, reasons=reasons, order=order))
     return tuple(found)
 
 
@@ -163,6 +167,8 @@ def _resumable(checkpoints: tuple[CheckpointFound, ...], status: RunStatus) -> t
     if status == "running":
         return False, "no, a process is running it"
     for checkpoint in reversed(checkpoints):  # as `newest_verified` does: what comes first decides
+        if not checkpoint.reasons and checkpoint.order != ORDER_VERSION:
+            return False, f"no, its documents come in order {checkpoint.order}, this version knows only {ORDER_VERSION}"
         if not checkpoint.reasons:
             return True, f"goes on at step {checkpoint.step}"
         if "newer version" in "".join(checkpoint.reasons):

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.data.order import ORDER_VERSION
+from qlora_trainer.data.order import ORDER_VERSION, began_with_order
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.listing import linked_step, step_name
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint, newest_verified
@@ -82,9 +82,9 @@ def require_same_order(loaded: Loaded) -> None:
     """Refuse to go on where documents would come in another order than before: some would be seen twice, some never.
 
     Raises:
-        StorageError: names both orders; the first one was not written down.
+        StorageError: names both orders.
     """
-    began_with = loaded.state.get("order", 1)
+    began_with = began_with_order(loaded.state)
     if began_with != ORDER_VERSION:
         raise StorageError(
             where=str(loaded.path),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from qlora_trainer.data.order import ORDER_VERSION
 from qlora_trainer.run.checkpoint.save import save_checkpoint
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage
 from qlora_trainer.run.records import Saved
@@ -36,13 +37,19 @@ def save(
     is_best: bool = False,
     best_step: int | None = None,
     run_id: str = "run-1",
+    order: int = ORDER_VERSION,
 ) -> Saved:
     return save_checkpoint(
         folder,
         step=step,
         adapter=adapter_of(step),
         optimizer=optimizer_of(step),
-        state={"run_id": run_id, "samples_seen": 16 * step, "best_step": step if is_best else best_step},
+        state={
+            "run_id": run_id,
+            "samples_seen": 16 * step,
+            "best_step": step if is_best else best_step,
+            "order": order,
+        },
         fingerprints=FINGERPRINTS,
         keep_checkpoints=keep,
         is_best=is_best,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from qlora_trainer.config.strict_json import decode
+from qlora_trainer.data.order import ORDER_VERSION
 from qlora_trainer.errors import StorageError
 from qlora_trainer.run.checkpoint.load import load_checkpoint, newest_verified
 from qlora_trainer.run.checkpoint.rotate import rotate
@@ -38,7 +39,8 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert (loaded.step, loaded.path) == (120, tmp_path / "step-00000120") == (saved.step, saved.path)
     assert_equal(loaded.adapter, adapter_of(120))
     assert_equal(loaded.optimizer, optimizer_of(120))
-    assert loaded.state == {"step": 120, "run_id": "run-1", "samples_seen": 16 * 120, "best_step": None}
+    state = {"run_id": "run-1", "samples_seen": 16 * 120, "best_step": None, "order": ORDER_VERSION}
+    assert loaded.state == {"step": 120, **state}
     assert loaded.fingerprints == FINGERPRINTS
     assert "torch" in loaded.versions
     assert loaded.rejected == ()

@@ -10,6 +10,7 @@ import pytest
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.config.strict_json import decode, encode, read_capped
+from qlora_trainer.data.order import ORDER_VERSION
 from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.report.formats import format_bytes
 from qlora_trainer.run.checkpoint.load import newest_verified
@@ -90,6 +91,17 @@ def test_what_is_said_of_a_newer_version_is_what_a_resume_does(
     assert not run.can_resume
     with pytest.raises(StorageError, match=f"step-{answer:08d}: found a checkpoint made by a newer version"):
         newest_verified(path / "checkpoints")
+
+
+def test_a_run_in_another_order_of_documents_cannot_go_on(tmp_path: Path) -> None:
+    """Its resume is refused (`run.resume.require_same_order`), also where an older step is whole."""
+    path = write_run(tmp_path / "a", steps=(4,))
+    save(path / "checkpoints", 6, order=1)
+    run = examine_run(path)
+    assert not run.can_resume
+    assert run.resumable == f"no, its documents come in order 1, this version knows only {ORDER_VERSION}"
+    damage(path, 6)
+    assert examine_run(path).resumable == "goes on at step 4"
 
 
 def test_a_run_without_checkpoints_begins_again(tmp_path: Path) -> None:
