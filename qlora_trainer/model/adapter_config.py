@@ -127,7 +127,7 @@ def settings_of(
         ConfigError: the fields name something that the base does not have.
     """
     targets, _ = _targets(fields, linear_names, tables, where)
-    if not targets:
+    if not targets and not fields.get(_LAYERS):
         found = f"target_modules = {fields['target_modules']!r}, exclude_modules = {fields.get('exclude_modules')!r}"
         raise wrong_adapter(where, found, "LoRA on some linear inside the layers")
     saved = fields.get("modules_to_save") or []

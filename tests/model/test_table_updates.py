@@ -96,7 +96,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
 def test_tables_become_what_peft_computes_with(
     name: str, fields: dict[str, Any], whole: list[str], is_one: bool, prepared: Prepared, tmp_path: Path
 ) -> None:
-    """Mutations tried: the scale of all for that of the table; A and B of an embedding as those of a linear."""
+    """Mutations tried: the scale of all for that of the table; half of what is added to an embedding."""
     base, cache = prepared[name]
     save_with_peft(tmp_path / "adapter", cache, **fields)
     with torch.no_grad():

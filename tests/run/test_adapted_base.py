@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def test_what_peft_adds_to_a_head_is_used_and_gone_with_its_adapter(tmp_path: Pa
     assert relative_error(packed_logits(adapters.model, documents), expected_TV) <= 1e-5
     adapters.activate(None)
     assert torch.equal(packed_logits(adapters.model, documents), without_TV)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_a_head_of_its_own_does_not_go_with_one_in_nf4(tmp_path: Path) -> None:
+    """Which another adapter's run has chosen: nobody could say what the base of both is."""
+    base = write_base(tmp_path / "base", is_tied=False)
+    named = find_adapters({"a": peft_folder(tmp_path / "theirs", base, "lm_head")}, base=str(base))
+    with pytest.raises(ConfigError, match="adapter a: found a head of its own, beside a run whose head is in NF4"):
+        load_adapters(replace(named, nf4_head=True), compute_dtype="float32")
 
 
 def test_a_base_that_cannot_chat_is_asked_as_its_adapters_are(tmp_path: Path) -> None:
