@@ -1,7 +1,8 @@
 """The fields of PEFT's `adapter_config.json`: which must have what value here, and which change nothing.
 
-Read field by field in PEFT 0.21.2. A field that nobody knows is refused where it is set to anything: it may be what a
-newer PEFT computes with.
+Read field by field in PEFT 0.21.2. A field that nobody knows is refused where it is set: it may be what a newer PEFT
+computes with. Not so a number, which is a size of something that another field switches on (`qalora_group_size` is 16
+in every adapter).
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def require_plain_lora(path: Path, fields: Mapping[str, Any]) -> None:
                 where=str(path), found=f"{name} = {fields[name]!r}", expected=_shown(name, allowed), fix=fix
             )
     for name, value in fields.items():
-        if name not in PLAIN and name not in READ | UNUSED and value not in _NOTHING:
+        is_size = type(value) in (int, float)
+        if name not in PLAIN and name not in READ | UNUSED and not is_size and value not in _NOTHING:
             raise ConfigError(
                 where=str(path),
                 found=f"{name} = {value!r}"[:200] + ", a field that is not known",

@@ -223,6 +223,7 @@ def _plain_folder(folder: Path, **changes: object) -> Path:
         ("peft_type", "IA3"),
         ("use_tomorrows_lora", True),
         ("tomorrows_config", {"depth": 2}),
+        ("tomorrows_way", "deep"),
     ],
 )
 def test_variants_are_refused_by_name(field: str, value: object, tmp_path: Path) -> None:
@@ -239,7 +240,9 @@ def test_every_field_of_peft_is_known(tmp_path: Path) -> None:
     assert fields <= READ | UNUSED | PLAIN.keys()
     assert len(READ | UNUSED | PLAIN.keys()) == len(READ) + len(UNUSED) + len(PLAIN)
     changes: dict[str, object] = {name: {"a": 1} for name in sorted(UNUSED)}
-    assert read_adapter_fields(_plain_folder(tmp_path / "adapter", **changes, new_field=None, other={}))["r"] == 2
+    assert (
+        read_adapter_fields(_plain_folder(tmp_path / "adapter", **changes, new_field=None, other={}, size=16))["r"] == 2
+    )
 
 
 PLAIN_IN_EFFECT: list[dict[str, Any]] = [
