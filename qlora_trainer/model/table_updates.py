@@ -101,11 +101,15 @@ def take_updates(
             _refuse(where, f"other rows of {embedding} than of {head}, which are one table", "the same of both")
         if is_one:
             token_ids.pop(head, None)  # PEFT keeps them once
-    updates = {}
+    updates: dict[str, TableUpdate] = {}
     for name in tables.names:
         is_whole = name in settings.modules_to_save or name == settings.tied_head
         leaves = [leaf for leaf in _LEAVES if f"{name}.{leaf}" in weights and not (is_whole and leaf in _PLAIN)]
         parts = {leaf: weights.pop(f"{name}.{leaf}") for leaf in leaves}
+        if is_one and name == head and name not in token_ids and _ROWS in parts:  # `save_embedding_layers` repeats them
+            rows_NH, first_NH = parts.pop(_ROWS), updates[embedding].token_rows_NH
+            if first_NH is None or not torch.equal(rows_NH, first_NH):
+                _refuse(where, f"other rows of {head} than of {embedding}, which are one table", "the same of both")
         if parts or name in targets or name in token_ids:
             if is_whole:
                 _refuse(where, f"{name} trained whole and with an update as well", "one of both")

@@ -77,6 +77,8 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
     ("llama", target("embed_tokens", modules_to_save=["lm_head"]), [EMBEDDING, HEAD], False),
     ("llama", target("lm_head", trainable_token_indices=[3, 7]), [EMBEDDING, HEAD], False),
     ("llama", {"save_embeddings": True}, [EMBEDDING, HEAD], False),
+    ("llama", target("lm_head", save_embeddings=True), [HEAD], False),
+    ("llama", {"trainable_token_indices": [3, 7], "save_embeddings": True}, [EMBEDDING, HEAD], False),
     ("phi", target("embed_tokens", "lm_head"), [EMBEDDING, HEAD], False),  # a head with a bias
     ("gemma2", target("embed_tokens", ensure_weight_tying=True), [EMBEDDING], True),  # a scale on the embedding
     ("gemma2", {"trainable_token_indices": [3, 7]}, [EMBEDDING], True),
@@ -88,6 +90,9 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
     ("qwen3", {"trainable_token_indices": ROWS}, [EMBEDDING, HEAD], False),
     ("qwen3", {"trainable_token_indices": {"lm_head": [3]}}, [HEAD], False),
     ("qwen3", {"save_embeddings": True}, [EMBEDDING], True),
+    ("qwen3", target("lm_head", save_embeddings=True), [EMBEDDING, HEAD], False),
+    ("qwen3", target("embed_tokens", "lm_head", save_embeddings=True), [EMBEDDING, HEAD], False),
+    ("qwen3", {"trainable_token_indices": [3, 7], "save_embeddings": True}, [EMBEDDING], True),
 ]
 
 
