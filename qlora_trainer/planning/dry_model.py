@@ -25,6 +25,7 @@ from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.model.tables import tables_of
 from qlora_trainer.model.trained_tables import table_weights
+from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.tracker import StorageTracker
 
 
@@ -49,6 +50,7 @@ class DryModel:
     Attributes:
         model: as training uses it, without adapters.
         fake_mode: under which everything of it lives.
+        results: what its traces remember of each other.
         layers: its decoder layers.
         final_norm: what comes after the last of them.
         resident: category -> sizes in bytes of the storages that stay for the whole run.
@@ -57,6 +59,7 @@ class DryModel:
 
     model: QuantizedModel
     fake_mode: FakeTensorMode
+    results: FakeResults
     layers: tuple[nn.Module, ...]
     final_norm: nn.Module
     resident: Mapping[str, tuple[int, ...]]
@@ -90,7 +93,8 @@ def build_dry_model(
     _hold_frequencies(skeleton)
     shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters(remove_duplicate=False)}
     fake_mode = FakeTensorMode(allow_non_fake_inputs=True)
-    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes)
+    results = FakeResults(fake_mode)
+    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, results=results)
     with fake_mode, tracker:
         _materialize_buffers(skeleton, device)
         code = torch.empty(256, device=device) if double_quant else None
@@ -99,7 +103,7 @@ def build_dry_model(
         _tag(model, tracker)
     # find_parts has refused models whose layers are none of transformers' own.
     layers = tuple(decoder_layers(model))
-    return DryModel(model, fake_mode, layers, _final_norm(model), _resident(tracker), tracker.peak_bytes)
+    return DryModel(model, fake_mode, results, layers, _final_norm(model), _resident(tracker), tracker.peak_bytes)
 
 
 def attach_dry_adapters(dry: DryModel, settings: LoraSettings, *, dtype: torch.dtype) -> None:

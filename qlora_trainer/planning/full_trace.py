@@ -15,7 +15,7 @@ from qlora_trainer.model.offload import keep_least
 from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, dry_store
 from qlora_trainer.planning.inside import bytes_of, inside_bytes
 from qlora_trainer.planning.replay import Storages, read_storages
-from qlora_trainer.planning.shallow_trace import full_micro_batch, marking
+from qlora_trainer.planning.shallow_trace import full_micro_batch, in_one_thread, marking
 from qlora_trainer.planning.timeline import Level, read_levels
 from qlora_trainer.planning.tracker import StorageTracker
 from qlora_trainer.step.train_step import accumulate_gradients
@@ -64,15 +64,18 @@ def trace_training(
         Part by part, what is alive beyond base, adapters, gradients and optimizer.
     """
     device = dry.model.device
-    tracker = StorageTracker(device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes)
+    tracker = StorageTracker(
+        device_type=device.type, alignment_bytes=alignment_bytes, inside=inside_bytes, results=dry.results
+    )
     with dry.fake_mode, without_collector():
-        attach_dry_adapters(dry, settings, dtype=adapter_dtype)
-        for parameter in trainable_parameters(dry.model).values():
-            parameter.grad = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-        keep_least(dry.model, num_recomputed, num_offloaded, dry_store(dry))
-        dry.model.module.train()
-        micro_batch = full_micro_batch(num_tokens, document_lengths, device, rows=rows)
-        with tracker, marking(tracker, dry.layers, dry.final_norm):
+        with dry.results:
+            attach_dry_adapters(dry, settings, dtype=adapter_dtype)
+            for parameter in trainable_parameters(dry.model).values():
+                parameter.grad = torch.empty(parameter.shape, dtype=torch.float32, device=device)
+            keep_least(dry.model, num_recomputed, num_offloaded, dry_store(dry))
+            dry.model.module.train()
+            micro_batch = full_micro_batch(num_tokens, document_lengths, device, rows=rows)
+        with tracker, marking(tracker, dry.layers, dry.final_norm), in_one_thread():
             accumulate_gradients(
                 dry.model, [micro_batch], num_supervised_tokens=num_tokens, loss_chunk_tokens=loss_chunk_tokens
             )

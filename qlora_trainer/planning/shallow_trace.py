@@ -173,19 +173,22 @@ def _trace(
     probe: Probe,
     adapter_dtype: torch.dtype,
 ) -> PolicyParts:
-    tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes, record_work=True)
+    tracker = StorageTracker(
+        device_type=dry.model.device.type, inside=inside_bytes, record_work=True, results=dry.results
+    )
     probed = replace(settings, rank=probe.rank) if probe.has_rank else settings
     with dry.fake_mode, only_layers(dry, indices) as chosen:
         own = {id(part) for layer in chosen for part in layer.modules()}
         targets = tuple(name for name in probed.targets if id(dry.model.linears[name]) in own)
-        attach_dry_adapters(dry, replace(probed, targets=targets), dtype=adapter_dtype)
-        for parameter in trainable_parameters(dry.model).values():
-            parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-        num_recomputed = 0 if policy == "keep" else len(indices)
-        keep_least(dry.model, num_recomputed, num_recomputed if policy == "offload" else 0, dry_store(dry))
-        dry.model.module.train()
-        micro_batch = full_micro_batch(probe.tokens, (probe.tokens,), dry.model.device)
-        with tracker, marking(tracker, chosen, dry.final_norm):
+        with dry.results:
+            attach_dry_adapters(dry, replace(probed, targets=targets), dtype=adapter_dtype)
+            for parameter in trainable_parameters(dry.model).values():
+                parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+            num_recomputed = 0 if policy == "keep" else len(indices)
+            keep_least(dry.model, num_recomputed, num_recomputed if policy == "offload" else 0, dry_store(dry))
+            dry.model.module.train()
+            micro_batch = full_micro_batch(probe.tokens, (probe.tokens,), dry.model.device)
+        with tracker, marking(tracker, chosen, dry.final_norm), in_one_thread():
             accumulate_gradients(
                 dry.model, [micro_batch], num_supervised_tokens=probe.tokens, loss_chunk_tokens=probe.tokens
             )
@@ -218,7 +221,7 @@ def _layer_parts(place: int, segments: Mapping[object, Segment], work: Mapping[o
 
 def _trace_evaluation(dry: DryModel, indices: Sequence[int], probe: Probe) -> Segment:
     """Nothing is kept without gradients, so a few layers need as much as all of them. The adapters of before serve."""
-    tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes)
+    tracker = StorageTracker(device_type=dry.model.device.type, inside=inside_bytes, results=dry.results)
     with dry.fake_mode, only_layers(dry, indices):
         micro_batch = full_micro_batch(probe.tokens, (probe.tokens,), dry.model.device)
         with tracker:
@@ -248,6 +251,14 @@ def full_micro_batch(
         row_keys_T=whole(num_tokens),
         num_tokens=num_tokens,
     )
+
+
+def in_one_thread() -> AbstractContextManager[None]:
+    """Autograd runs here, not in a thread of the device: that lets go of its last tensors when it comes to it.
+
+    Whether one of them was still there when a step went on was a matter of luck, and a tile's gradient more in a peak.
+    """
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 @contextmanager

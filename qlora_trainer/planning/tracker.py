@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from qlora_trainer.planning.fake_results import FakeResults
+
 CATEGORIES = (
     "base",
     "quant_state",
@@ -133,6 +135,7 @@ class StorageTracker(TorchDispatchMode):
         alignment_bytes: what the device's allocator rounds a size up to.
         inside: bytes that an operation allocates inside itself, of (its name, its arguments); None where it does not.
         record_work: also note what is computed.
+        results: asked for what operations return, on fake tensors; None asks the operations.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class StorageTracker(TorchDispatchMode):
         alignment_bytes: int = 1,
         inside: InsideBytes | None = None,
         record_work: bool = False,
+        results: FakeResults | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.events = Events()
@@ -152,6 +156,7 @@ class StorageTracker(TorchDispatchMode):
         self._alignment_bytes = alignment_bytes
         self._inside = inside
         self._record_work = record_work
+        self._results = results
         self._alive: dict[int, int] = {}
         self._default_category = CATEGORIES.index("other")
 
@@ -204,10 +209,10 @@ class StorageTracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if func is _DEVICE_OF:  # half of all that is dispatched
-            return out
+            return args[0].device
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs) if self._results is None else self._results.of(func, args, kwargs)
         traits = _traits(func)
         results = (out,) if isinstance(out, Tensor) else out if isinstance(out, tuple | list) else ()
         number = self._default_category if traits.category is None else traits.category
