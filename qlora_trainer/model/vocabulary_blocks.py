@@ -43,6 +43,7 @@ class VocabularyBlocks:
         weight_VH: the table; in NF4 uint8 [V, H / 2].
         upcast: a block in the dtype of the product; None where that is the table's own, or it is in NF4.
         arriving: on the device of the product, two blocks; none where the table is there.
+        stream: on which they are copied; None where there are none.
         pages: of the mapped file that the table is in, where they are given back after use.
         is_on_host: whether the table lives on the host.
         scales: of a table in NF4; None for one that is dense.
@@ -56,6 +57,7 @@ class VocabularyBlocks:
     is_on_host: bool
     scales: nf4.BlockScales | None = None
     dtype: torch.dtype | None = None
+    stream: SideStream | None = None
 
     @classmethod
     def of(
@@ -75,8 +77,10 @@ class VocabularyBlocks:
         arriving: list[Tensor] = []
         if weight_VH.device != like.device:
             arriving = [weight_VH.new_empty(shape, device=like.device) for _ in range(2)]
+        stream = SideStream(like.device) if arriving else None
         pages = _pages(weight_VH) if is_on_host and like.device.type == "cpu" else None
-        return cls(weight_VH, upcast, arriving, pages, is_on_host, scales, None if scales is None else like.dtype)
+        dtype = None if scales is None else like.dtype
+        return cls(weight_VH, upcast, arriving, pages, is_on_host, scales, dtype, stream)
 
     @property
     def is_cut(self) -> bool:
@@ -91,7 +95,8 @@ class VocabularyBlocks:
             return
         step = rows_in_block(self.weight_VH)
         blocks = [slice(first, min(first + step, num_tokens)) for first in range(0, num_tokens, step)]
-        rows = self._arrived(blocks) if self.arriving else (self.weight_VH[block] for block in blocks)
+        in_place = (self.weight_VH[block] for block in blocks)
+        rows = in_place if self.stream is None else self._arrived(blocks, self.stream)
         for block, own_VH in zip(blocks, rows, strict=True):
             yield block, self._as_multiplied(block, own_VH)
             if self.pages is not None:
@@ -103,9 +108,8 @@ class VocabularyBlocks:
             return nf4.dequantize_part(own_VH, self.scales, block.start, shape, self.dtype)
         return own_VH if self.upcast is None else self.upcast[: own_VH.shape[0]].copy_(own_VH)
 
-    def _arrived(self, blocks: Sequence[slice]) -> Iterator[Tensor]:
+    def _arrived(self, blocks: Sequence[slice], stream: SideStream) -> Iterator[Tensor]:
         """Blocks on the device: the next one is copied while this one is multiplied."""
-        stream = SideStream(self.arriving[0].device)
         on_device = [self.arriving[number % 2][: block.stop - block.start] for number, block in enumerate(blocks)]
         stream.copy(on_device[0], self.weight_VH[blocks[0]])
         for number, own_VH in enumerate(on_device):

@@ -13,6 +13,7 @@ from qlora_trainer.errors import StorageError
 from qlora_trainer.hardware.input_store import FileInputs, HostInputs, InputStore
 from qlora_trainer.hardware.memory import resident_bytes
 from qlora_trainer.hardware.side_stream import SideStream
+from tests.hardware.late_stream import LateStream
 
 CPU = torch.device("cpu")
 
@@ -23,13 +24,25 @@ def inputs(num_tokens: int, dtype: torch.dtype, count: int = 4) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["file", "host"])
+@pytest.mark.parametrize("kind", ["file", "host", "late"])
 def test_what_is_put_comes_back(kind: str, dtype: torch.dtype, disk_folder: Path) -> None:
-    store: InputStore = FileInputs(disk_folder) if kind == "file" else HostInputs(SideStream(CPU))
+    """Some are written when they were sent, others dropped before.
+
+    Mutations tried, seen by "late" alone: no `join` in `sent`, none in `take`, no reference to what leaves.
+    """
+    store: InputStore = FileInputs(disk_folder)
+    if kind != "file":
+        store = HostInputs(SideStream(CPU) if kind == "host" else LateStream(CPU))
     for num_tokens in (40, 7, 64):  # micro-batches differ in size
         put = inputs(num_tokens, dtype)
         for number, tensor in enumerate(put):
-            store.put(number, tensor)
+            store.put(number, own := tensor.clone())
+            if number % 2:
+                del own
+                store.sent()
+            else:
+                store.sent()
+                own.zero_()
         for number in reversed(range(len(put))):
             taken = store.take(number)
             assert torch.equal(taken, put[number])

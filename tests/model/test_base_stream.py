@@ -20,6 +20,7 @@ from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.pull_levers import pull_levers
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
+from tests.hardware.late_stream import LateStream
 from tests.model.tiny_bases import small_config
 from tests.model.tiny_models import CPU, load_for_training, packed, prepare, tiny_documents
 
@@ -67,9 +68,10 @@ def results(model: QuantizedModel) -> list[Tensor]:
 
 
 def buffer(model: QuantizedModel) -> None:
-    """As on a GPU: two buffers that are refilled, here of host memory."""
+    """As on a GPU: two buffers that are refilled, here of host memory, by copies as late as can be."""
     layers = linears_of_layers(model)
     stream = buffered(layers, CPU)
+    stream.stream = LateStream(CPU)
     for index, linears in enumerate(layers):
         for linear in linears:
             linear.turn = LayerTurn(stream, index)
@@ -97,7 +99,10 @@ def test_results_are_the_same_bits(
     stream: Callable[[QuantizedModel], None],
     prepared: Callable[[str], tuple[Base, NF4Cache]],
 ) -> None:
-    """Fails where autograd keeps a packed tensor of a buffer that is refilled (bitsandbytes #2034)."""
+    """Fails where autograd keeps a packed tensor of a buffer that is refilled (bitsandbytes #2034).
+
+    Mutations tried in buffers: no `join` before a layer is used, and one before its copy is queued.
+    """
     model = adapted(*prepared(name), dropout=dropout, dora=dora)
     recompute_layers(model, num_recomputed)
     expected = results(model)

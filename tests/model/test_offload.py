@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.hardware.input_store import FileInputs, HostInputs, InputStore, NoInputs
-from qlora_trainer.hardware.side_stream import SideStream
 from qlora_trainer.model.activation_policy import decoder_layers
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.step.train_step import accumulate_gradients, summed_loss
+from tests.hardware.late_stream import LateStream
 from tests.model.tiny_bases import small_config
 from tests.model.tiny_models import CPU, attach_random_adapter, load_for_training, packed, prepare, tiny_documents
 
@@ -42,10 +42,12 @@ def results(model: QuantizedModel) -> list[Tensor]:
 
 @pytest.mark.parametrize("name, dtype", [("llama", torch.float32), ("llama", torch.bfloat16), ("phi3", torch.float32)])
 def test_results_are_the_same_bits(name: str, dtype: torch.dtype, disk_folder: Path, tmp_path: Path) -> None:
+    """The store of a GPU with copies as late as can be. Mutations tried: no `join` when a layer's input was sent (its
+    memory is others' then), none when it is taken."""
     model = loaded(tmp_path, name, dtype)
     keep_least(model, 0, 0, NoInputs())
     expected = results(model)
-    stores: tuple[InputStore, ...] = (FileInputs(disk_folder), HostInputs(SideStream(CPU)))
+    stores: tuple[InputStore, ...] = (FileInputs(disk_folder), HostInputs(LateStream(CPU)))
     for store in stores:
         for num_recomputed, num_offloaded in ((NUM_LAYERS, NUM_LAYERS), (3, 1), (2, 2)):
             keep_least(model, num_recomputed, num_offloaded, store)

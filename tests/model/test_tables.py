@@ -27,6 +27,7 @@ from qlora_trainer.model.tables import embeddings_of, tables_of
 from qlora_trainer.model.vocabulary_blocks import VocabularyBlocks, look_up_on_host, rows_in_block
 from qlora_trainer.step.loss import chunk_logits, chunked_cross_entropy
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
+from tests.hardware.late_stream import LateStream
 from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import CPU, load_for_training, packed, prepare, relative_error, tiny_documents
 
@@ -155,14 +156,17 @@ def test_a_table_of_no_file_is_refused() -> None:
 
 
 def test_blocks_that_arrive_are_good_until_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: through two buffers, here of the host."""
+    """As on a GPU: through two buffers, here of the host, by copies as late as can be.
+
+    Mutations tried: no `join` before a block is given out, and the next one's copy into the same buffer.
+    """
     monkeypatch.setattr(vocabulary_blocks, "BLOCK_ELEMENTS", 64)
-    weight_VH = torch.arange(7 * 16.0).view(7, 16)
+    weight_VH = torch.arange(11 * 16.0).view(11, 16)  # three blocks
     buffers = [torch.empty(4, 16) for _ in range(2)]
-    blocks = VocabularyBlocks(weight_VH, None, buffers, None, is_on_host=True)
+    blocks = VocabularyBlocks(weight_VH, None, buffers, None, is_on_host=True, stream=LateStream(CPU))
     assert rows_in_block(weight_VH) == 4
     seen = 0
     for block, part_VH in blocks.each():
         assert torch.equal(part_VH, weight_VH[block])
         seen += part_VH.shape[0]
-    assert seen == 7
+    assert seen == 11
