@@ -73,7 +73,7 @@ class FakeResults(TorchDispatchMode):
 
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._fake_mode = fake_mode
+        self.fake_mode = fake_mode
         self._answers: dict[tuple[Any, ...], object] = {}
 
     @classmethod
@@ -109,7 +109,7 @@ class FakeResults(TorchDispatchMode):
         for value in values:
             own = type(value)
             if own is FakeTensor:
-                if value.fake_mode is not self._fake_mode or value.constant is not None:
+                if value.fake_mode is not self.fake_mode or value.constant is not None:
                     raise _NothingIsKeptError
                 key += (value.dtype, value.shape, value.stride(), value.storage_offset(), value.fake_device)
                 key += (value.requires_grad, value.untyped_storage().nbytes())
@@ -146,7 +146,7 @@ class FakeResults(TorchDispatchMode):
 
     def _made(self, result: Any, args: tuple[Any, ...], given: list[Tensor]) -> _Made | None:
         """How to make a result from other arguments of the same form; None where there is no saying."""
-        if type(result) is not FakeTensor or result.fake_mode is not self._fake_mode or result.constant is not None:
+        if type(result) is not FakeTensor or result.fake_mode is not self.fake_mode or result.constant is not None:
             return None
         places = [place for place, value in enumerate(args) if value is result]
         if places:
@@ -172,7 +172,7 @@ class FakeResults(TorchDispatchMode):
             meta = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device="meta")
             if not one.is_new:
                 meta.set_(args[one.place].untyped_storage(), one.offset, one.shape, one.stride)
-        return FakeTensor(self._fake_mode, meta, one.device)
+        return FakeTensor(self.fake_mode, meta, one.device)
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:

@@ -16,6 +16,7 @@ from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
 from qlora_trainer.model import attention, dora, nf4, row_ops
 from qlora_trainer.model.vocabulary_blocks import rows_in_block as rows_in_vocabulary_block
+from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.timeline import Probe, on_a_line
 from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
@@ -225,8 +226,9 @@ def norms_of_rank(inside: Inside, probe_rank: int, rank: int) -> Inside:
 @functools.lru_cache(maxsize=4096)
 def _traced_bytes(op: str, arguments: tuple[Any, ...]) -> int:
     device_types = [value.device.type for value in arguments if isinstance(value, TensorSpec)]
-    tracker = StorageTracker(device_type=device_types[0], inside=inside_bytes)
-    with FakeTensorMode(), torch.no_grad():
+    known = _known()
+    tracker = StorageTracker(device_type=device_types[0], inside=inside_bytes, results=known)
+    with known.fake_mode, torch.no_grad():
         made = [_empty(value) if isinstance(value, TensorSpec) else value for value in arguments]
         made = [list(value) if isinstance(value, tuple) else value for value in made]
         with tracker:
@@ -236,6 +238,12 @@ def _traced_bytes(op: str, arguments: tuple[Any, ...]) -> int:
     results = (out,) if isinstance(out, Tensor) else out or ()  # one that works in place has none
     kept = {result.untyped_storage()._cdata: result.untyped_storage().nbytes() for result in results}
     return max(0, tracker.peak_bytes - sum(kept.values()))
+
+
+@functools.cache
+def _known() -> FakeResults:
+    """Blocks and chunks are alike, within an operation and from one to the next."""
+    return FakeResults(FakeTensorMode())
 
 
 def _empty(spec: TensorSpec) -> Tensor:
