@@ -20,7 +20,8 @@ from qlora_trainer.export.source import Source
 from qlora_trainer.hardware.device import DTYPES, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapter_set import AdapterSet
-from qlora_trainer.model.base import Base, read_config
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.base_config import read_config
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.streamed import stream_model

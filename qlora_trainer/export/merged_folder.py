@@ -15,7 +15,8 @@ from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export.new_folder import differs, write_checked, write_tensors_checked
 from qlora_trainer.export.source import Source
-from qlora_trainer.model.base import read_config, read_tokenizer, weight_files
+from qlora_trainer.model.base import read_tokenizer, weight_files
+from qlora_trainer.model.base_config import read_config
 from qlora_trainer.run.checkpoint.storage import Storage
 from qlora_trainer.run.inputs import tokenizer_hash
 from qlora_trainer.run.records import Preparing

@@ -23,7 +23,13 @@ from qlora_trainer.hardware.memory import is_out_of_memory
 from qlora_trainer.model import nf4
 from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.quantized import assemble, hidden_states
-from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS, build_skeleton, find_parts
+from qlora_trainer.model.skeleton import (
+    TRANSFORMERS_ERRORS,
+    build_skeleton,
+    find_parts,
+    reason_of,
+    without_warnings,
+)
 
 TOLERANCE = 1e-5  # norm of the difference over the norm of the losses, fp32
 DOCUMENT_LENGTHS = (25, 15)
@@ -57,13 +63,13 @@ def require_accepted(config: PreTrainedConfig) -> bool:
     """
     find_parts(build_skeleton(config, with_buffers=False))
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_warnings():
             torch.manual_seed(0)
             packed_error, alone_error = _errors(shrink(config))
     except TRANSFORMERS_ERRORS as error:
         if is_out_of_memory(error):  # a RuntimeError too, and no fault of the base
             raise
-        raise _refuse(config.model_type, f"a small copy that does not run ({type(error).__name__}: {error})") from error
+        raise _refuse(config.model_type, f"a small copy that does not run ({reason_of(error)})") from error
     if not alone_error <= TOLERANCE:
         found = f"a small copy whose losses differ from transformers' by {alone_error:.1e} of their size"
         raise _refuse(config.model_type, found)

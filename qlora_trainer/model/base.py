@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qlora_trainer.config.bases import MAX_INDEX_BYTES
 from qlora_trainer.config.known_models import suggest
@@ -24,11 +24,11 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.model.acceptance import require_accepted
+from qlora_trainer.model.base_config import read_config
 from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_base
 from qlora_trainer.model.safetensors_header import require_sane_header
-from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS
+from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS, reason_of
 
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _INDEX = "model.safetensors.index.json"
 # Everything a base needs; weights as safetensors only, so that no pickle is ever fetched.
 _NO_WEIGHTS = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
@@ -86,53 +86,6 @@ def resolve_base(name: str, revision: str | None = None, *, with_weights: bool =
     return Base(name, None, folder, config, can_pack=require_accepted(config))
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """The transformers config of a folder; remote code is never run.
-
-    Raises:
-        ConfigError: it is missing, broken, without the model's sizes or with one of nothing, or of a type that
-            transformers does not have.
-    """
-    try:
-        text = read_capped(folder / "config.json")  # a few kB; what is larger than the cap is never parsed
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, *TRANSFORMERS_ERRORS) as error:
-        raise ConfigError(
-            where=str(folder / "config.json"),
-            found=f"no config that transformers can read ({str(error).splitlines()[0] if str(error) else error!r})",
-            expected="the config.json of a model type that transformers has",
-            fix="Point model.base at a transformers folder; remote code is never run.",
-        ) from error
-    _require_sizes(folder / "config.json", json.loads(text), config)
-    return config
-
-
-def _require_sizes(path: Path, given: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """transformers fills what is missing with the sizes of some model, which would then be planned for.
-
-    A config of text and images, on the other hand, may leave out what its text part has by default.
-    """
-    if "text_config" in given:
-        return
-    names = [name for name in _SIZES if getattr(config, name, None) is not None]
-    missing = [name for name in names if name not in given and config.attribute_map.get(name) not in given]
-    if missing:
-        raise ConfigError(
-            where=str(path),
-            found=f"no {', '.join(missing)}",
-            expected=f"the sizes of the model: {', '.join(names)}",
-            fix="Copy the config.json of the base whole.",
-        )
-    empty = [name for name in names if isinstance(size := getattr(config, name), int) and size < 1]
-    if empty:
-        raise ConfigError(
-            where=str(path),
-            found=f"{empty[0]} {getattr(config, empty[0])}",
-            expected="at least 1",
-            fix="Copy the config.json of the base again.",
-        )
-
-
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a base folder.
 
@@ -144,7 +97,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, *TRANSFORMERS_ERRORS) as error:
         raise ConfigError(
             where=str(folder),
-            found=f"no tokenizer that transformers can read ({str(error).splitlines()[0] if str(error) else error!r})",
+            found=f"no tokenizer that transformers can read ({reason_of(error)})",
             expected="tokenizer.json and tokenizer_config.json beside the weights",
             fix="Copy the tokenizer files of the base into its folder.",
         ) from error

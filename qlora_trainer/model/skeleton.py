@@ -7,6 +7,8 @@ downloaded or allocated.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import logging
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.memory import is_out_of_memory
@@ -32,6 +35,27 @@ TRANSFORMERS_ERRORS = (
     ImportError,
     StrictDataclassError,
 )
+_MOST_CHARACTERS = 200
+
+
+def reason_of(error: Exception) -> str:
+    """What transformers says, in one line: the line behind a heading, without the list of all that it has."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
+    said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    said = said.partition(" Model type should be one of")[0]
+    said = f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
+    return said if len(said) <= _MOST_CHARACTERS else f"{said[:_MOST_CHARACTERS]}..."
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """transformers' own lines about a config or a model, beside which an error of ours would not be one line."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +89,7 @@ def build_skeleton(config: PreTrainedConfig, *, with_buffers: bool) -> PreTraine
         ConfigError: transformers has no causal language model for this config, or cannot build it.
     """
     try:
-        with init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
+        with without_warnings(), init_empty_weights(include_buffers=False) if with_buffers else torch.device("meta"):
             module: PreTrainedModel = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 attn_implementation=IMPLEMENTATION,
@@ -76,7 +100,7 @@ def build_skeleton(config: PreTrainedConfig, *, with_buffers: bool) -> PreTraine
             raise
         raise ConfigError(
             where=f"model type {config.model_type!r}",
-            found=f"no causal language model that transformers can build ({error})",
+            found=f"no causal language model that transformers can build ({reason_of(error)})",
             expected="a text-only decoder such as Llama, Qwen, Gemma, Mistral or Phi",
             fix="Choose another base.",
         ) from error

@@ -185,8 +185,8 @@ def _head(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
 def _seq_len(layout: Layout, optimizer: str, planner: Planner) -> WouldFit | None:
     seq_len = 1 << ((layout.seq_len - 1).bit_length() - 1)
     while seq_len >= _MIN_SEQ_LEN:
-        space = planner.space(layout.rank, seq_len)
-        shorter = layout_of(space, space.tokens[0], layout.loss_chunk, layout.num_recomputed)
+        space = replace(planner.space(layout.rank, seq_len), levers=layout.levers)
+        shorter = layout_of(space, space.tokens[0], layout.loss_chunk, layout.num_recomputed, layout.num_offloaded)
         change = _tried(shorter, optimizer, planner, "data.seq_len", layout.seq_len, seq_len)
         if change is not None:
             return change

@@ -9,7 +9,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from qlora_trainer.config.known_models import check_name, known_config
 from qlora_trainer.model.acceptance import require_accepted
-from qlora_trainer.model.base import fetch_config, read_config
+from qlora_trainer.model.base import fetch_config
+from qlora_trainer.model.base_config import read_config
 
 
 def read_model_config(name: str, revision: str | None = None) -> tuple[PreTrainedConfig, bool]:

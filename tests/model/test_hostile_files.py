@@ -19,7 +19,8 @@ from qlora_trainer.config.strict_json import decode, encode
 from qlora_trainer.errors import ConfigError, QloraTrainerError
 from qlora_trainer.hardware.memory import forget_peak, process_peak_bytes
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
-from qlora_trainer.model.base import read_config, weight_files
+from qlora_trainer.model.base import weight_files
+from qlora_trainer.model.base_config import read_config
 from qlora_trainer.run.checkpoint.load import newest_verified
 from qlora_trainer.run.checkpoint.manifest import FILE_NAMES, MANIFEST_NAME
 from tests.run.small_run import save
