@@ -112,14 +112,14 @@ class Bench:
         run, resume, watched = (self._child(work, overrides, part) for part in ("run", "resume", "profile"))
         predicted = without_base(run["predicted"]) if case.is_mapped else run["predicted"]
         counted = [{phase: count - unseen for phase, count in one.items()} for one in watched["measured"].values()]
-        totals = [(predicted["allocated_peak_bytes"], max(phases.values())) for phases in counted]
+        highest = max(count for phases in counted for count in phases.values())  # it may come with the resume
         kernel = run["measured"] | resume["measured"]
         # What a plan promises begins when the base is loaded: before that, it is not made yet.
         peaks = [max(parts[name]["peak"] for name in PLANNED if name in parts) for parts in kernel.values()]
         return Outcome(
             name=case.name,
             phases=_compared(predicted, counted),
-            allocated=max(totals, key=lambda pair: abs(off(pair))),
+            allocated=(predicted["allocated_peak_bytes"], highest),
             resident=tuple((predicted["process_peak_bytes"], peak) for peak in peaks),
             kernel=kernel,
         )
@@ -201,7 +201,7 @@ def _compared(predicted: Mapping[str, Any], counted: Sequence[Mapping[str, int]]
     expected["load"] = max(expected["load"], sum(predicted["resident"].values()))
     # The logits' rows are gathered between forward and loss; the profile sees no border there.
     expected["loss"] = max(expected.pop("forward"), expected["loss"])
-    expected["rehearsal"] = max(expected.values())
+    expected["rehearsal"] = max(peak for phase, peak in expected.items() if phase != "resume")
     found: dict[str, tuple[int, int]] = {}
     for name, num_bytes in expected.items():
         pairs = [(num_bytes, phases[name]) for phases in counted if name in phases]

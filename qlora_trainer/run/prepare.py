@@ -210,6 +210,7 @@ def _set_state(
     initial: AdapterFolder | None,
 ) -> None:
     """What is trained on from here: a checkpoint's state, an adapter's weights, or the new adapter that is there."""
+    release_free_memory()  # that of the rehearsal: files are read without asking for room
     if loaded is not None:
         restore(load_checkpoint(loaded.path), optimizer, scaler)
     elif initial is not None:
