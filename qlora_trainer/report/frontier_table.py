@@ -31,7 +31,8 @@ def frontier_table(plan: Plan) -> RenderableType:
         return Text("no other ranks and lengths were looked at")
     title = Text("largest micro-batch by rank and seq_len", style="bold")
     pulled = levers_key(plan)
-    key = f"  in documents of seq_len; below it tokens/s, estimated\n  {MARK} this plan, - does not fit"
+    key = "  in documents of seq_len, a global batch at most\n  below it tokens/s, estimated"
+    key += f"\n  {MARK} this plan, - does not fit"
     key += f"\n  {pulled}" if pulled else ""
     return Constrain(Group(title, Text(key, style="dim"), _Frontier(plan)), MAX_WIDTH)
 

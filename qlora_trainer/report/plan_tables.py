@@ -161,7 +161,9 @@ def _memory(plan: Plan) -> RenderableType:
         limit_bytes=budget_bytes,
         label=f"budget {format_bytes(budget_bytes)}",
     )
-    return Group(Padding(whole, (0, 2)), table)
+    is_told = predicted.process_peak_bytes <= budget_bytes < worst
+    why = [Text("     (free pieces are given back before it is passed)", style="dim")] if is_told else []
+    return Group(Padding(whole, (0, 2)), table, *why)
 
 
 def _phases(plan: Plan) -> Table:

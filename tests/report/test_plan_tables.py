@@ -201,6 +201,9 @@ def test_a_worst_case_beyond_the_budget_is_told_but_not_judged() -> None:
     lines = shown(plan_report(replace(fitting_plan(), budget_bytes=1600 * MIB)))
     assert lines[0] == "fits on the CPU in 1.56 GiB, 98.0 MiB to spare"
     assert line_with(lines, "worst case") == "     worst case              1.65 GiB  106 %"
+    told = "     (free pieces are given back before it is passed)"
+    assert lines[lines.index(line_with(lines, "worst case")) + 1] == told
+    assert told not in shown(plan_report(fitting_plan()))
     bar = whole_bar(lines)
     assert bar.count("·") == 76 - round(76 * 1502 / 1600)
     assert lines[lines.index(f"  {bar}") + 1].index("▲") == 2 + 76 - 1  # the bar ends with the budget
