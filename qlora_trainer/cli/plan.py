@@ -69,6 +69,7 @@ def plan(
         typer.echo(json.dumps(made.as_json(), indent=2))
     else:
         from qlora_trainer.report.frontier_table import frontier_table
+        from qlora_trainer.report.lever_table import lever_table
         from qlora_trainer.report.plan_tables import plan_report
         from qlora_trainer.report.screen import stdout_console
 
@@ -77,6 +78,9 @@ def plan(
         console.print(plan_report(made))
         console.print()
         console.print(frontier_table(made))
+        if made.lever_gains:
+            console.print()
+            console.print(lever_table(made))
     if plot is not None:
         from qlora_trainer.report.frontier_plot import write_frontier_plot
 

@@ -18,6 +18,7 @@ from qlora_trainer.planning.document_lengths import DocumentLengths, full_length
 from qlora_trainer.planning.explain import gave_up, would_fit
 from qlora_trainer.planning.frontier import frontier_cells
 from qlora_trainer.planning.full_trace import without_collector
+from qlora_trainer.planning.lever_gains import lever_gains
 from qlora_trainer.planning.model_config import read_model_config
 from qlora_trainer.planning.plan import (
     Alternative,
@@ -58,7 +59,7 @@ def make_plan(
         documents: lengths of the data; None plans for global batches of documents of full length.
         interpreter_bytes: asked once the traces are made: what the process takes without a model. None for what a
             process of this kind usually takes.
-        with_frontier: also work out rank x seq_len.
+        with_frontier: also work out rank x seq_len, and what each lever buys.
 
     Returns:
         The plan; if nothing fits, the smallest, with `fits` false.
@@ -80,7 +81,8 @@ def make_plan(
             planner = replace(planner, budget=replace(budget, memory=cpu_memory(interpreter_bytes())))
         plan = choose(planner, choose_rank(planner))
         if with_frontier:
-            plan = replace(plan, frontier=frontier_cells(planner, plan.knobs))
+            gains = lever_gains(planner, plan.knobs)
+            plan = replace(plan, frontier=frontier_cells(planner, plan.knobs), lever_gains=gains)
     return plan
 
 

@@ -182,6 +182,23 @@ class FrontierCell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LeverGain:
+    """What some levers buy at the plan's rank and length; prices, which no trace at full depth confirms.
+
+    Attributes:
+        levers: pulled beyond what the config settles: none, one, or all that may be.
+        least_bytes: what the device shows for the smallest choice: one document at a time, everything recomputed.
+        longest_tokens: the longest document that fits the budgets in that way, as far as the model has positions.
+        tokens_per_second: of the fastest choice that fits; 0 where none does.
+    """
+
+    levers: tuple[str, ...]
+    least_bytes: int
+    longest_tokens: int
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What a run will do with its memory.
 
@@ -197,6 +214,7 @@ class Plan:
         gave_up: what was given up to fit, in words, the least first.
         alternatives: other choices that fit, best first.
         frontier: rank x seq_len.
+        lever_gains: without levers, with each alone, with all; empty where none may be pulled, or nobody asked.
         missing_bytes: by how much the smallest choice is too large; 0 if it fits.
         would_fit: single changes that would make it fit.
     """
@@ -213,6 +231,7 @@ class Plan:
     gave_up: tuple[str, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
     frontier: tuple[FrontierCell, ...] = ()
+    lever_gains: tuple[LeverGain, ...] = ()
     missing_bytes: int = 0
     would_fit: tuple[WouldFit, ...] = ()
 
@@ -230,6 +249,7 @@ class Plan:
             "gave_up": list(self.gave_up),
             "alternatives": [alternative.as_json() for alternative in self.alternatives],
             "frontier": [asdict(cell) | {"levers": list(cell.levers)} for cell in self.frontier],
+            "lever_gains": [asdict(gain) | {"levers": list(gain.levers)} for gain in self.lever_gains],
         }
         if not self.fits:
             values["missing_bytes"] = self.missing_bytes

@@ -1,4 +1,5 @@
-"""The frontier as a picture: what fits for each rank and length, and how fast it is expected to be."""
+"""The frontier as a picture: what fits for each rank and length, and how fast it is expected to be; below it what each
+lever buys."""
 
 from __future__ import annotations
 
@@ -12,15 +13,16 @@ from qlora_trainer.errors import ConfigError, StorageError
 from qlora_trainer.planning.plan import FrontierCell, Plan
 from qlora_trainer.report.formats import format_bytes
 from qlora_trainer.report.frontier_table import length_label, levers_key, levers_label, size_label, speed_label
+from qlora_trainer.report.lever_bars import draw_lever_bars
 from qlora_trainer.report.screen import printable
 from qlora_trainer.run.checkpoint.storage import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.cm import ScalarMappable
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, FigureBase
 
-_WIDTH_PIXELS, _HEIGHT_PIXELS, _DPI = 1200, 700, 100
+_WIDTH_PIXELS, _HEIGHT_PIXELS, _BARS_PIXELS, _DPI = 1200, 700, 330, 100
 _INK, _FAINT_INK, _NO_FIT, _HATCH = "#1f2328", "#59636e", "#f0f1f3", "#c8ccd2"
 _CHOSEN = "#e8590c"  # orange: in none of the colormap's shades
 _COLORMAP = "viridis"  # equal steps of speed look equally large, to the colour-blind too
@@ -31,6 +33,8 @@ _MIN_RATIO_FOR_LOG = 8.0  # fastest / slowest; below, a linear scale shows more
 
 def write_frontier_plot(plan: Plan, path: Path) -> None:
     """Write the plan's frontier as a PNG of 1200 x 700 pixels; the same plan gives the same bytes.
+
+    Where levers may be pulled, 330 pixels below it compare them.
 
     Args:
         plan: with a frontier.
@@ -59,7 +63,8 @@ def write_frontier_plot(plan: Plan, path: Path) -> None:
         matplotlib.rcdefaults()
         # A model's name may have letters that the font lacks; boxes in their place do no harm.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = Figure(figsize=(_WIDTH_PIXELS / _DPI, _HEIGHT_PIXELS / _DPI), dpi=_DPI, facecolor="white")
+        height = _HEIGHT_PIXELS + (_BARS_PIXELS if plan.lever_gains else 0)
+        figure = Figure(figsize=(_WIDTH_PIXELS / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(figure)
         _draw(plan, figure)
         figure.savefig(png, format="png", dpi=_DPI, metadata={"Software": None})
@@ -84,6 +89,15 @@ def _check(plan: Plan, path: Path) -> None:
 
 
 def _draw(plan: Plan, figure: Figure) -> None:
+    if not plan.lever_gains:
+        _draw_map(plan, figure)
+        return
+    parts = figure.subfigures(2, 1, squeeze=False, height_ratios=(_HEIGHT_PIXELS, _BARS_PIXELS))
+    _draw_map(plan, parts[0, 0])
+    draw_lever_bars(plan, parts[1, 0])
+
+
+def _draw_map(plan: Plan, figure: FigureBase) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, Normalize
 
@@ -178,7 +192,7 @@ def _draw_frame(plan: Plan, axes: Axes) -> None:
         axes.axhline(y - 0.5, color="white", linewidth=2)
 
 
-def _draw_scale(figure: Figure, colours: ScalarMappable) -> None:
+def _draw_scale(figure: FigureBase, colours: ScalarMappable) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -195,7 +209,7 @@ def _draw_scale(figure: Figure, colours: ScalarMappable) -> None:
     scale.set_label("tokens/s, predicted", fontsize=11, color=_INK, labelpad=6)
 
 
-def _draw_key(plan: Plan, figure: Figure) -> None:
+def _draw_key(plan: Plan, figure: FigureBase) -> None:
     from matplotlib.patches import Patch
 
     knobs = plan.knobs

@@ -582,6 +582,7 @@ PLAN = {
     "gave_up",
     "alternatives",
     "frontier",
+    "lever_gains",
 }
 
 
@@ -603,6 +604,8 @@ def test_the_json_form_of_a_plan_that_fits(fitting: Plan) -> None:
         assert tuple(one["predicted"]["breakdown"]) == tuple(one["predicted"]["resident"]) == CATEGORIES
     for cell in values["frontier"]:
         assert cell.keys() == {"rank", "seq_len", "micro_batch_tokens", "tokens_per_second", "levers"}
+    for gain in values["lever_gains"]:
+        assert gain.keys() == {"levers", "least_bytes", "longest_tokens", "tokens_per_second"}
     assert {cell["rank"] for cell in values["frontier"]} == {8, 16, 32, 64, 128}
     assert {cell["seq_len"] for cell in values["frontier"]} == {SEQ_LEN, 512}  # the model has 512 positions
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from qlora_trainer.planning.plan import Alternative, FrontierCell, Plan, PlanKnobs, Prediction, WouldFit
+from qlora_trainer.planning.plan import Alternative, FrontierCell, LeverGain, Plan, PlanKnobs, Prediction, WouldFit
 
 MIB, GIB = 2**20, 2**30
 
@@ -69,6 +69,20 @@ def frontier(budget_bytes: int, tokens_per_second: float) -> tuple[FrontierCell,
                 )
             )
     return tuple(cells)
+
+
+def gains(budget_bytes: int) -> tuple[LeverGain, ...]:
+    """The first two alone do not fit; what is streamed is slow."""
+    made = (
+        ((), 1.3, 0, 0.0),
+        (("tile_tokens",), 1.1, 0, 0.0),
+        (("base_residency",), 0.7, 3072, 345.0),
+        (("tile_tokens", "base_residency"), 0.5, 8192, 456.0),
+    )
+    return tuple(
+        LeverGain(levers=own, least_bytes=round(share * budget_bytes), longest_tokens=longest, tokens_per_second=speed)
+        for own, share, longest, speed in made
+    )
 
 
 def fitting_plan() -> Plan:
