@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_trainer.config.known_models import known_names
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.gpu_catalogue import CATALOGUE, Gpu, find_gpu, nearest_by_name
 
@@ -64,6 +67,11 @@ def test_it_covers_what_people_train_on() -> None:
     assert len({gpu.name for gpu in CATALOGUE}) == len(CATALOGUE)
     assert min(gpu.nominal_gib for gpu in CATALOGUE) == 6
     assert max(gpu.nominal_gib for gpu in CATALOGUE) == 192
+
+
+def test_the_readme_counts_cards_and_models() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"{len(CATALOGUE)} GPUs, {len(known_names())} models by name" in readme
 
 
 @pytest.mark.parametrize("gpu", CATALOGUE, ids=lambda gpu: gpu.key)
