@@ -46,6 +46,9 @@ GOLDEN_CASE = Case(
 )
 # Ours alone: norms of each head and a tied head; norms behind the halves, a soft cap and windows.
 OTHER_MODELS = ("qwen3-0.6b", "gemma-2-2b")
+# With each of `step_ours.LEVERS`; three layers, so that a streamed base does not fit its two buffers.
+LEVER_CASE = replace(GOLDEN_CASE, model="qwen3-0.6b", num_layers=3, loss_chunk_tokens=2048)
+LEVERS = ("layer inputs offloaded, tiles", "base streamed", "tables on the host", "optimizer on the host")
 PEER_PACKAGES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers", "trl")
 SIDES: tuple[Side, ...] = ("ours", "peer")
 POLICIES = ("recompute", "keep")
@@ -171,17 +174,24 @@ def golden_of(measured: Mapping[str, Any]) -> dict[str, Any]:
     """What the golden file holds of `measure(GOLDEN_CASE)`."""
     totals = {side: {policy: measured[policy][side]["totals"] for policy in POLICIES} for side in SIDES}
     golden = {"peer_packages": package_versions(), "ours": totals["ours"], "peer": totals["peer"]}
-    return golden | {"others": our_steps(OTHER_MODELS)}
+    others, levers = our_steps(OTHER_MODELS)
+    return golden | {"others": others, "levers": levers}
 
 
-def our_steps(models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """model -> policy -> totals of our step in the golden case, all in one child process."""
+def our_steps(models: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Of our step, all in one child process: model -> policy -> totals in the golden case; lever -> those of that case,
+    and where the host waits ("waits_in": place -> number)."""
     chosen = [(model, policy) for model in models for policy in POLICIES]
     cases = [replace(GOLDEN_CASE, model=model, is_recomputed=policy == "recompute") for model, policy in chosen]
+    steps = traced("ours", cases + [replace(LEVER_CASE, lever=lever) for lever in LEVERS])["steps"]
     found: dict[str, dict[str, Any]] = {model: {} for model in models}
-    for (model, policy), step in zip(chosen, traced("ours", cases)["steps"], strict=True):
+    for (model, policy), step in zip(chosen, steps, strict=False):
         found[model][policy] = step["totals"]
-    return found
+    with_levers = {
+        lever: step["totals"] | {"waits_in": step["breakdown"]["waits"]}
+        for lever, step in zip(LEVERS, steps[len(chosen) :], strict=True)
+    }
+    return found, with_levers
 
 
 def package_versions() -> dict[str, str]:

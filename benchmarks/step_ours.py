@@ -15,11 +15,13 @@ from torch import Tensor
 
 from benchmarks.step_ledger import Entry, Ledger
 from benchmarks.step_totals import Case
+from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.python_accelerator import python_accelerator
-from qlora_trainer.model.activation_policy import recompute_layers
 from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.planning.dry_model import attach_dry_adapters, build_dry_model
+from qlora_trainer.model.offload import keep_least
+from qlora_trainer.model.pull_levers import pull_levers
+from qlora_trainer.planning.dry_model import attach_dry_adapters, build_dry_model, dry_store
 from qlora_trainer.planning.full_trace import without_collector
 from qlora_trainer.planning.model_config import read_model_config
 from qlora_trainer.run import attempts
@@ -32,6 +34,14 @@ MODELLED = (
     "attention: torch's FlashAttention kernel, by its FLOPs",
     "bitsandbytes' CUDA kernels (dequantization, AdamW), by what they read and write",
 )
+OFFLOADED = "layer inputs offloaded, tiles"
+LEVERS = {
+    "": NO_LEVERS,
+    OFFLOADED: Levers(tile_tokens=2048),
+    "base streamed": Levers(base_residency="streamed"),
+    "tables on the host": Levers(embedding_residency="host"),
+    "optimizer on the host": Levers(optimizer_on_host=True),
+}
 
 
 def require_accelerator() -> torch.device:
@@ -48,6 +58,7 @@ def trace(case: Case) -> Iterator[Entry]:
     The two numbers of the log are read when all of this is under way (`attempts.step_or_revise`): a wait between steps.
     """
     device = require_accelerator()
+    levers = LEVERS[case.lever]
     config, _ = read_model_config(case.model)
     config.num_hidden_layers = case.num_layers
     dry = build_dry_model(config, double_quant=True, compute_dtype=torch.bfloat16, device=device, alignment_bytes=1)
@@ -58,9 +69,16 @@ def trace(case: Case) -> Iterator[Entry]:
         attach_dry_adapters(dry, lora, dtype=torch.bfloat16)
         optimizer = AdapterOptimizer(
             trainable_parameters(dry.model),
-            OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path()),
+            OptimizerSettings(
+                bits=32,
+                residency="host" if levers.optimizer_on_host else "device",
+                weight_decay=0.0,
+                paging_folder=Path(),
+            ),
         )
-        recompute_layers(dry.model, dry.num_layers if case.is_recomputed else 0)
+        num_recomputed = dry.num_layers if case.is_recomputed else 0
+        keep_least(dry.model, num_recomputed, num_recomputed if case.lever == OFFLOADED else 0, dry_store(dry))
+        pull_levers(dry.model, levers)
         dry.model.module.train()
         session = _session(case, dry.model, optimizer)
         with ledger, _telling_phases(ledger):

@@ -21,6 +21,7 @@ class Case:
         rank: of adapters on all linears.
         is_recomputed: whether layers are recomputed in backward (activation checkpointing).
         loss_chunk_tokens: ours; TRL's are its own.
+        lever: ours alone; a name of `step_ours.LEVERS`, or "" for none.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Case:
     rank: int
     is_recomputed: bool
     loss_chunk_tokens: int
+    lever: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
