@@ -159,7 +159,7 @@ def test_eight_bits_are_offered_and_never_taken_unasked() -> None:
     offered = [(change.knob, change.before, change.after) for change in too_little.would_fit]
     assert offered[0] == ("memory.optimizer_residency", "paged", "host")
     assert offered[1] == ("training.optimizer", "paged_adamw_32bit", "paged_adamw_8bit")
-    assert [knob for knob, _, _ in offered[2:]] == ["lora.rank", "memory.budget"]
+    assert [knob for knob, _, _ in offered[2:]] == ["data.seq_len", "lora.rank", "memory.budget"]
 
 
 PINS = [
