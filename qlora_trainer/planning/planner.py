@@ -116,6 +116,7 @@ class Planner:
             own, pulling = replace(settings, rank=rank), partial(pulled, dry, levers)
             return Prices(trace_step(dry, own, adapter_dtype=adapter_dtype, pulling=pulling), budget.memory)
 
+        @cache
         def prices_of(rank: int, levers: Levers = NO_LEVERS) -> Prices:
             # Where some ranks are fixed, sizes are no multiples of the others' any more: each rank is traced for
             # itself. Where the base and the optimizer live changes nothing of what a step makes.

@@ -94,10 +94,13 @@ class Prices:
     memory: DeviceMemory
     _outlines: dict[tuple[int, int, int, int, int, int, int], Outline] = field(default_factory=dict)
     _runs: dict[tuple[int, int], list[LayerRun]] = field(default_factory=dict)
+    _with_loss: dict[int, bool] = field(default_factory=dict)
 
     def outline(self, segment: Segment, layout: Layout) -> Outline:
         """A part at given sizes; what only depends on them is worked out once."""
-        chunk = layout.loss_chunk if any(inside.op == LOSS for _, inside in segment.insides) else 0
+        if id(segment) not in self._with_loss:
+            self._with_loss[id(segment)] = any(inside.op == LOSS for _, inside in segment.insides)
+        chunk = layout.loss_chunk if self._with_loss[id(segment)] else 0
         key = (id(segment), layout.rank, layout.tokens, layout.seq_len, layout.rows, chunk, layout.levers.tile_tokens)
         if key not in self._outlines:
             sizes = segment.sizes(
@@ -147,18 +150,22 @@ def training_levels(prices: Prices, layout: Layout) -> list[Level]:
     order += [("backward", run.parts.backward, run.num_layers) for run in reversed(runs)]
     levels: dict[str, Level] = {}
     level: NDArray[np.int64] = np.zeros(len(CATEGORIES), dtype=np.int64)
+    level_bytes = 0  # its sum: thousands of layouts are priced, and few parts reach the most
     for phase, segment, number in order:
         own = prices.outline(segment, layout)
         if phase == "loss" and first.policy != last.policy and first.parts.backward is not EMPTY_SEGMENT:
             # The first layer's input: the loss behind a layer of some policy lets go of it if the first is alike.
             change = parts.drops_input(last.policy) - parts.drops_input(first.policy)
             level[CATEGORIES.index("saved_activation")] += change * hidden_bytes(prices, layout)
+            level_bytes += change * hidden_bytes(prices, layout)
         # Of equal layers one after the other, the first or the last reaches the most.
-        top = level + own.net * (number - 1 if own.net.sum() > 0 else 0)
-        peak = int(top.sum()) + own.peak_bytes
+        num_before = number - 1 if own.net_bytes > 0 else 0
+        peak = level_bytes + own.net_bytes * num_before + own.peak_bytes
         if phase not in levels or peak > levels[phase].peak_bytes:
+            top = level + own.net * num_before
             levels[phase] = Level(phase, peak, dict(zip(CATEGORIES, (top + own.at_peak).tolist(), strict=True)))
         level = level + own.net * number
+        level_bytes += own.net_bytes * number
     return list(levels.values())
 
 

@@ -95,11 +95,13 @@ class Outline:
 
     Attributes:
         net: category -> bytes by which the segment raises the level.
+        net_bytes: of all categories.
         peak_bytes: the most above the level at its start.
         at_peak: category -> bytes above the level at its start, at that moment.
     """
 
     net: NDArray[np.int64]
+    net_bytes: int
     peak_bytes: int
     at_peak: NDArray[np.int64]
 
@@ -110,13 +112,13 @@ def outline(segment: Segment, sizes: NDArray[np.int64]) -> Outline:
     np.add.at(net, segment.category, sizes)
     at_peak = np.zeros(len(CATEGORIES), dtype=np.int64)
     if not sizes.size:
-        return Outline(net, 0, at_peak)
+        return Outline(net, 0, 0, at_peak)
     levels = np.cumsum(sizes)
     last = int(levels.argmax())
     if levels[last] <= 0:
-        return Outline(net, 0, at_peak)
+        return Outline(net, int(levels[-1]), 0, at_peak)
     np.add.at(at_peak, segment.category[: last + 1], sizes[: last + 1])
-    return Outline(net, int(levels[last]), at_peak)
+    return Outline(net, int(levels[-1]), int(levels[last]), at_peak)
 
 
 def on_a_line(first: tuple[int, int], second: tuple[int, int], number: int) -> int:
