@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qlora_trainer.data.encode import Encoded, encode, encode_prompt
+from qlora_trainer.data.left_out import require_answer
 from qlora_trainer.data.rows import Message, Row
 from qlora_trainer.data.template import control_texts, render_prompt, require_chat_template
 from qlora_trainer.data.turns import Rendered, TrainOn, render_row, render_text
@@ -136,7 +137,9 @@ def _label(row: Row, text: Rendered, encoded: Encoded, stop_ids: frozenset[int])
                 fix="Use a chat template that writes the tokenizer's EOS or end-of-turn token after each answer.",
                 kind="answer without a stop token",
             )
-        if text.text[turn.start : int(starts_T[stop])].strip():  # else the template left the text out
+        answer = text.text[turn.start : int(starts_T[stop])]
+        if answer.strip():  # else the template left the text out, and there is nothing to learn
+            require_answer(row, turn.message, answer, forgets_thoughts=turn.forgets_thoughts)
             labels_T[first : stop + 1] = input_ids_T[first : stop + 1]
             stops.append(int(input_ids_T[stop]))
     return Document(index=row.index, input_ids_T=input_ids_T, labels_T=labels_T), stops

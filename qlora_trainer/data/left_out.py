@@ -7,6 +7,7 @@ not learned.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -20,6 +21,11 @@ from qlora_trainer.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+# Tags of thoughts stand on lines of their own in one place and inside of lines in another.
+_LINE_ENDS = re.compile(r"\n|</?think>|\[/?THINK\]")
+_LEADING_THOUGHTS = re.compile(r"\A\s*(<think>.*?</think>|\[THINK\].*?\[/THINK\])", re.DOTALL)
 
 
 def refuse_controls(row: Row, controls: Sequence[str]) -> None:
@@ -46,8 +52,8 @@ def refuse_controls(row: Row, controls: Sequence[str]) -> None:
 def require_whole(row: Row, messages: Sequence[Message], text: str) -> None:
     """Refuses what a template passes over: roles and tools that it does not know.
 
-    The last line of a message stands for it, since templates trim. An answer without tool calls is looked at where it
-    is labelled; a tool's result may be rendered as JSON.
+    The last line of a message stands for it, since templates trim. An answer without tool calls is looked at by
+    `require_answer`; a tool's result may be rendered as JSON.
 
     Raises:
         DataError: something is not in the text.
@@ -61,6 +67,31 @@ def require_whole(row: Row, messages: Sequence[Message], text: str) -> None:
     for what, part in parts.items():
         if part not in text:
             raise _left_out(row, what)
+
+
+def require_answer(row: Row, index: int, text: str, *, forgets_thoughts: bool) -> None:
+    """Refuses a template that passes over a part of an answer that is learned: each of its lines must be there.
+
+    Thoughts may be written as a part of the answer, in `<think>`; many templates move those, and some drop them, or
+    what stands before them.
+
+    Args:
+        row: the conversation.
+        index: of the message.
+        text: what the template made of it.
+        forgets_thoughts: thoughts that it begins with may be missing.
+
+    Raises:
+        DataError: a line is missing, or before another one that it follows in the message.
+    """
+    content, place = row.messages[index].content, 0
+    if forgets_thoughts:
+        content = _LEADING_THOUGHTS.sub("", content)
+    for line in map(str.strip, _LINE_ENDS.split(content)):
+        found = text.find(line, place)
+        if found < 0:
+            raise _left_out(row, f"a part of the text of message {index}: {shown(line)}")
+        place = found + len(line)
 
 
 def require_reasoning(row: Row, beginnings: Beginnings, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -34,12 +34,16 @@ class Turn:
     Attributes:
         start: where the prompt for it ends.
         end: where its stop token ends; whitespace that the template writes after that is not part of it.
+        message: index of the message that it renders.
         is_learned: whether its tokens are labels.
+        forgets_thoughts: whether they may be missing: before the last answer, where the template marks what is learned.
     """
 
     start: int
     end: int
+    message: int
     is_learned: bool = True
+    forgets_thoughts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +147,7 @@ def _marked_turns(
             fix="Correct the {% generation %} marks of the template, or remove the row.",
         )
     turns = tuple(
-        Turn(start, start + len(text[start:end].rstrip()), index in learned)
+        Turn(start, start + len(text[start:end].rstrip()), index, index in learned, index < answers[-1])
         for index, (start, end) in zip(answers, passages, strict=True)
     )
     return Rendered(text, turns)
@@ -176,7 +180,7 @@ def _prefix_turns(
         prompt = beginnings.prompt(index)
         upto = _open_end(beginnings, index + 1, tokenizer.eos_token)
         if upto.startswith(prompt) and text.startswith(upto):
-            turns.append(Turn(len(prompt), max(len(prompt), len(upto.rstrip())), index in learned))
+            turns.append(Turn(len(prompt), max(len(prompt), len(upto.rstrip())), index, index in learned))
         else:
             rewritten[index] = (
                 f"message {index} reads otherwise once others follow"

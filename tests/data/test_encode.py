@@ -61,7 +61,7 @@ def test_an_answer_begins_after_the_tokens_of_its_prompt(kind: str, text: str, d
     """
     tokenizer = tokenizer_of(kind)
     starts = sorted(data.draw(st.sets(st.integers(0, len(text)), max_size=3)))
-    conversation = Rendered(text, tuple(Turn(start, len(text)) for start in starts))
+    conversation = Rendered(text, tuple(Turn(start, len(text), 0) for start in starts))
     whole = encode_prompt(text, tokenizer)
     prompts = [encode_prompt(text[:start], tokenizer) for start in starts]
     try:

@@ -51,6 +51,31 @@ def test_qwen_3_learns_the_thoughts_of_the_last_answer_only() -> None:
     assert data.num_rewritten_turns == 1
 
 
+@pytest.mark.parametrize(
+    "template, answer, missing",
+    [
+        ("deepseekv3_training", "<think>\nWho?\n</think>\n\nHello", r"'Who\?'"),
+        ("qwen_3", "First <think>a</think> and then <think>b</think> two", "'First'"),
+        ("qwen3_training", "First <think>a</think> and then <think>b</think> two", "'First'"),
+    ],
+)
+def test_a_template_that_drops_a_part_of_an_answer_is_refused(template: str, answer: str, missing: str) -> None:
+    """They learn what stands behind the last mark, without a word: found by an opponent, with R1's form of template."""
+    tokenizer = deepcopy(tokenizer_of("qwen_3"))
+    if template != "qwen_3":
+        eos = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # DeepSeek's
+        tokenizer.chat_template = packaged_template(template).replace(eos, "<|im_end|>")
+    with pytest.raises(DataError, match=f"leaves out a part of the text of message 1: {missing}"):
+        tokenize([row_of([("user", "Hi"), ("assistant", answer)])], tokenizer)
+
+
+def test_thoughts_in_an_answer_are_learned_wherever_their_tags_stand() -> None:
+    tokenizer = tokenizer_of("qwen_3")
+    [document] = tokenize([row_of([("user", "Hi"), ("assistant", "<think>Who?</think>Hello")])], tokenizer).documents
+    learned = [text for text, is_learned in labelled(document, tokenizer) if is_learned]
+    assert learned == ["<think>\nWho?\n</think>\n\nHello<|im_end|>"]
+
+
 def thinking_row(*answers: tuple[str, str]) -> Row:
     """(reasoning, text) of each answer, with a question before each."""
     turns = [turn for reasoning, text in answers for turn in (Message("user", "Hi"), thinking(reasoning, text))]
