@@ -73,14 +73,17 @@ def _dry_run(config: RunConfig) -> None:
     from qlora_trainer.planning.plan import Plan
     from qlora_trainer.report.plan_tables import plan_report
     from qlora_trainer.report.screen import stdout_console
+    from qlora_trainer.report.tables import rows_skipped_lines
     from qlora_trainer.run.dry_run import dry_run
     from qlora_trainer.run.planned import require_fit
-    from qlora_trainer.run.records import Preparing
+    from qlora_trainer.run.records import Preparing, RowsSkipped
 
     console = stdout_console()
     for told in dry_run(config):
         if isinstance(told, Preparing):
             console.print(told.what)
+        elif isinstance(told, RowsSkipped):
+            console.print(rows_skipped_lines(told))
         elif isinstance(told, Plan):
             console.print(plan_report(told))
             require_fit(told, config)

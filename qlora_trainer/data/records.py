@@ -124,6 +124,9 @@ def _csv(file: BinaryIO, path: str) -> Iterator[Record]:
             return
         except csv.Error as error:
             found = "a quote that is not closed" if "unexpected end" in str(error) else str(error)
+            num_lines = rows.line_num - line + 1
+            if num_lines > 1:  # whole rows may lie within, which would be passed over as one
+                raise _bad_csv(where, f"{found}, in {num_lines:,} lines from here on", "double quotes") from error
             yield Record(line, _bad_csv(where, found, "CSV with a header and double quotes"), is_line=True)
             bad_lines.clear()
             continue

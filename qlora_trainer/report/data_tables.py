@@ -99,6 +99,9 @@ def _facts(found: SetReport, report: DataReport) -> list[tuple[str, str]]:
         ("double BOS", f"in {counted(found.num_double_bos, 'row')}"),
         ("empty answer", f"in {counted(found.num_empty_answers, 'row')}"),
     ]
+    if found.num_rewritten_turns:
+        what = f"{found.num_rewritten_turns:,} earlier answers are read, not learned: the chat template rewrites them"
+        facts.append(("not learned", what))
     if found is report.train and report.num_held_out:
         facts.append(("held out", f"{counted(report.num_held_out, 'row')} of these, for evaluation"))
     return facts

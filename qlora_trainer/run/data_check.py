@@ -40,6 +40,7 @@ class SetReport:
         num_with_stop: documents of which a stop token is learned; one that is cut may lose it.
         num_double_bos: rows that begin with two BOS tokens; they are bad.
         num_empty_answers: rows with an answer without text; they are bad.
+        num_rewritten_turns: answers that are read but not learned, since the chat template rewrites them.
         percentiles: tokens of good rows: 50, 90, 99, and 100, the longest.
         histogram: (at most so many tokens, rows), ascending.
         is_beginning: these are the first rows of a stream, and there may be more.
@@ -61,6 +62,7 @@ class SetReport:
     num_with_stop: int
     num_double_bos: int
     num_empty_answers: int
+    num_rewritten_turns: int
     percentiles: tuple[int, ...]
     histogram: tuple[tuple[int, int], ...]
     is_beginning: bool
@@ -186,6 +188,7 @@ def _report(
         num_with_stop=_num_with_stop(fitted, checked.stop_ids),
         num_double_bos=counts.get("double BOS", 0),
         num_empty_answers=counts.get("empty answer", 0),
+        num_rewritten_turns=fitted.num_rewritten_turns,
         percentiles=length_percentiles(lengths),
         histogram=_histogram(lengths),
         is_beginning=checked.is_beginning,

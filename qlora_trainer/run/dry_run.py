@@ -12,10 +12,10 @@ from qlora_trainer.run.continue_from import filled_in, initial_told, read_initia
 from qlora_trainer.run.inputs import Inputs, read_inputs
 from qlora_trainer.run.knobs import decide_machine_knobs
 from qlora_trainer.run.planned import plan_run
-from qlora_trainer.run.records import Preparing
+from qlora_trainer.run.records import Preparing, RowsSkipped
 
 
-def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | Plan]:
+def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | RowsSkipped | Plan]:
     """Yield what is being done, and the plan last.
 
     Raises:
@@ -25,7 +25,7 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | Plan]:
     machine = decide_machine_knobs(config, choose_device())
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = yield from read_inputs(config)
-    yield from (told for told in inputs.data.told if isinstance(told, Preparing))
+    yield from inputs.data.told
     yield Preparing(what=counted_documents(inputs))
     plan = plan_run(config, inputs, machine)
     yield from initial_told(config, read_initial(config, inputs.base, plan.knobs.rank))

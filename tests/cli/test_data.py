@@ -273,3 +273,20 @@ def test_data_without_a_good_row_is_refused(base: Path, data: Path, capsys: pyte
     out, err = called(capsys, str(data), "--model", str(base), exit_code=4)
     assert out == ""
     assert "no rows but 2 bad ones" in err
+
+
+def test_answers_that_the_template_rewrites_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Qwen 3 forgets the thoughts of earlier answers: they are read, and not learned."""
+    thought = "<think>\nWho?\n</think>\n\nHello"
+    turns = [("user", "Hi"), ("assistant", thought)] * 2
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    path = tmp_path / "thoughts.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for _ in range(3)))
+    template = Path(__file__).parents[1] / "data" / "templates" / "qwen_3.jinja"
+    given = (str(path), "--set", f"model.base={base}", "--set", f"data.chat_template={template}")
+
+    assert found(capsys, *given)["train"]["num_rewritten_turns"] == 3
+    out, _ = called(capsys, *given)
+    assert "3 earlier answers are read, not learned: the chat template rewrites them" in " ".join(out.split())

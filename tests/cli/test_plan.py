@@ -169,3 +169,14 @@ def test_a_dry_run_counts_the_data_and_plans(
     assert ("fits on the CPU" in out) is (exit_code == 0)
     assert err.count("\n") == (exit_code != 0)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_tells_of_rows_that_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, rows = write_base(tmp_path / "base"), write_rows(tmp_path / "rows.jsonl", 40)
+    with rows.open("a") as file:
+        file.write("{broken\n")
+    capsys.readouterr()
+    given = (f"model.base={base}", f"data.train={rows}", "data.on_bad_row=skip", "memory.budget=2GiB")
+    options = [part for text in (*given, f"output.dir={tmp_path / 'run'}") for part in ("--set", text)]
+    out, _ = called(capsys, "train", *options, "--dry-run", exit_code=0)
+    assert f"1 bad row of {rows} skipped {rows}:41: " in " ".join(out.split())

@@ -100,6 +100,17 @@ def test_an_array_is_read_in_pieces_of_any_size(
     assert len(read) == len(values)
 
 
+def test_a_quote_that_swallows_rows_of_csv_stops_even_where_bad_rows_are_skipped(tmp_path: Path) -> None:
+    """Each was one bad row, and 500 good ones behind it were gone without a word."""
+    good = "Hi,Hello\n" * 500
+    unclosed = write(tmp_path / "a.csv", f'question,answer\n{good}Hi,"Hello\n{good}')
+    with pytest.raises(DataError, match=r"a\.csv:502: found a quote that is not closed, in 501 lines from here on;"):
+        collect(iter_files([unclosed], stop=False))
+    closed_late = write(tmp_path / "b.csv", f'question,answer\nHi,"Hello\n{good}Hi,He"llo\n')
+    with pytest.raises(DataError, match=r"b\.csv:2: found .*, in 502 lines from here on;"):
+        collect(iter_files([closed_late], stop=False))
+
+
 @pytest.mark.parametrize(
     "text, reason",
     [
