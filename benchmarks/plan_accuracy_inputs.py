@@ -213,6 +213,7 @@ LEVERS = (
     ("memory.embedding_residency=host",),
     ("memory.base_residency=streamed",),
     ("quantization.head=nf4",),
+    ("training.optimizer=paged_adamw_32bit",),
     (
         "memory.activation_offload=true",
         "memory.tile_tokens=128",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -34,6 +35,30 @@ def status_bytes() -> dict[str, int]:
         if key in names:
             found[names[key]] = int(value.split()[0]) * 1024
     return found
+
+
+def resident_base_bytes() -> int:
+    """Resident bytes of the base's mapped files: of the `.safetensors` under XDG_CACHE_HOME."""
+    found, is_base = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split(maxsplit=5)
+        if not head[0].endswith(":"):
+            is_base = is_of_cache(head[5] if len(head) > 5 else "")
+        elif is_base and head[0] == "Rss:":
+            found += int(head[1]) * 1024
+    return found
+
+
+def is_of_cache(path: str) -> bool:
+    """Whether a mapping's file is a base's NF4 form."""
+    return path.startswith(os.environ["XDG_CACHE_HOME"]) and path.endswith(".safetensors")
+
+
+def paged_state_bytes() -> int:
+    """Of the optimizer's state that is in a mapped file (see `hardware.paging`), in whole pages."""
+    areas = (line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines())
+    borders = (area[0].split("-") for area in areas if len(area) > 5 and "/.paged-" in area[5])
+    return sum(int(end, 16) - int(first, 16) for first, end in borders)
 
 
 def forget_peak() -> None:
@@ -74,14 +99,20 @@ def parts_of_run(records: Iterator[Any], predicted: dict[str, Any], until_saved:
 def run_and_profile(
     records: Iterator[Any], predicted: dict[str, Any], until_saved: int | None, *, is_resume: bool
 ) -> dict[str, int]:
-    """Phase -> its allocated peak, as the profiler counts; steps are split further."""
+    """Phase -> its allocated peak, as the profiler counts; steps are split further.
+
+    Mapping a file counts as allocating all of it: paged state is taken off, as it is no part of a plan's allocated
+    bytes.
+    """
     from torch.profiler import ProfilerActivity, profile, record_function
 
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    paged_bytes = 0
     is_counting = is_resume  # then no plan is made, and the checkpoint is opened first
     if is_counting:
         profiler.start()
     for part in parts_of_run(records, predicted, until_saved):
+        paged_bytes = max(paged_bytes, paged_state_bytes())
         if is_counting:
             with record_function(MARK + part):
                 pass
@@ -90,7 +121,7 @@ def run_and_profile(
             profiler.start()
     profiler.stop()
     peaks = phase_peaks(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
-    return {phase: peak for phase, peak in peaks.items() if is_resume or phase != "resume"}
+    return {phase: peak - paged_bytes for phase, peak in peaks.items() if is_resume or phase != "resume"}
 
 
 def mark_last_layer(model: Any) -> Any:
@@ -178,11 +209,11 @@ def _read_phases(events: Sequence[tuple[int, str, int]]) -> dict[str, int]:
 
 
 def run_and_read_kernel(records: Iterator[Any], predicted: dict[str, Any], until_saved: int | None) -> dict[str, Any]:
-    """Part -> the kernel's figures at its end, `peak` being the part's own."""
+    """Part -> the kernel's figures at its end, `peak` being the part's own; `base`: resident of the base's files."""
     figures: dict[str, Any] = {"imported": status_bytes()}
     forget_peak()
     for part in parts_of_run(records, predicted, until_saved):
-        now = status_bytes()
+        now = status_bytes() | {"base": resident_base_bytes()}
         before = figures.get(part, {"peak": 0})
         figures[part] = now if now["peak"] >= before["peak"] else before
         forget_peak()
