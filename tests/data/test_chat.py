@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qlora_trainer.data import chat
 from qlora_trainer.data.chat import RowTokenizer, prompt_ids
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.tokenized import TokenizedData, require_most_rows
@@ -190,6 +191,15 @@ def test_rows_whose_answers_the_template_leaves_out_are_counted(
         DataError, match=r"train\.jsonl: found 1 of 20 rows .*1 without a token to learn\); expected at"
     ):
         require_most_rows(data, 0.04)
+
+
+def test_a_row_that_would_take_gigabytes_to_tokenise_is_refused(
+    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "MOST_CHARACTERS", 1000)
+    assert len(RowTokenizer(chatml)([make_row(("user", "Hi" * 400), ("assistant", "Hello"))])) == 1
+    with pytest.raises(DataError, match=r"train\.jsonl:1: found a row of 2,0\d\d characters; expected at most 1,000"):
+        RowTokenizer(chatml)([make_row(("user", "Hi" * 1000), ("assistant", "Hello"))])
 
 
 def test_batches_do_not_show(chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]) -> None:
