@@ -216,6 +216,7 @@ def iter_files(
         if after and known is None:
             known = _form_of(source, columns)
         num_bad, first, reasons = 0, index, list[str]()
+        first_error: DataError | None = None
         for record in iter_source(source, after=after):
             try:
                 row, known = _read_record(record, path, known, columns, index)
@@ -223,6 +224,7 @@ def iter_files(
                 if stop:
                     raise
                 num_bad += 1
+                first_error = first_error or error
                 if len(reasons) < MAX_REASONS:
                     reasons.append(error.short)
                 yield BadRow(error)
@@ -236,15 +238,19 @@ def iter_files(
                 if num_left == 0:
                     break
         if known is None or (index == first and not after):
-            raise DataError(
-                where=path,
-                found=f"no rows but {num_bad} bad ones, the first {reasons[0]}" if num_bad else "no rows",
-                expected="one conversation or text a row",
-                fix="Point data.train (or data.eval) to files with rows in them.",
-            )
+            raise _no_good_row(path, num_bad, first_error)
         yield FileRead(path, known.name, index - first, num_bad, tuple(reasons))
         if num_left == 0:
             return
+
+
+def _no_good_row(path: str, num_bad: int, first: DataError | None) -> DataError:
+    """What is said of the first bad row says best what is wrong with a file that has no others."""
+    if first is None:
+        fix = "Point data.train (or data.eval) to files with rows in them."
+        return DataError(where=path, found="no rows", expected="one conversation or text a row", fix=fix)
+    found = f"no rows but {num_bad} bad ones, the first {first.short}"
+    return DataError(where=path, found=found, expected=first.expected, fix=first.fix)
 
 
 def _form_of(source: DataSource, columns: tuple[tuple[str, str], ...]) -> Format | None:

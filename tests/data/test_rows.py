@@ -225,3 +225,13 @@ def test_batches_end_with_the_file_or_when_they_are_full(monkeypatch: pytest.Mon
     batches = [[row.index for row in item] for item in in_batches(read) if isinstance(item, list)]
     assert batches == [[0, 1, 2], [3, 4, 5], [6, 7], [8]]
     assert [item for item in in_batches(read) if not isinstance(item, list)] == [Reading("a", 2, 0.5), end, end]
+
+
+def test_a_file_without_a_good_row_says_what_its_first_one_lacks(tmp_path: Path) -> None:
+    path = write(tmp_path, b'{"foo": 1}\n{"foo": 2}\n')
+    with pytest.raises(DataError) as skipped:
+        collect(iter_files([path], stop=False))
+    with pytest.raises(DataError) as stopped:
+        collect(iter_files([path], stop=True))
+    assert str(skipped.value).startswith(f"{path}: found no rows but 2 bad ones, the first {path}:1: a row with keys")
+    assert (skipped.value.expected, skipped.value.fix) == (stopped.value.expected, stopped.value.fix)
