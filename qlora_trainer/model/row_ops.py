@@ -189,10 +189,10 @@ def _gated_backward(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation:
     torch.mul(activated_TI, grad_TI, out=up_TI)
     grad_TI.copy_(out_TI)
     if activation == SILU:
-        torch.ops.aten.silu_backward.grad_input(grad_activated_TI, gate_TI, grad_input=gate_TI)
+        gate_TI.copy_(torch.ops.aten.silu_backward(grad_activated_TI, gate_TI))
     else:
         approximate = "tanh" if activation == GELU_TANH else "none"
-        torch.ops.aten.gelu_backward.grad_input(grad_activated_TI, gate_TI, approximate=approximate, grad_input=gate_TI)
+        gate_TI.copy_(torch.ops.aten.gelu_backward(grad_activated_TI, gate_TI, approximate=approximate))
 
 
 def _activated(gate_TI: Tensor, activation: str) -> Tensor:
