@@ -21,6 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode, is_fake, unset_fake_te
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_trainer.hardware import causal_attention
+from qlora_trainer.hardware import device as hardware_device
 from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.python_accelerator import NAME, python_accelerator
 from qlora_trainer.model import nf4
@@ -37,14 +39,39 @@ from qlora_trainer.run.records import Evaluated, Finished, Prepared, Record, Res
 from qlora_trainer.step import optimizer as step_optimizer
 from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.loss import loss_and_gradient
+from qlora_trainer.step.loss_scaler import LossScaler
 from qlora_trainer.step.optimizer import AdapterOptimizer
-from tests.run.tiny_run import run_to_end, run_until_step, tiny_config
+from tests.run.tiny_run import run_to_end, run_until_step, tiny_config, write_base
 
 pytestmark = pytest.mark.usefixtures("plans_made_once")
 
 OPTIONS = ("quantization.compute_dtype=bfloat16", "training.max_steps=4", "training.eval_every=2", "lora.dropout=0.1")
 _LOSS = loss_and_gradient._opoverload
 RECOMPUTED = "memory.activation_checkpointing=true"
+# Little to plan and little to do, where it matters what is run and not how often.
+BRIEF = (
+    "training.global_batch_size=2",
+    "training.max_steps=2",
+    "training.save_every=1",
+    "memory.micro_batch_tokens=128",
+    "memory.loss_chunk_tokens=64",
+)
+EVERYTHING = (
+    RECOMPUTED,
+    "memory.activation_offload=1",
+    "memory.tile_tokens=64",
+    "memory.embedding_residency=host",
+    "memory.base_residency=streamed",
+    "memory.optimizer_residency=host",
+    "training.optimizer=adamw_8bit",
+    "quantization.head=nf4",
+    "lora.use_dora=true",
+)
+OLD_CARD = (
+    "quantization.compute_dtype=auto",
+    "training.optimizer=adamw_8bit",
+    "lora.modules_to_save=[embed_tokens, lm_head]",
+)
 DEVICE = python_accelerator()  # before any backward: autograd's engine counts the devices at its first
 
 
@@ -178,6 +205,7 @@ class Seen:
 
     models: list[QuantizedModel] = field(default_factory=list)
     optimizers: list[AdapterOptimizer] = field(default_factory=list)
+    scalers: list[LossScaler | None] = field(default_factory=list)
     paged: list[torch.device] = field(default_factory=list)
 
 
@@ -186,10 +214,13 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """Managed memory is made up: to torch it is the GPU's own."""
     found, rehearse = Seen(), vars(prepare)["rehearse"]
 
-    def rehearsed(model: QuantizedModel, optimizer: AdapterOptimizer, *arguments: Any, **options: Any) -> None:
+    def rehearsed(
+        model: QuantizedModel, optimizer: AdapterOptimizer, scaler: LossScaler | None, *arguments: Any, **options: Any
+    ) -> None:
         found.models.append(model)
         found.optimizers.append(optimizer)
-        rehearse(model, optimizer, *arguments, **options)
+        found.scalers.append(scaler)
+        rehearse(model, optimizer, scaler, *arguments, **options)
 
     def managed(num_elements: int, *, dtype: torch.dtype, device: torch.device, folder: Path) -> Tensor:
         if device.type == "cpu":
@@ -229,6 +260,33 @@ def check_tables_on_the_host(seen: Seen) -> None:
     assert devices(linear.packed for linear in model.linears.values()) == {NAME}
 
 
+def check_everything(seen: Seen) -> None:
+    """Every lever at once: on the device are two buffers of layers, adapters, and what they share."""
+    model, optimizer = seen.models[-1], seen.optimizers[-1]
+    check_streamed_and_updated_on_the_host(seen)
+    assert all(layer._gradient_checkpointing_func is not None for layer in decoder_layers(model))
+    assert model.head.is_on_host
+    assert devices([model.head.weight]) == {"cpu"}
+    assert model.head.scales is not None
+    assert devices([model.head.absmax]) == {NAME}
+    assert any(name.endswith("lora_magnitude_vector") for name in trainable_parameters(model))
+    assert optimizer.settings.bits == 8
+
+
+def check_old_card(seen: Seen) -> None:
+    """In fp16, with fp32 adapters and a scaler; embedding and head, which are one, are trained."""
+    model, optimizer = seen.models[-1], seen.optimizers[-1]
+    parameters = trainable_parameters(model)
+    assert {parameter.dtype for parameter in parameters.values()} == {torch.float32}
+    assert devices([*parameters.values(), *optimizer.state_tensors(), optimizer.gradient]) == {NAME}
+    assert optimizer.settings.bits == 8
+    assert model.head.weight.requires_grad
+    scaler = seen.scalers[-1]
+    assert scaler is not None
+    # torch takes a number on the host beside any tensor.
+    assert devices([scaler.scale, scaler._num_good_steps]) == {NAME}
+
+
 @pytest.mark.parametrize(
     "levers, check",
     [
@@ -245,12 +303,39 @@ def test_a_run_with_levers_and_its_resume_leave_nothing_on_the_wrong_device(
     levers: tuple[str, ...], check: Callable[[Seen], None], seen: Seen, tmp_path: Path, base: Path
 ) -> None:
     """A few levers at once, since a run is five seconds; what is on the host is there on purpose."""
-    options = (*OPTIONS, *levers, "training.max_steps=2", "training.save_every=1")
-    real = tmp_path / "real"
+    run_and_resume(levers, check, seen, tmp_path, base)
+
+
+def test_a_run_with_every_lever_dora_and_a_head_in_nf4_leaves_nothing_on_the_wrong_device(
+    seen: Seen, tmp_path: Path
+) -> None:
+    """Mutation tried: scales of the head left on the host."""
+    untied = write_base(tmp_path / "untied", is_tied=False)
+    run_and_resume(EVERYTHING, check_everything, seen, tmp_path, untied)
+
+
+def test_a_run_in_fp16_that_trains_tables_leaves_nothing_on_the_wrong_device(
+    seen: Seen, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a card without bf16, with the loss scaler, and an optimizer of 8 bits.
+
+    Mutation tried: a scaler made on the host.
+    """
+    monkeypatch.setattr(hardware_device, "compute_capability", lambda _device: (7, 5))
+    monkeypatch.setattr(causal_attention, "_has_cpu_kernel", lambda _q: False)
+    run_and_resume(OLD_CARD, check_old_card, seen, tmp_path, base)
+
+
+def run_and_resume(
+    levers: tuple[str, ...], check: Callable[[Seen], None], seen: Seen, folder: Path, base: Path
+) -> None:
+    """Two steps, and from the first checkpoint once more the second: nothing is on the wrong device."""
+    options = (*OPTIONS, *BRIEF, *levers)
+    real = folder / "real"
     real.mkdir()
     run_until_step(tiny_config(real, base, *options), 1)
     with on_accelerator():
-        config = tiny_config(tmp_path, base, *options)
+        config = tiny_config(folder, base, *options)
         run_until_step(config, 2)
         check(seen)
         resumed = kinds(run_to_end(config, resume="auto"))
