@@ -21,6 +21,7 @@ from qlora_trainer.hardware.memory import total_memory_bytes
 from qlora_trainer.run.checkpoint.manifest import package_versions
 from qlora_trainer.run.checkpoint.storage import write_atomically
 from qlora_trainer.run.self_test.check import Check
+from qlora_trainer.run.self_test.cuda_only import cuda_checks
 from qlora_trainer.run.self_test.levers import LeverRun, lever_checks
 from qlora_trainer.run.self_test.numerics import numeric_checks
 from qlora_trainer.run.self_test.paging import paging_checks
@@ -91,14 +92,7 @@ def _all_checks(device: torch.device, dtype: str, folder: Path, runs: list[Lever
     yield from lever_checks(device, folder, runs)
     yield from numeric_checks(device, dtype)
     yield from paging_checks(device, folder)
-    yield from _only_on_cuda(device)
-
-
-def _only_on_cuda(device: torch.device) -> Iterator[Check]:
-    """What a CPU cannot show, so that nobody takes a report from one for more than it is."""
-    if device.type == "cpu":
-        for name in ("CUDA kernels", "managed memory", "copies on a side stream"):
-            yield Check(name, "not on this device", "a CPU", "a CUDA device")
+    yield from cuda_checks(device, folder)
 
 
 @contextmanager
