@@ -41,7 +41,7 @@ class FakeCuda:
         monkeypatch.setattr(cuda_only, "is_paged", lambda tensor: self.is_managed and is_paged(tensor))
 
     def _set_sync_debug_mode(self, mode: int | str) -> None:
-        if mode == "error":  # torch/csrc/cuda/Module.cpp says it where the mode is not 0
+        if mode == "error":  # torch/csrc/cuda/Module.cpp says it once a process
             warnings.warn("Synchronization debug mode is a prototype feature", UserWarning, stacklevel=2)
         self.asked.append(mode)
 
