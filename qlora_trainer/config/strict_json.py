@@ -37,13 +37,22 @@ def decode(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: not UTF-8, not JSON, not an object, a key given twice, NaN or an infinity, or nested too deep.
     """
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
+    value = decode_value(data.decode())
     if isinstance(value, dict):
         return value
     raise ValueError(f"holds a {type(value).__name__}, not an object")
+
+
+def decode_value(text: str) -> Any:
+    """Parse one value of any kind.
+
+    Raises:
+        ValueError: not JSON, a key given twice, NaN or an infinity, or nested too deep.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def read_capped(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:

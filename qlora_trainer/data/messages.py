@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qlora_trainer.config.strict_json import decode_value
 from qlora_trainer.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -302,6 +303,6 @@ def _optional(value: Mapping[str, object], key: str, where: str, name: str) -> s
 def _from_json(value: object) -> object:
     """What JSON text holds; text that is not JSON, and what is no text, as it is: the caller says what was expected."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
+        return decode_value(value) if isinstance(value, str) else value
+    except ValueError:
         return value

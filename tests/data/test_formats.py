@@ -130,6 +130,15 @@ def test_text_is_not_stripped() -> None:
             {"messages": [QUESTION, {**ANSWER, "tool_calls": [{"function": {"name": "add", "arguments": "1"}}]}]},
             "messages[1].tool_calls[0] = {'name': 'add', 'arguments': '1'}; expected",
         ),
+        (
+            {
+                "messages": [
+                    QUESTION,
+                    {**ANSWER, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1, "a": 2}'}}]},
+                ]
+            },
+            "messages[1].tool_calls[0] = {'name': 'add', 'arguments': '{\"a\": 1, \"a\": 2}'}; expected",
+        ),
         ({"messages": [QUESTION, ANSWER], "tools": ["add"]}, "tools = ['add']"),
         ({"messages": [QUESTION, ANSWER], "tools": "add"}, "tools = 'add'"),
         ({"question": "Hi", "answer": None}, "question = 'Hi', answer = None"),
