@@ -179,4 +179,4 @@ def test_a_dry_run_tells_of_rows_that_it_skips(tmp_path: Path, capsys: pytest.Ca
     given = (f"model.base={base}", f"data.train={rows}", "data.on_bad_row=skip", "memory.budget=2GiB")
     options = [part for text in (*given, f"output.dir={tmp_path / 'run'}") for part in ("--set", text)]
     out, _ = called(capsys, "train", *options, "--dry-run", exit_code=0)
-    assert f"1 bad row of {rows} skipped {rows}:41: " in " ".join(out.split())
+    assert f"1badrowof{rows}skipped{rows}:41:" in "".join(out.split())  # a long path is broken anywhere
