@@ -174,7 +174,7 @@ def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed:
         each = _part_seconds(own.forward_work, layout, tokens, speed)
         each += _part_seconds(own.backward_work, layout, tokens, speed)
         attention_flops = own.attention_passes * tokens * _attention_flops_per_token(own.query_spec, demand)
-        total += run.num_layers * (each + attention_flops / _attention_flops(demand, speed))
+        total += run.num_layers * (each + attention_flops / _attention_rate(demand, speed))
     total += _loss_seconds(prices, layout, tokens, speed)
     return total
 
@@ -196,8 +196,8 @@ def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
     return 2.0 * demand.mean_tokens * heads * head_dim
 
 
-def _attention_flops(demand: Demand, speed: Speed) -> float:
-    """A second."""
+def _attention_rate(demand: Demand, speed: Speed) -> float:
+    """FLOP a second of causal attention over documents of the mean length."""
     ramp = demand.mean_tokens / (demand.mean_tokens + speed.attention_ramp_tokens)
     return speed.flops * ATTENTION_SHARE * ramp
 

@@ -94,7 +94,7 @@ def test_a_cpu_attends_to_short_documents_slowly(device: str, monkeypatch: pytes
     speed = throughput.cpu_speed("float32") if device == "cpu" else throughput.gpu_speed(find_gpu("rtx-4060"))
     ramp = throughput.CPU_ATTENTION_RAMP_TOKENS
     short, middle, long = (
-        throughput._attention_flops(Demand(8, float(length), length), speed) / speed.flops
+        throughput._attention_rate(Demand(8, float(length), length), speed) / speed.flops
         for length in (ramp // 8, ramp, 100 * ramp)
     )
     if device == "gpu":
