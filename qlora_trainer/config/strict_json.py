@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,12 +48,39 @@ def decode_value(text: str) -> Any:
     """Parse one value of any kind.
 
     Raises:
-        ValueError: not JSON, a key given twice, NaN or an infinity, or nested too deep.
+        ValueError: not JSON, a key given twice, NaN, an infinity or a number that would be one, an integer of too many
+            digits, or nested too deep.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        return json.loads(
+            text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=integer, parse_float=finite
+        )
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def integer(text: str) -> int:
+    """A number without point or exponent.
+
+    Raises:
+        ValueError: of more digits than Python reads, which takes time by their square.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"an integer of {len(text.lstrip('-')):,} digits") from None
+
+
+def finite(text: str) -> float:
+    """A number with a point or an exponent.
+
+    Raises:
+        ValueError: beyond what a float holds: `float` makes an infinity of it, which JSON does not have.
+    """
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text if len(text) < 30 else text[:29] + '…'} is beyond all floats")
+    return value
 
 
 def read_capped(path: Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:

@@ -10,7 +10,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_trainer.data.messages import Message, read_messages, read_sharegpt, read_text, read_tools, shown
+from qlora_trainer.data.fields import read_text, shown
+from qlora_trainer.data.messages import Message, read_messages, read_sharegpt
+from qlora_trainer.data.tool_calls import read_tools
 from qlora_trainer.errors import DataError
 
 METADATA_KEYS = frozenset({"id", "idx", "index", "prompt_id", "source", "dataset", "category", "language", "metadata"})
@@ -156,14 +158,25 @@ def _require_keys(fields: Mapping[str, object], row_format: Format, where: str) 
 
 def _conversation(fields: Mapping[str, object], row_format: Format, where: str) -> tuple[tuple[Message, ...], str]:
     if row_format is MESSAGES:
-        key = "functions" if fields.get("functions") is not None else "tools"
-        return read_messages(fields["messages"], where, "messages"), read_tools(fields.get(key), where, key)
+        return read_messages(fields["messages"], where, "messages"), _tools(fields, where)
     if row_format is SHAREGPT:
         messages = read_sharegpt(fields["conversations"], where, "conversations")
         return (*_system(fields, where), *messages), read_tools(fields.get("tools"), where, "tools")
     if row_format is ALPACA:
         return (*_system(fields, where), *_alpaca(fields, where)), ""
     return _pair(fields, *row_format.required, where=where), ""
+
+
+def _tools(fields: Mapping[str, object], where: str) -> str:
+    newer, older = (read_tools(fields.get(key), where, key) for key in ("tools", "functions"))
+    if newer and older:
+        raise DataError(
+            where=where,
+            found="tools and functions",
+            expected="one of them: the latter is OpenAI's older name",
+            fix="Put all of them under tools.",
+        )
+    return newer or older
 
 
 def _pair(fields: Mapping[str, object], asked: str, answered: str, *, where: str) -> tuple[Message, ...]:

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from typing import BinaryIO, NoReturn
 
-from qlora_trainer.data.messages import shown
+from qlora_trainer.config.strict_json import finite, integer
+from qlora_trainer.data.fields import shown
 from qlora_trainer.errors import DataError
 
 MAX_LINE_BYTES = 64 * 2**20  # far above any document that can be trained on, far below what hurts to hold
@@ -141,7 +142,7 @@ class _ArrayText:
         return found
 
     def element(self) -> object | ValueError:
-        """The next value, or what our rules (no key twice, no NaN) say against it."""
+        """The next value, or what our rules (no key twice, no NaN, no number beyond all floats) say against it."""
         if not self.next_character():
             raise self.broken("the end of the file inside the array", 0)
         value: object
@@ -155,17 +156,22 @@ class _ArrayText:
                     raise self.broken(f"broken JSON ({error.msg})", error.pos - self._at) from error
             except ValueError as error:
                 lenient_end = self._end_by_lenient_rules()
-                if lenient_end is not None:
+                if lenient_end is not None and self._is_closed(error, lenient_end):
                     self._at = lenient_end
                     return error
             else:
-                is_number_open = not isinstance(value, dict) and self._text[end : end + 1] not in _AFTER_ELEMENT
-                if self._is_whole or not is_number_open:
+                if self._is_closed(value, end):
                     self._at = end
                     return value
-                if len(self._text) - self._at > MAX_LINE_BYTES:
-                    raise self.broken(f"a value that goes on after {shown(value)}", end - self._at)
             self._read_more()
+
+    def _is_closed(self, value: object, end: int) -> bool:
+        """Whether what was found goes no further, as the digits of a number may."""
+        if self._is_whole or self._text[end - 1] == "}" or self._text[end : end + 1] in _AFTER_ELEMENT:
+            return True
+        if len(self._text) - self._at > MAX_LINE_BYTES:
+            raise self.broken(f"a value that goes on after {shown(value)}", end - self._at)
+        return False
 
     def broken(self, found: str, offset: int) -> DataError:
         line = self._line + self._text.count("\n", 0, self._at + offset)
@@ -178,13 +184,11 @@ class _ArrayText:
 
     def _end_by_lenient_rules(self) -> int | None:
         try:
-            return json.JSONDecoder().raw_decode(self._text, self._at)[1]
+            return _LENIENT.raw_decode(self._text, self._at)[1]
         except json.JSONDecodeError as error:
             if self._is_whole:
                 raise self.broken(f"broken JSON ({error.msg})", error.pos - self._at) from error
             return None
-        except ValueError as error:  # an integer of more digits than Python reads
-            raise self.broken(f"broken JSON ({error})", 0) from error
 
     def _read_more(self) -> None:
         """Doubles what is looked at, so that a long element is parsed a few times only."""
@@ -220,4 +224,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-_STRICT = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_int=integer, parse_float=finite
+)
+_LENIENT = json.JSONDecoder(parse_int=len)  # only the end is asked for, and an integer may have too many digits

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 from jinja2.exceptions import TemplateError
 
-from qlora_trainer.data.messages import Message, shown
+from qlora_trainer.data.fields import shown
+from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.template import Beginnings, render
 from qlora_trainer.errors import DataError

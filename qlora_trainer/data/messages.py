@@ -5,11 +5,11 @@ What a turn says that this does not understand is an error: it would silently no
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qlora_trainer.config.strict_json import decode_value
+from qlora_trainer.data.fields import from_json, optional_text, read_text, refuse_unknown, shown
+from qlora_trainer.data.tool_calls import ToolCall, read_tool_calls
 from qlora_trainer.errors import DataError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -24,22 +24,6 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
     "function_call": "assistant",
 }
-MAX_SHOWN_CHARS = 60
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A function that the assistant asks for.
-
-    Attributes:
-        name: of the function.
-        arguments: a JSON object, as text.
-        call_id: by which the tool's message names it; may be empty.
-    """
-
-    name: str
-    arguments: str
-    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,60 +73,6 @@ def read_sharegpt(value: object, where: str, name: str) -> tuple[Message, ...]:
     return tuple(_message(_from_sharegpt(turn), where, f"{name}[{index}]") for index, turn in enumerate(turns))
 
 
-def read_tools(value: object, where: str, name: str) -> str:
-    """The functions that the assistant may ask for, as JSON text; empty where there are none.
-
-    Args:
-        value: a list of schemas, or such a list as JSON text.
-        where: the row, for errors.
-        name: the key that held it; the schemas under `functions`, OpenAI's older name, lack their wrapper.
-
-    Raises:
-        DataError: not such a list.
-    """
-    if value is None or value in ("", []):
-        return ""
-    tools = _from_json(value) if isinstance(value, str) else value
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise DataError(
-            where=where,
-            found=f"{name} = {shown(value)}",
-            expected="a list of function schemas",
-            fix=f'Write "{name}" as in OpenAI\'s fine-tuning files.',
-        )
-    if name == "functions":
-        tools = [{"type": "function", "function": tool} for tool in tools]
-    return read_text(json.dumps(tools, ensure_ascii=False), where, name)
-
-
-def read_text(value: object, where: str, name: str) -> str:
-    """A value that must be text which UTF-8 can hold.
-
-    Raises:
-        DataError: it is not.
-    """
-    if not isinstance(value, str):
-        raise DataError(
-            where=where, found=f"{name} = {shown(value)}", expected="a string", fix=f'Write "{name}" as text.'
-        )
-    try:
-        value.encode("utf-8")  # JSON escapes can spell what no tokenizer takes
-    except UnicodeEncodeError as error:
-        raise DataError(
-            where=where,
-            found=f"half of a surrogate pair at character {error.start} of {name}",
-            expected="text that UTF-8 can hold",
-            fix="Write both halves of the pair, or remove the \\ud8xx escape.",
-        ) from error
-    return value
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: its repr, cut short."""
-    text = repr(value)
-    return text if len(text) <= MAX_SHOWN_CHARS else text[: MAX_SHOWN_CHARS - 1] + "…"
-
-
 def _list(value: object, where: str, name: str) -> list[object]:
     if not isinstance(value, list) or not value:
         raise DataError(
@@ -162,7 +92,7 @@ def _from_sharegpt(turn: object) -> object:
     role = SHAREGPT_ROLES.get(speaker, speaker) if isinstance(speaker, str) else speaker
     rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
     if speaker == "function_call":
-        return {**rest, "role": role, "content": None, "function_call": _from_json(value)}
+        return {**rest, "role": role, "content": None, "function_call": from_json(value)}
     return {**rest, "role": role, "content": value}
 
 
@@ -174,14 +104,7 @@ def _message(value: object, where: str, name: str) -> Message:
             expected='an object with "role" and "content"',
             fix='Rename its keys; a list of "from" and "value" belongs under the key "conversations".',
         )
-    unknown = [key for key, item in value.items() if key not in MESSAGE_KEYS and item is not None]
-    if unknown:
-        raise DataError(
-            where=where,
-            found=f"unknown keys {shown(unknown)} in {name}",
-            expected=f"only {', '.join(MESSAGE_KEYS)}",
-            fix="Remove them: they would not be learned.",
-        )
+    refuse_unknown(value, MESSAGE_KEYS, where, name)
     role = "tool" if value["role"] == "function" else value["role"]  # OpenAI's older name
     if role not in ROLES:
         raise DataError(
@@ -191,14 +114,14 @@ def _message(value: object, where: str, name: str) -> Message:
             fix="Rename the role.",
         )
     _require_role(value, role, where, name)
-    tool_calls = _tool_calls(value, where, name)
+    tool_calls = read_tool_calls(value, where, name)
     content = value.get("content")
     return Message(
         role=role,
         content="" if content is None and tool_calls else _content(content, where, f"{name}.content"),
         tool_calls=tool_calls,
-        name=_optional(value, "name", where, name),
-        tool_call_id=_optional(value, "tool_call_id", where, name),
+        name=optional_text(value, "name", where, name),
+        tool_call_id=optional_text(value, "tool_call_id", where, name),
         weight=_weight(value.get("weight"), where, f"{name}.weight"),
         reasoning=_reasoning(value, where, name),
     )
@@ -230,12 +153,13 @@ def _content(value: object, where: str, name: str) -> str:
                 expected='parts of {"type": "text", "text": ...} only',
                 fix="Remove the row: images and sound cannot be learned here.",
             )
+        refuse_unknown(part, ("type", "text"), where, f"{name}[{index}]")
         texts.append(read_text(part.get("text"), where, f"{name}[{index}].text"))
     return "".join(texts)
 
 
 def _reasoning(value: Mapping[str, object], where: str, name: str) -> str:
-    texts = {key: text for key in REASONING_KEYS if (text := _optional(value, key, where, name)).strip()}
+    texts = {key: text for key in REASONING_KEYS if (text := optional_text(value, key, where, name)).strip()}
     if len(set(texts.values())) > 1:
         raise DataError(
             where=where,
@@ -257,52 +181,3 @@ def _weight(value: object, where: str, name: str) -> int:
         expected="0 (read, not learned) or 1",
         fix="Use 0 or 1: a turn is learned or it is not.",
     )
-
-
-def _tool_calls(value: Mapping[str, object], where: str, name: str) -> tuple[ToolCall, ...]:
-    if (function := value.get("function_call")) is not None:  # OpenAI's older form of one call
-        return (_tool_call({"function": function}, where, f"{name}.function_call"),)
-    calls = value.get("tool_calls")
-    if calls is None:
-        return ()
-    if not isinstance(calls, list):
-        raise _no_tool_call(calls, where, f"{name}.tool_calls")
-    return tuple(_tool_call(call, where, f"{name}.tool_calls[{index}]") for index, call in enumerate(calls))
-
-
-def _tool_call(value: object, where: str, name: str) -> ToolCall:
-    function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(value, dict) or not isinstance(function, dict):
-        raise _no_tool_call(value, where, name)
-    arguments, function_name = function.get("arguments"), function.get("name")
-    parsed = _from_json(arguments) if isinstance(arguments, str) else arguments
-    if not isinstance(function_name, str) or not function_name.strip() or not isinstance(parsed, dict):
-        raise _no_tool_call(function, where, name)
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(
-        name=read_text(function_name, where, f"{name}.name"),
-        arguments=read_text(text, where, f"{name}.arguments"),
-        call_id=_optional(value, "id", where, name),
-    )
-
-
-def _no_tool_call(value: object, where: str, name: str) -> DataError:
-    return DataError(
-        where=where,
-        found=f"{name} = {shown(value)}",
-        expected='{"id": ..., "function": {"name": ..., "arguments": "a JSON object as text"}}',
-        fix="Write the call as in OpenAI's fine-tuning files.",
-    )
-
-
-def _optional(value: Mapping[str, object], key: str, where: str, name: str) -> str:
-    found = value.get(key)
-    return "" if found is None else read_text(found, where, f"{name}.{key}")
-
-
-def _from_json(value: object) -> object:
-    """What JSON text holds; text that is not JSON, and what is no text, as it is: the caller says what was expected."""
-    try:
-        return decode_value(value) if isinstance(value, str) else value
-    except ValueError:
-        return value

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from qlora_trainer.data.arrow_rows import iter_rows
+from qlora_trainer.data.fields import shown
 from qlora_trainer.data.json_text import MAX_LINE_BYTES, begins_array, decode_line, iter_array, iter_lines, parse_line
-from qlora_trainer.data.messages import shown
 from qlora_trainer.errors import DataError
 
 PARQUET_BUFFER_BYTES = 2**20

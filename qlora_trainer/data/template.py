@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from qlora_trainer.data.messages import Message, ToolCall
+from qlora_trainer.data.messages import Message
+from qlora_trainer.data.tool_calls import ToolCall
 from qlora_trainer.errors import ConfigError
 
 if TYPE_CHECKING:

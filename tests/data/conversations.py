@@ -12,9 +12,10 @@ from typing import Any
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from qlora_trainer.data.messages import Message, ToolCall
+from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.template import control_texts
+from qlora_trainer.data.tool_calls import ToolCall
 from qlora_trainer.data.turns import TrainOn
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from tests.data.published import PUBLISHED, Published, Segments, make_tokenizer

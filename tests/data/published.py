@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qlora_trainer.data.messages import Message, ToolCall
+from qlora_trainer.data.messages import Message
+from qlora_trainer.data.tool_calls import ToolCall
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -10,8 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_trainer.data.chat import prompt_ids
-from qlora_trainer.data.messages import Message, ToolCall
+from qlora_trainer.data.messages import Message
 from qlora_trainer.data.template import render, render_prompt
+from qlora_trainer.data.tool_calls import ToolCall
 from qlora_trainer.errors import DataError
 from qlora_trainer.step.document import IGNORE_INDEX
 from tests.data.conversations import (

@@ -15,13 +15,20 @@ from qlora_trainer.data.formats import (
     read_content,
     rename_columns,
 )
-from qlora_trainer.data.messages import Message, ToolCall
+from qlora_trainer.data.messages import Message
+from qlora_trainer.data.tool_calls import ToolCall
 from qlora_trainer.errors import DataError
 
 QUESTION = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}
 CONVERSATION = (Message("user", "Hi"), Message("assistant", "Hello"))
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+
+ADD = {"name": "add", "arguments": "{}"}
+
+
+def calling(call: dict[str, object], **others: object) -> dict[str, object]:
+    return {"messages": [QUESTION, {"role": "assistant", "content": None, "tool_calls": [call], **others}]}
 
 
 def read(row: dict[str, object], where: str = "x:1") -> Content:
@@ -42,6 +49,12 @@ def read(row: dict[str, object], where: str = "x:1") -> Content:
         },
         {"messages": [{**QUESTION, "thinking": ""}, {**ANSWER, "reasoning": None, "reasoning_content": " \n"}]},
         {"messages": [QUESTION, {**ANSWER, "weight": 1, "refusal": None}], "parallel_tool_calls": True, "tools": []},
+        {
+            "messages": [
+                QUESTION,
+                {**ANSWER, "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+            ]
+        },
         {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "id": "x_0"},
         {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello"}], "system": ""},
         {"conversations": [QUESTION, ANSWER]},
@@ -139,8 +152,25 @@ def test_text_is_not_stripped() -> None:
             },
             "messages[1].tool_calls[0] = {'name': 'add', 'arguments': '{\"a\": 1, \"a\": 2}'}; expected",
         ),
+        (
+            calling({"id": "1", "function": {**ADD, "comment": "x"}}),
+            "unknown keys ['comment'] in the function of messages",
+        ),
+        (calling({"function": {**ADD, "arguments": '{"a": 1e999}'}}), "messages[1].tool_calls[0] = {'name': 'add'"),
+        (calling({"function": {**ADD, "arguments": {"a": float("inf")}}}), "tool_calls[0] that JSON cannot hold"),
+        (calling({"function": {**ADD, "arguments": {"a": b"x"}}}), "tool_calls[0] that JSON cannot hold"),
+        (calling({"function": ADD, "result": "2"}), "unknown keys ['result'] in messages[1].tool_calls[0]"),
+        (calling({"type": "custom", "function": ADD}), "messages[1].tool_calls[0] = {'type': 'custom', "),
+        (calling({"function": ADD}, function_call=ADD), "function_call and tool_calls in messages[1]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", "alt": "x"}]}, ANSWER]},
+            "unknown keys ['alt'] in messages[0].content[0]",
+        ),
+        ({"messages": [QUESTION, ANSWER], "tools": [TOOL], "functions": [TOOL]}, "found tools and functions"),
         ({"messages": [QUESTION, ANSWER], "tools": ["add"]}, "tools = ['add']"),
         ({"messages": [QUESTION, ANSWER], "tools": "add"}, "tools = 'add'"),
+        ({"messages": [QUESTION, ANSWER], "tools": f'[{{"a": {"9" * 5_000}}}]'}, 'tools = \'[{"a": 9999'),
+        ({"messages": [QUESTION, ANSWER], "tools": [{"a": float("nan")}]}, "tools that JSON cannot hold"),
         ({"question": "Hi", "answer": None}, "question = 'Hi', answer = None"),
         ({"messages": [QUESTION]}, "without an assistant turn"),
         ({"messages": [ANSWER, QUESTION]}, "a conversation that the assistant begins"),
@@ -195,6 +225,16 @@ def test_openai_files_keep_tool_calls_names_and_weights() -> None:
     )
     assert json.loads(content.tools) == [TOOL]
     assert read({**row, "tools": json.dumps([TOOL])}).tools == content.tools
+
+
+def test_what_openai_writes_beside_a_call_and_says_nothing_is_passed_over() -> None:
+    """As its library writes a streamed or a parsed call, and Arrow a struct of several kinds."""
+    call = {"id": "1", "type": "function", "index": 0, "function": {**ADD, "parsed_arguments": None}, "custom": None}
+    row = calling(call, refusal=None, function_call=None, annotations=[])
+    assert read(row).messages[1] == Message("assistant", "", (ToolCall("add", "{}", "1"),))
+    tools = {**row, "tools": [], "functions": [TOOL["function"]]}
+    assert json.loads(read(tools).tools) == [TOOL]
+    assert json.loads(read({**row, "tools": [TOOL], "functions": []}).tools) == [TOOL], "the empty list hid the other"
 
 
 def test_older_ways_to_write_tool_calls_are_read_as_the_new_one() -> None:

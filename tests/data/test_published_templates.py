@@ -172,7 +172,7 @@ def test_templates_that_know_no_tools_are_refused(name: str, make_tool_row: Call
 
 def test_a_call_whose_words_are_in_the_question_is_not_taken_for_rendered() -> None:
     """ChatML passes over calls. Mutation tried: the function's name is looked for in the whole text."""
-    from qlora_trainer.data.messages import ToolCall
+    from qlora_trainer.data.tool_calls import ToolCall
 
     question = Message("user", "Please add 1 and 1, and tell me the result.")
     call = Message("assistant", "", (ToolCall("add", "{}", "call00001"),))
@@ -193,7 +193,7 @@ def test_a_call_whose_words_are_in_the_question_is_not_taken_for_rendered() -> N
 
 @pytest.fixture(scope="session")
 def make_tool_row() -> Callable[[str], Row]:
-    from qlora_trainer.data.messages import ToolCall
+    from qlora_trainer.data.tool_calls import ToolCall
 
     def build(tools: str) -> Row:
         call = ToolCall("add", '{"a": "ü"}', "call00001")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qlora_trainer.data import json_text
 from qlora_trainer.data.json_text import iter_array
 from qlora_trainer.data.records import iter_records
-from qlora_trainer.data.rows import BadRow, Row, collect, iter_files, read_rows
+from qlora_trainer.data.rows import BadRow, Place, Row, collect, iter_files, read_rows
 from qlora_trainer.errors import DataError
 
 ROWS = [{"question": f"Hi {number}", "answer": "Hel\nlo, „you“"} for number in range(3)]
@@ -141,6 +141,35 @@ def test_bad_elements_of_an_array_are_passed_over(tmp_path: Path) -> None:
     assert [reason.partition(": ")[0] for reason in read.files[0].reasons] == [f"{path}:row {n}" for n in (2, 3, 4, 5)]
     assert "key 'question' given twice" in read.files[0].reasons[1]
     assert "NaN is not JSON" in read.files[0].reasons[2]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
+@pytest.mark.parametrize(
+    "number, reason", [("-" + "9" * 5_000, "an integer of 5,000 digits"), ("1e999", "the number 1e999 is beyond")]
+)
+def test_a_number_that_nothing_holds_is_one_bad_row_of_any_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: str, reason: str
+) -> None:
+    """Of an array, an integer of 5,000 digits ended the file, and 1e999 was an infinity. Also where pieces are cut."""
+    monkeypatch.setattr(json_text, "_FIRST_CHUNK_BYTES", 100)
+    good = [json.dumps(row) for row in ROWS[:2]]
+    lines = [good[0], f'{{"id": [{number}], "question": "Hi", "answer": "Hello"}}', number, good[1]]
+    is_array = ".json" in name and "jsonl" not in name
+    text = "[" + ",\n".join(lines) + "]" if is_array else "\n".join(lines)
+    path = write(tmp_path / name, text)
+    place = "row " if is_array else ""
+    with pytest.raises(DataError, match=rf"{name}:{place}2: found broken JSON \({reason}") as caught:
+        collect(iter_files([path]))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    read = collect(iter_files([path], stop=False))
+    assert [row.line for row in read.rows] == [1, 4]
+    assert [row.where for row in read.rows] == [f"{path}:{place}{n}" for n in (1, 4)]
+    wanted = [f"{path}:{place}{n}: broken JSON ({reason}" for n in (2, 3)]
+    assert all(told.startswith(start) for told, start in zip(read.files[0].reasons, wanted, strict=True))
+    later = collect(iter_files([path], stop=False, start=Place(after=2, row=1)))
+    assert [row.line for row in later.rows] == [4], "a stream that goes on behind it"
+    assert later.files[0].num_bad == 1
 
 
 def test_an_element_without_end_is_not_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
