@@ -37,6 +37,7 @@ class TokenizedRow:
         document: its tokens; there may be none to learn.
         num_rewritten: answers that are read but not learned, since the chat template rewrites them.
         first_stop: where the first stop token is that is learned; -1 if there is none.
+        num_lost_names: messages whose `name` the chat template does not render.
     """
 
     row: Row
@@ -44,6 +45,7 @@ class TokenizedRow:
     document: Document
     num_rewritten: int
     first_stop: int = -1
+    num_lost_names: int = 0
 
 
 class RowTokenizer:
@@ -83,7 +85,9 @@ class RowTokenizer:
         tokenized = []
         for row, text, tokens in zip(rows, rendered, encoded, strict=True):
             document, stops = self._document(row, text, tokens)
-            tokenized.append(TokenizedRow(row, text.text, document, text.num_rewritten, _first_stop(document, stops)))
+            first_stop = _first_stop(document, stops)
+            numbers = (text.num_rewritten, first_stop, text.num_lost_names)
+            tokenized.append(TokenizedRow(row, text.text, document, *numbers))
         return tokenized
 
     @property

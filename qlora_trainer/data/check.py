@@ -90,6 +90,8 @@ def check_named(
                         refused.add(kind, error.short)
                     for row in tokenized:
                         writer.append(row, file=len(files))
+                    for asked in filter(_asks_nothing, item):
+                        warned.add("question without text", asked.where)
                     for row in _not_the_text(tokenized, tokenizer.tokenizer):
                         warned.add("text that the tokenizer cannot give back", row.row.where)
                 elif isinstance(item, BadRow):
@@ -156,6 +158,11 @@ def _tokenized(batch: Sequence[Row], tokenize: RowTokenizer) -> tuple[list[Token
         except DataError as error:
             errors.append(error)
     return tokenized, errors
+
+
+def _asks_nothing(row: Row) -> bool:
+    """Whether a question is empty: that may be meant (a story out of nothing), or a column that was lost."""
+    return any(message.role == "user" and not message.content.strip() for message in row.messages)
 
 
 def _not_the_text(rows: Sequence[TokenizedRow], tokenizer: PreTrainedTokenizerBase) -> list[TokenizedRow]:

@@ -37,6 +37,7 @@ ROW = np.dtype(
         ("content", "<u8"),  # a hash of its tokens and of which are learned
         ("num_supervised", "<i4"),
         ("num_rewritten", "<i4"),
+        ("num_lost_names", "<i4"),
         ("first_stop", "<i4"),  # of its tokens: where the first stop token is that is learned; -1 for none
         ("file", "<i4"),
         ("is_line", "?"),
@@ -74,9 +75,10 @@ class DocumentWriter:
             self._tokens.write(document.input_ids_T.tobytes())
             self._learned.write((document.labels_T != IGNORE_INDEX).tobytes())
             self._end += document.num_tokens
-        numbers = (self._end, row.line, _content(document), num_supervised, tokenized.num_rewritten)
+        numbers = (self._end, row.line, _content(document), num_supervised)
+        counts = (tokenized.num_rewritten, tokenized.num_lost_names)
         place = (tokenized.first_stop, file, row.is_line, row.is_askable)
-        self._rows.write(np.array((*numbers, *place), dtype=ROW).tobytes())
+        self._rows.write(np.array((*numbers, *counts, *place), dtype=ROW).tobytes())
 
     def write_files(self, files: tuple[FileRead, ...]) -> None:
         """Adds what was found in the files that the rows are from."""

@@ -136,6 +136,26 @@ def require_tool_turns(row: Row, beginnings: Beginnings, tokenizer: PreTrainedTo
             raise _left_out(row, f"{what} of message {index}")
 
 
+def num_lost_names(row: Row, beginnings: Beginnings, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Messages whose `name` the template passes over: it reads the same without the names of that role.
+
+    A tool's message is not counted where a call has the name too. A name is no text to learn, and OpenAI's files have
+    them for any model, so they are counted where texts are refused.
+    """
+    messages = beginnings.messages
+    called = {call.name for message in messages for call in message.tool_calls}
+    named = [m for m in messages if m.name and not (m.role == "tool" and m.name in called)]
+    num_lost = 0
+    for role in {message.role for message in named}:
+        nameless = tuple(replace(m, name="") if m.role == role else m for m in messages)
+        try:
+            is_lost = render(nameless, tokenizer, row.tools) == beginnings.text(len(messages))
+        except (TemplateError, TypeError, ValueError):  # it looks at them, and misses them
+            continue
+        num_lost += sum(message.role == role for message in named) if is_lost else 0
+    return num_lost
+
+
 def _left_out(row: Row, what: str) -> DataError:
     return DataError(
         where=row.where,

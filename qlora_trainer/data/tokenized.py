@@ -34,6 +34,7 @@ class TokenizedData:
         num_truncated: rows of which the end was cut off.
         num_split: rows that became several documents.
         num_rewritten_turns: answers that are read but not learned, since the chat template rewrites them.
+        num_lost_names: messages whose `name` the chat template does not render.
     """
 
     path: str
@@ -45,6 +46,7 @@ class TokenizedData:
     num_truncated: int = 0
     num_split: int = 0
     num_rewritten_turns: int = 0
+    num_lost_names: int = 0
 
     @property
     def num_dropped(self) -> int:
@@ -90,14 +92,19 @@ def select(store: DocumentStore, rows: ArrayFile, *, bos_token_id: int | None, n
     """
     paths = store.paths(rows)
     documents = Documents.of_rows(store, rows, bos_token_id=bos_token_id)
-    num_rewritten = (store.records(rows_N)["num_rewritten"].sum(dtype=np.int64) for rows_N in rows.chunks())
+    num_rewritten = num_lost_names = 0
+    for rows_N in rows.chunks():
+        records_N = store.records(rows_N)
+        num_rewritten += int(records_N["num_rewritten"].sum(dtype=np.int64))
+        num_lost_names += int(records_N["num_lost_names"].sum(dtype=np.int64))
     return TokenizedData(
         path=f"{paths[0]} and {len(paths) - 1} more" if len(paths) > 1 else "".join(paths),
         documents=documents,
         num_rows=len(rows),
         num_bad=num_bad,
         num_dropped_untrainable=len(rows) - len(documents),
-        num_rewritten_turns=sum(map(int, num_rewritten)),
+        num_rewritten_turns=num_rewritten,
+        num_lost_names=num_lost_names,
     )
 
 
@@ -206,6 +213,7 @@ def changes_told(data: TokenizedData) -> list[str]:
         "rows were cut to data.seq_len": data.num_truncated,
         "rows were split into documents of at most data.seq_len": data.num_split,
         "earlier answers are read, not learned: the chat template rewrites them": data.num_rewritten_turns,
+        "messages have a name that the chat template does not render: who speaks is not learned": data.num_lost_names,
     }
     return [f"{count:,} {what}" for what, count in counts.items() if count]
 

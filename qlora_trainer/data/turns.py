@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Literal
 
 from jinja2.exceptions import TemplateError
 
-from qlora_trainer.data.left_out import refuse_controls, require_reasoning, require_tool_turns, require_whole
+from qlora_trainer.data.left_out import (
+    num_lost_names,
+    refuse_controls,
+    require_reasoning,
+    require_tool_turns,
+    require_whole,
+)
 from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.template import Beginnings, marks_answers, render_marked
@@ -55,12 +61,14 @@ class Rendered:
         turns: the assistant's, those left out that nothing is said about.
         learns_all: the text between the turns is learned too.
         num_rewritten: turns that would be learned, had the template not rewritten them.
+        num_lost_names: messages whose `name` the template does not render.
     """
 
     text: str
     turns: tuple[Turn, ...]
     learns_all: bool = False
     num_rewritten: int = 0
+    num_lost_names: int = 0
 
 
 def render_text(row: Row, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -125,7 +133,8 @@ def render_row(
         ) from error
     require_whole(row, messages, rendered.text)
     require_tool_turns(row, beginnings, tokenizer)
-    return replace(rendered, learns_all=train_on == "all")
+    lost_names = num_lost_names(row, beginnings, tokenizer)
+    return replace(rendered, learns_all=train_on == "all", num_lost_names=lost_names)
 
 
 def _marked_turns(

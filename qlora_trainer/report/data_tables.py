@@ -98,10 +98,14 @@ def _facts(found: SetReport, report: DataReport) -> list[tuple[str, str]]:
         ("stop token", f"learned in {found.num_with_stop:,} of {found.num_documents:,} documents"),
         ("double BOS", f"in {counted(found.num_double_bos, 'row')}"),
         ("empty answer", f"in {counted(found.num_empty_answers, 'row')}"),
+        ("no question", f"in {counted(found.num_empty_questions, 'row')}"),
     ]
     if found.num_rewritten_turns:
         what = f"{found.num_rewritten_turns:,} earlier answers are read, not learned: the chat template rewrites them"
         facts.append(("not learned", what))
+    if found.num_lost_names:
+        what = f"of {counted(found.num_lost_names, 'message')}: the chat template does not render it"
+        facts.append(("lost name", what))
     if found is report.train and report.num_held_out:
         facts.append(("held out", f"{counted(report.num_held_out, 'row')} of these, for evaluation"))
     return facts

@@ -40,7 +40,9 @@ class SetReport:
         num_with_stop: documents of which a stop token is learned; one that is cut may lose it.
         num_double_bos: rows that begin with two BOS tokens; they are bad.
         num_empty_answers: rows with an answer without text; they are bad.
+        num_empty_questions: rows with a question without text; they train.
         num_rewritten_turns: answers that are read but not learned, since the chat template rewrites them.
+        num_lost_names: messages whose `name` the chat template does not render.
         percentiles: tokens of good rows: 50, 90, 99, and 100, the longest.
         histogram: (at most so many tokens, rows), ascending.
         is_beginning: these are the first rows of a stream, and there may be more.
@@ -62,7 +64,9 @@ class SetReport:
     num_with_stop: int
     num_double_bos: int
     num_empty_answers: int
+    num_empty_questions: int
     num_rewritten_turns: int
+    num_lost_names: int
     percentiles: tuple[int, ...]
     histogram: tuple[tuple[int, int], ...]
     is_beginning: bool
@@ -171,7 +175,7 @@ def _report(
     errors = _errors(config, checked, fitted, judged, seq_len)
     if len(judged.documents) < least_documents:
         errors.append(f"{len(judged.documents)} documents for a global batch of {least_documents}")
-    counts = {problem.kind: problem.num_rows for problem in (*checked.bad, *checked.refused)}
+    counts = {problem.kind: problem.num_rows for problem in (*checked.bad, *checked.refused, *checked.warnings)}
     return SetReport(
         files=store.files,
         num_rows=store.num_rows + checked.num_bad,
@@ -188,7 +192,9 @@ def _report(
         num_with_stop=_num_with_stop(fitted, checked.stop_ids),
         num_double_bos=counts.get("double BOS", 0),
         num_empty_answers=counts.get("empty answer", 0),
+        num_empty_questions=counts.get("question without text", 0),
         num_rewritten_turns=fitted.num_rewritten_turns,
+        num_lost_names=fitted.num_lost_names,
         percentiles=length_percentiles(lengths),
         histogram=_histogram(lengths),
         is_beginning=checked.is_beginning,

@@ -275,6 +275,30 @@ def test_data_without_a_good_row_is_refused(base: Path, data: Path, capsys: pyte
     assert "no rows but 2 bad ones" in err
 
 
+def test_questions_without_text_are_told(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They train, as rows whose answer is empty do not; a system prompt or a tool's result may be empty."""
+    path = tmp_path / "blank.jsonl"
+    asked = [" \n", "Hi", "", "Hi"]
+    path.write_text("".join(f"{json.dumps({'instruction': a, 'output': 'Hello', 'system': ''})}\n" for a in asked))
+    report = found(capsys, str(path), "--model", str(base))["train"]
+    assert (report["num_empty_questions"], report["num_documents"]) == (2, 4)
+    out, _ = called(capsys, str(path), "--model", str(base))
+    assert "no question   in 2 rows" in out
+    assert out.index(f"{path}:1") < out.index(f"{path}:3"), "which they are is told"
+    assert "2 rows: question without text" in out
+
+
+def test_names_that_the_template_does_not_render_are_told(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "user", "content": "Hi", "name": "Ann"}, {"role": "assistant", "content": "Hello"}]
+    path = tmp_path / "named.jsonl"
+    path.write_text("".join(f"{json.dumps({'messages': messages})}\n" for _ in range(3)))
+    assert found(capsys, str(path), "--model", str(base))["train"]["num_lost_names"] == 3
+    out, _ = called(capsys, str(path), "--model", str(base))
+    assert "lost name     of 3 messages: the chat template does not render it" in out
+
+
 def test_answers_that_the_template_rewrites_are_told(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

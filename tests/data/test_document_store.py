@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def test_rows_are_known_by_where_they_are_from(tmp_path: Path, make_row: Callabl
     ]
     with DocumentWriter(tmp_path) as writer:
         for number, row in enumerate(rows):
-            writer.append(tokenized(row, [True] * 3, num_rewritten=number), file=int(row.path == "b.parquet"))
+            row_of_tokens = replace(tokenized(row, [True] * 3, num_rewritten=number), num_lost_names=2 * number)
+            writer.append(row_of_tokens, file=int(row.path == "b.parquet"))
         writer.write_files(FILES)
     store = DocumentStore(tmp_path)
     assert store.files == FILES
@@ -63,6 +65,7 @@ def test_rows_are_known_by_where_they_are_from(tmp_path: Path, make_row: Callabl
     records_N = store.records(np.arange(3))
     assert records_N["is_askable"].tolist() == [True, False, False]
     assert records_N["num_rewritten"].tolist() == [0, 1, 2]
+    assert records_N["num_lost_names"].tolist() == [0, 2, 4]
 
 
 def test_a_store_that_is_cut_short_while_it_is_read_is_told(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from qlora_trainer.data.messages import Message, ToolCall
+from qlora_trainer.data.messages import Message
 from qlora_trainer.data.rows import Row
 from qlora_trainer.data.template import control_texts, render_prompt
+from qlora_trainer.data.tool_calls import ToolCall
 from qlora_trainer.data.turns import TrainOn, render_row
 from qlora_trainer.errors import DataError
 
@@ -126,6 +127,26 @@ def test_a_template_that_passes_over_a_part_is_refused(
     assert render_row(told, chatml, controls=()).text.count("Be brief.") == 1
     with pytest.raises(DataError, match="leaves out the text of message 0, whose role is developer"):
         render_row(told, with_template(chatml, known), controls=())
+
+
+def test_names_that_the_template_does_not_render_are_counted(
+    chatml: PreTrainedTokenizerFast, make_row: Callable[..., Row]
+) -> None:
+    """By role: a template may know those of tools only. Mutation tried: a name that is in the text counts as there."""
+    row = tool_row(make_row)
+    named = [replace(m, name={"user": "add", "assistant": "Ann"}.get(m.role, "sum")) for m in row.messages]
+    row = replace(row, messages=tuple(named))
+    assert [m.role for m in named] == ["user", "assistant", "tool", "assistant"]
+    deaf = with_template(chatml, WITH_TOOLS)
+    assert render_row(row, deaf, controls=()).num_lost_names == 4
+    of_user = WITH_TOOLS.replace(
+        "{{ '<|im_start|>' + m.role",
+        "{{ '<|im_start|>' + m.role + (' ' + m.name if m.name and m.role == 'user' else '')",
+    )
+    assert of_user != WITH_TOOLS
+    assert render_row(row, with_template(chatml, of_user), controls=()).num_lost_names == 3
+    of_its_call = replace(row, messages=tuple(replace(m, name="add" if m.role == "tool" else "") for m in named))
+    assert render_row(of_its_call, deaf, controls=()).num_lost_names == 0, "the call has it"
 
 
 @pytest.mark.parametrize("field", ["name", "arguments", "tools"])
