@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
+import signal
+import subprocess
+import sys
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,12 @@ from qlora_trainer.data.rows import BATCH_ROWS, Reading
 from qlora_trainer.data.split import all_rows
 from qlora_trainer.data.token_cache import KnownTokenizer, TokenizedFiles, tokenize_named
 from qlora_trainer.errors import DataError, StorageError
+from qlora_trainer.hardware.sealed_folder import defects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -141,20 +146,31 @@ def test_a_damaged_cache_is_made_again(
     assert (folder / name).read_bytes() == raw
 
 
-def test_two_that_make_the_same_do_not_disturb_each_other(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
-    section = DataSection(train=str(data))
-    made: list[list[list[int]]] = []
-    first = tokenize_named(section, "train", tokenizer)
-    next(first)  # half way
-    thread = threading.Thread(
-        target=lambda: made.append(tokens(drained(tokenize_named(section, "train", tokenizer))[1]))
-    )
-    thread.start()
-    thread.join()
-    made.append(tokens(drained(first)[1]))
-    assert made[0] == made[1]
-    [folder] = cache.iterdir()
-    assert not folder.name.startswith(".")
+def test_processes_that_make_the_same_do_not_disturb_each_other(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at once, one of which is killed. Takes 4 s of CPU, for one import of transformers in a process of its own.
+
+    Mutations tried: they write in one folder; the later one fails where it finds the folder made.
+    """
+    meeting, saved = tmp_path / "meeting", tmp_path / "tokenizer"
+    meeting.mkdir()
+    tokenizer.tokenizer.save_pretrained(saved)
+    command = [sys.executable, "-m", "tests.data.building", str(data), str(saved), str(meeting)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, cwd=ROOT)
+    assert ended.stdout.split("\n")[:-1] == [f"killed -{int(signal.SIGKILL)}", "first 0", "second 0"], ended.stderr
+    [left_over] = cache.glob(".*")  # of the killed one; it goes a day later
+    [folder] = (path for path in cache.iterdir() if path != left_over)
+    assert not defects(folder)
+    first, second = ((meeting / f"{name}.read").read_text() for name in ("first", "second"))
+    assert first == second
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
+    alone = drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))[1].store
+    assert first.split()[:3] == ["2", "2500", alone.content_hash]
+    [made_alone] = (tmp_path / "other cache" / "qlora_trainer" / "tokens").iterdir()
+    assert made_alone.name == folder.name, "another key"
+    for path in made_alone.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
