@@ -31,19 +31,23 @@ DEFAULT_LENGTHS = (256,) * 8
 
 
 def ratios(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one policy: the best dtype of its floor, and the step over it, a median over the rounds."""
+    """Of one policy: the best dtype of its floor, and the step over it: the median, least and most of the rounds."""
     floors = {dtype: statistics.median(seconds) for dtype, seconds in measured["floor_seconds"].items()}
     best = min(floors, key=lambda dtype: floors[dtype])
     over = {
-        dtype: statistics.median(step / floor for step, floor in zip(measured["step_seconds"], seconds, strict=True))
+        dtype: [step / floor for step, floor in zip(measured["step_seconds"], seconds, strict=True)]
         for dtype, seconds in measured["floor_seconds"].items()
     }
     step_seconds = statistics.median(measured["step_seconds"])
     return {
-        "ratio": over[best],
+        "ratio": statistics.median(over[best]),
+        "ratio_from": min(over[best]),
+        "ratio_to": max(over[best]),
         "best_dtype": best,
-        "ratio_in_own_dtype": over[measured["compute_dtype"]],
+        "ratio_in_own_dtype": statistics.median(over[measured["compute_dtype"]]),
         "step_seconds_median": step_seconds,
+        "step_seconds_from": min(measured["step_seconds"]),
+        "step_seconds_to": max(measured["step_seconds"]),
         "floor_seconds_median": floors,
         "floor_gflops": {dtype: measured["gflop"] / seconds for dtype, seconds in floors.items()},
         "tokens_per_second": measured["num_tokens"] / step_seconds,
@@ -59,7 +63,8 @@ def table(report: Mapping[str, Any]) -> str:
         report["machine_in_words"],
         "",
         f"{report['model']}, documents of {', '.join(map(str, report['lengths']))} tokens in micro-batches of "
-        f"{report['micro_batch_tokens']:,}, rank {report['rank']}; medians of {report['rounds']} rounds.",
+        f"{report['micro_batch_tokens']:,}, rank {report['rank']}; medians of {report['rounds']} rounds "
+        "[from the least to the most of them].",
         "",
         "| | step, s | in | tokens/s | products, s: fp32 | bf16 | GFLOP | step / floor | tokens/s of the floor |",
         "|---|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -71,13 +76,15 @@ def table(report: Mapping[str, Any]) -> str:
         floors = measured["floor_seconds_median"]
         cells = (
             policy,
-            f"{measured['step_seconds_median']:.3f}",
+            f"{measured['step_seconds_median']:.3f} "
+            f"[{measured['step_seconds_from']:.3f} to {measured['step_seconds_to']:.3f}]",
             measured["compute_dtype"],
             f"{measured['tokens_per_second']:,.0f}",
             f"{floors['float32']:.3f}",
             f"{floors['bfloat16']:.3f}",
             f"{measured['gflop']:,.0f}",
-            f"{measured['ratio']:.2f} ({measured['best_dtype']})",
+            f"{measured['ratio']:.2f} [{measured['ratio_from']:.2f} to {measured['ratio_to']:.2f}] "
+            f"({measured['best_dtype']})",
             f"{measured['floor_tokens_per_second']:,.0f}",
         )
         lines.append(f"| {' | '.join(cells)} |")

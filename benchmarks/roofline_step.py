@@ -6,6 +6,7 @@ python -m benchmarks.roofline_step SPEC.json RESULT.json
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -91,7 +92,7 @@ class RealStep:
         self.num_supervised_tokens = sum(document.num_supervised_tokens for document in documents)
 
     def run(self) -> float:
-        """What `run.attempts` does for a global batch; returns the seconds it took."""
+        """What `run.attempts` does for a global batch, in its order; returns the seconds it took."""
         start = time.perf_counter()
         self.optimizer.zero_gradients()
         loss = accumulate_gradients(
@@ -100,11 +101,12 @@ class RealStep:
             num_supervised_tokens=self.num_supervised_tokens,
             loss_chunk_tokens=self.spec.loss_chunk_tokens,
         )
-        norm = self.optimizer.clip_gradients(MAX_GRAD_NORM)
-        assert float(loss) > 0.0
-        assert float(norm) > 0.0
-        self.optimizer.update(LEARNING_RATE)
-        return time.perf_counter() - start
+        loss_and_norm = torch.stack((loss, self.optimizer.clip_gradients(MAX_GRAD_NORM)))
+        self.optimizer.update(LEARNING_RATE, loss_and_norm)  # which changes nothing where one of the two is not finite
+        found = loss_and_norm.tolist()
+        seconds = time.perf_counter() - start
+        assert all(0.0 < number < math.inf for number in found), found
+        return seconds
 
 
 def random_documents(lengths: tuple[int, ...], vocabulary: int, supervised_share: float) -> list[Document]:

@@ -11,8 +11,9 @@ from torch import nn
 
 from benchmarks.roofline import ratios, table
 from benchmarks.roofline_products import Looks, Product, ProductRecorder, Replay, num_flops
-from benchmarks.roofline_step import RealStep, StepSpec, told_products
+from benchmarks.roofline_step import LEARNING_RATE, RealStep, StepSpec, told_products
 from qlora_trainer.planning.tracker import StorageTracker
+from qlora_trainer.step.optimizer import AdapterOptimizer
 from tests.model.tiny_bases import small_config
 from tests.model.tiny_models import load_for_training, prepare
 
@@ -30,6 +31,24 @@ def _recorded(step: RealStep) -> list[Product]:
     with recorder:
         step.run()
     return recorder.products
+
+
+def test_a_step_is_updated_as_a_run_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With loss and norm, by which the update is not done where they are not finite: a pass over the gradient."""
+    step, updates, working = _step(tmp_path, is_recomputed=False), list[tuple[Any, ...]](), AdapterOptimizer.update
+
+    def update(self: AdapterOptimizer, *arguments: Any) -> None:
+        updates.append(arguments)
+        working(self, *arguments)
+
+    monkeypatch.setattr(AdapterOptimizer, "update", update)
+
+    assert step.run() > 0.0
+
+    ((rate, loss_and_norm),) = updates
+    assert rate == LEARNING_RATE
+    assert loss_and_norm.shape == (2,)
+    assert (loss_and_norm > 0.0).all()
 
 
 @pytest.mark.parametrize("is_recomputed", [False, True])
@@ -108,6 +127,8 @@ def test_the_floor_is_that_of_the_faster_dtype_and_the_ratio_a_median_of_rounds(
 
     assert found["best_dtype"] == "bfloat16"
     assert found["ratio"] == pytest.approx(3.0)
+    assert (found["ratio_from"], found["ratio_to"]) == pytest.approx((3.0, 4.0))
+    assert (found["step_seconds_median"], found["step_seconds_from"], found["step_seconds_to"]) == (2.0, 1.5, 3.0)
     assert found["ratio_in_own_dtype"] == pytest.approx(1.5)
     assert found["tokens_per_second"] == pytest.approx(1000.0)
 
@@ -132,5 +153,5 @@ def test_the_table_shows_both_policies_and_the_longest_products() -> None:
 
     text = table(report)
 
-    assert "| keep | 2.000 | float32 | 1,000 | 1.500 | 0.500 | 10 | 3.00 (bfloat16) | 4,000 |" in text
+    assert "| keep | 2.000 [1.500 to 3.000] | float32 | 1,000 | 1.500 | 0.500 | 10 | 3.00 [3.00 to 4.00] (bf" in text
     assert "| 2 x 3 x 4 | 2 | 0.0 |" in text
