@@ -7,13 +7,16 @@ First TRL's forms compete on few rows (`versus_forms.py`; about 15 minutes on tw
 processes of their own, one after the other: TRL's fastest form, ours, TRL's smallest form, ours with `memory.budget`
 such that half of TRL's smallest is left above the imports, ours at the smallest budget that the planner accepts.
 
-Both sides have the same NF4 weights, rows, order (where grouping or packing does not change it), effective batch,
-steps, rank, learning rate, warm-up, schedule, weight decay, clip, malloc and thread settings; each round has another
-seed. Time runs from the beginning of training to the end of the last step (TRL: `on_train_begin` to the last
-`on_step_end`; ours: `Prepared` to the last `StepDone`, with no evaluation and no save between); ours has rehearsed a
-step by then, as TRL has not, so the figures without the first step are told, too. Memory, `peak_rss_bytes`, is the
-process's VmHWM minus what was resident after its imports; of ours the planning and loading are part. Losses are scored
-by our evaluation in fp32. Packed rows are as many a step as hold the tokens of the effective batch.
+Both sides have the same NF4 weights, new adapter, rows, order (where grouping or packing does not change it),
+effective batch, steps, rank, learning rate, warm-up, schedule, weight decay, clip and thread settings; each round has
+another seed. The environment, MALLOC_* included, is the same, too, but not what malloc does by it: ours calls
+`mallopt` itself for M_MMAP_MAX, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD (`hardware/heap.py`), whatever the environment
+says of the first and the last, and unless MALLOC_MMAP_THRESHOLD_ is set. Time runs from the beginning of training to
+the end of the last step (TRL: `on_train_begin` to the last `on_step_end`; ours: `Prepared` to the last `StepDone`,
+with no evaluation and no save between); ours has rehearsed a step by then, as TRL has not, so the figures without the
+first step are told, too. Memory, `peak_rss_bytes`, is the process's VmHWM minus what was resident after its imports;
+of ours the planning and loading are part. Losses are scored by our evaluation in fp32. Packed rows are as many a step
+as hold the tokens of the effective batch.
 """
 
 from __future__ import annotations
@@ -99,17 +102,18 @@ def _bench(chosen: argparse.Namespace, folder: Path) -> Bench:
         num_rows=chosen.rows,
         documents_per_step=chosen.batch,
         num_steps=num_steps,
+        rank=chosen.rank,
         seeds=tuple(range(chosen.seed, chosen.seed + chosen.repeats)),
         num_held_out=chosen.held_out,
         max_length=chosen.max_length,
         is_equal_length=chosen.equal_length,
     )
-    empty = Bench(folder=folder, spec=spec, inputs=Inputs.nothing(), rank=chosen.rank)
+    empty = Bench(folder=folder, spec=spec, inputs=Inputs.nothing())
     told = empty.child("versus_inputs", asdict(spec))
     if "error" in told:
         raise SystemExit(f"no inputs: {told['error']}")
     del told["process_seconds"]
-    return Bench(folder=folder, spec=spec, inputs=Inputs(**told), rank=chosen.rank)
+    return Bench(folder=folder, spec=spec, inputs=Inputs(**told))
 
 
 def _forms(chosen: argparse.Namespace, bench: Bench) -> tuple[list[Form], dict[str, Any]]:
@@ -233,11 +237,10 @@ def _report(
 ) -> dict[str, Any]:
     asked, inputs = asdict(bench.spec), asdict(bench.inputs)
     conditions = {
-        **{key: asked[key] for key in ("documents_per_step", "num_steps", "max_length", "is_equal_length")},
+        **{key: asked[key] for key in ("documents_per_step", "num_steps", "max_length", "rank", "is_equal_length")},
         **{key: inputs[key] for key in ("num_rows", "num_held_out", "mean_tokens", "longest_tokens", "num_tokens")},
         "model": Path(bench.spec.model).name,  # of a folder, no more than that
         "data": Path(bench.spec.data).name,
-        "rank": bench.rank,
         "base_eval_loss": base_loss,
         "ours_malloc": chosen.ours_malloc,
         "ours_set": chosen.ours_set,
