@@ -26,13 +26,13 @@ def _recompute(layer: GradientCheckpointingLayer, function: Callable[..., Any], 
     def run(*inner_args: Any, **inner_kwargs: Any) -> Any:
         nonlocal num_runs
         num_runs += 1
-        if num_runs == 1 or not isinstance(layer, FusedLayer):
+        if not isinstance(layer, FusedLayer):
             return function(*inner_args, **inner_kwargs)
-        layer.is_computed_again = True
+        layer.is_to_be_computed_again, layer.is_computed_again = num_runs == 1, num_runs > 1
         try:
             return function(*inner_args, **inner_kwargs)
         finally:
-            layer.is_computed_again = False
+            layer.is_to_be_computed_again = layer.is_computed_again = False
 
     # No generator state to keep: every random draw is a function of keys (see random_draws).
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
@@ -72,9 +72,9 @@ def can_tile(model: QuantizedModel) -> bool:
 
 
 def tile_layers(model: QuantizedModel, tile_tokens: int) -> None:
-    """Compute the MLPs of recomputed layers, and of all of them in an evaluation, for so many tokens at a time; 0: all.
+    """Compute recomputed layers, and all of them in an evaluation, for so many tokens at a time; 0: all.
 
-    The loss norms the last layer's output in tiles, too.
+    Of a layer that is not fused the MLP only. The loss norms the last layer's output in tiles, too.
 
     Raises:
         ConfigError: a layer's MLP is not known to be token by token.

@@ -32,7 +32,6 @@ def packed_attention(
     scale: float,
     window: int,
     softcap: float,
-    tile_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention within each document of a row.
 
@@ -40,8 +39,6 @@ def packed_attention(
         q_BHTD, k_BKTD, v_BKTD: queries, keys and values, rotated.
         document_lengths: how many tokens each document has, in order; they sum to T and hold for every row.
         scale, window, softcap: see `AttentionShape`.
-        tile_tokens: documents with more tokens are attended to one key-value head (and its queries) after the other, so
-            that kernels need as much less room; 0 for none. No head depends on another.
 
     Returns:
         out [B, T, H, D] in q's dtype, and the log-sum-exp [B, H, T] in fp32.
@@ -55,12 +52,10 @@ def packed_attention(
     shape = AttentionShape(scale, window, softcap)
     out_BTHD = q_BHTD.new_empty((num_rows, num_tokens, num_heads, v_BKTD.shape[-1]))
     lse_BHT = q_BHTD.new_empty((num_rows, num_heads, num_tokens), dtype=torch.float32)
-    for tokens, heads, kv_heads in _parts(q_BHTD, k_BKTD, document_lengths, tile_tokens):
-        out_BHLD, lse_BHL = attend(
-            q_BHTD[:, heads, tokens], k_BKTD[:, kv_heads, tokens], v_BKTD[:, kv_heads, tokens], shape
-        )
-        out_BTHD[:, tokens, heads] = out_BHLD.transpose(1, 2)
-        lse_BHT[:, heads, tokens] = lse_BHL
+    for tokens in _documents(document_lengths):
+        out_BHLD, lse_BHL = attend(q_BHTD[:, :, tokens], k_BKTD[:, :, tokens], v_BKTD[:, :, tokens], shape)
+        out_BTHD[:, tokens] = out_BHLD.transpose(1, 2)
+        lse_BHT[:, :, tokens] = lse_BHL
         del out_BHLD, lse_BHL  # else they are there beside all that the next document needs
     return out_BTHD, lse_BHT
 
@@ -74,7 +69,6 @@ def _(
     scale: float,
     window: int,
     softcap: float,
-    tile_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     num_rows, num_heads, num_tokens, _ = q_BHTD.shape
     out_BTHD = q_BHTD.new_empty((num_rows, num_tokens, num_heads, v_BKTD.shape[-1]))
@@ -93,23 +87,22 @@ def packed_attention_backward(
     scale: float,
     window: int,
     softcap: float,
-    tile_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `packed_attention` with respect to q, k and v."""
     shape = AttentionShape(scale, window, softcap)
     grads = tuple(torch.empty_like(tensor) for tensor in (q_BHTD, k_BKTD, v_BKTD))
-    for tokens, heads, kv_heads in _parts(q_BHTD, k_BKTD, document_lengths, tile_tokens):
+    for tokens in _documents(document_lengths):
         own_grads = attend_backward(
-            grad_BTHD[:, tokens, heads].transpose(1, 2),
-            q_BHTD[:, heads, tokens],
-            k_BKTD[:, kv_heads, tokens],
-            v_BKTD[:, kv_heads, tokens],
-            out_BTHD[:, tokens, heads].transpose(1, 2),
-            lse_BHT[:, heads, tokens],
+            grad_BTHD[:, tokens].transpose(1, 2),
+            q_BHTD[:, :, tokens],
+            k_BKTD[:, :, tokens],
+            v_BKTD[:, :, tokens],
+            out_BTHD[:, tokens].transpose(1, 2),
+            lse_BHT[:, :, tokens],
             shape,
         )
-        for grad, own_grad, of_heads in zip(grads, own_grads, (heads, kv_heads, kv_heads), strict=True):
-            grad[:, of_heads, tokens] = own_grad
+        for grad, own_grad in zip(grads, own_grads, strict=True):
+            grad[:, :, tokens] = own_grad
         del own_grads, own_grad
     return grads[0], grads[1], grads[2]
 
@@ -126,26 +119,16 @@ def _(
     scale: float,
     window: int,
     softcap: float,
-    tile_tokens: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q_BHTD), torch.empty_like(k_BKTD), torch.empty_like(v_BKTD)
 
 
-def _parts(
-    q_BHTD: Tensor, k_BKTD: Tensor, document_lengths: Sequence[int], tile_tokens: int
-) -> Iterator[tuple[slice, slice, slice]]:
-    """Tokens, query heads and key-value heads of what is attended to at once."""
-    num_heads, num_kv_heads = q_BHTD.shape[1], k_BKTD.shape[1]
+def _documents(document_lengths: Sequence[int]) -> Iterator[slice]:
+    """Tokens of each."""
     first = 0
     for length in document_lengths:
-        tokens = slice(first, first + length)
+        yield slice(first, first + length)
         first += length
-        num_parts = num_kv_heads if 0 < tile_tokens < length else 1
-        for part in range(num_parts):
-            heads, kv_heads = (
-                slice(part * count // num_parts, (part + 1) * count // num_parts) for count in (num_heads, num_kv_heads)
-            )
-            yield tokens, heads, kv_heads
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -156,7 +139,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _backward(ctx: Any, grad_BTHD: Tensor, _grad_lse: Tensor) -> tuple[Any, ...]:
     grads = packed_attention_backward(grad_BTHD, *ctx.saved_tensors, *ctx.arguments)
-    return *grads, None, None, None, None, None
+    return *grads, None, None, None, None
 
 
 packed_attention.register_autograd(_backward, setup_context=_save_for_backward)

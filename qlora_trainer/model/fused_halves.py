@@ -57,7 +57,6 @@ class AttentionHalf:
         q_norm, k_norm: of each head (Qwen 3), or None.
         head_dim: D.
         scale, window, softcap: see `hardware.causal_attention.AttentionShape`.
-        tile_tokens: see `model.attention.packed_attention`.
     """
 
     norm: Norm
@@ -71,7 +70,6 @@ class AttentionHalf:
     scale: float
     window: int
     softcap: float
-    tile_tokens: int
 
     @property
     def inputs(self) -> tuple[NF4Linear, ...]:
@@ -132,8 +130,8 @@ class _AttentionFunction(torch.autograd.Function):
         kept_heads: list[Tensor] = []
         if half.q_norm is not None and half.k_norm is not None:
             kept_heads = [q_TnD, k_TnD]
-            q_TnD, q_inverse = _normed_heads(q_TnD, half.q_norm)
-            k_TnD, k_inverse = _normed_heads(k_TnD, half.k_norm)
+            q_TnD, q_inverse = normed_heads(q_TnD, half.q_norm)
+            k_TnD, k_inverse = normed_heads(k_TnD, half.k_norm)
             kept_heads += [q_inverse, k_inverse]
         for rotated in (q_TnD, k_TnD):
             rotate_(rotated, cos_TD, sin_TD, False)
@@ -144,7 +142,6 @@ class _AttentionFunction(torch.autograd.Function):
             half.scale,
             half.window,
             half.softcap,
-            half.tile_tokens,
         )
         (out_TH,), low_out = multiply([half.o], attended_BTnD.flatten(2).flatten(0, 1), added_TO=x_TH)
         if kept_heads:  # rotated ones are made again of them
@@ -186,7 +183,6 @@ class _AttentionFunction(torch.autograd.Function):
             half.scale,
             half.window,
             half.softcap,
-            half.tile_tokens,
         )
         del grad_attended, attended_TI, q_TnD, k_TnD
         grad_q, grad_k, grad_v = (grad.transpose(1, 2).flatten(0, 1).contiguous() for grad in grad_heads)
@@ -194,8 +190,8 @@ class _AttentionFunction(torch.autograd.Function):
         for rotated in (grad_q, grad_k):
             rotate_(rotated, cos_TD, sin_TD, True)
         if before_norm is not None and half.q_norm is not None and half.k_norm is not None:
-            _heads_backward_(grad_q, before_norm[0], q_inverse, half.q_norm)
-            _heads_backward_(grad_k, before_norm[1], k_inverse, half.k_norm)
+            heads_backward_(grad_q, before_norm[0], q_inverse, half.q_norm)
+            heads_backward_(grad_k, before_norm[1], k_inverse, half.k_norm)
         grads = [grad.flatten(1) for grad in (grad_q, grad_k, grad_v)]
         del grad_q, grad_k, grad_v
 
@@ -207,10 +203,9 @@ class _AttentionFunction(torch.autograd.Function):
 
 
 def _make_room(half: AttentionHalf, q_BnTD: Tensor, document_lengths: Sequence[int]) -> None:
-    """For attention over the longest document, or a key-value head of it."""
-    shape, longest = AttentionShape(half.scale, half.window, half.softcap), max(document_lengths)
-    num_parts = half.k.out_features // half.head_dim if 0 < half.tile_tokens < longest else 1
-    half.o.resident_limit.make_room(working_bytes(q_BnTD, longest, shape) // num_parts)
+    """For attention over the longest document."""
+    shape = AttentionShape(half.scale, half.window, half.softcap)
+    half.o.resident_limit.make_room(working_bytes(q_BnTD, max(document_lengths), shape))
 
 
 class _MlpFunction(torch.autograd.Function):
@@ -281,7 +276,8 @@ def _by_head(tensor_TnD: Tensor, num_rows: int) -> Tensor:
     return by_head_BnTD
 
 
-def _normed_heads(heads_TnD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def normed_heads(heads_TnD: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The norm of each head [T, n, D], and 1 / rms [T x n, 1] for backward."""
     normed, inverse = rms_norm(heads_TnD.flatten(0, 1), norm.weight_H, norm.eps, norm.offset)
     return _as_heads(normed, heads_TnD), inverse
 
@@ -296,5 +292,6 @@ def _normed_again(heads_TnD: Tensor, inverse: Tensor, norm: Norm) -> Tensor:
     return _as_heads(normed, heads_TnD)
 
 
-def _heads_backward_(grad_TnD: Tensor, heads_TnD: Tensor, inverse: Tensor, norm: Norm) -> None:
+def heads_backward_(grad_TnD: Tensor, heads_TnD: Tensor, inverse: Tensor, norm: Norm) -> None:
+    """Turns the gradient of normed heads into that of the heads, in place."""
     rms_norm_backward_(grad_TnD.flatten(0, 1), heads_TnD.flatten(0, 1), inverse, norm.weight_H, norm.offset, None)

@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora_trainer.model.fused_halves import AttentionHalf, MlpHalf, Norm, attention_half, mlp_half
 from qlora_trainer.model.row_ops import GELU, GELU_TANH, SILU
 from qlora_trainer.model.tiled import TiledMlp, is_token_wise, tiled_mlp_half
+from qlora_trainer.model.tiled_attention import tiled_attention_half
 
 # Class of a layer -> what its norms add to their weights.
 NORM_OFFSETS = {
@@ -39,7 +40,8 @@ class FusedLayer(GradientCheckpointingLayer):
         activation: of the gate.
 
     Attributes:
-        tile_tokens: that the MLP takes at a time where the layer is recomputed, or keeps nothing; 0 for all at once.
+        tile_tokens: taken at a time where the layer is recomputed, or keeps nothing; 0 for all at once.
+        is_to_be_computed_again: whether it runs for what it returns: what it keeps is computed again before backward.
         is_computed_again: whether it runs for what it keeps: nobody reads what it returns.
     """
 
@@ -50,6 +52,7 @@ class FusedLayer(GradientCheckpointingLayer):
         self._norm_offset = norm_offset
         self._activation = activation
         self.tile_tokens = 0
+        self.is_to_be_computed_again = False
         self.is_computed_again = False
 
     def forward(
@@ -67,9 +70,13 @@ class FusedLayer(GradientCheckpointingLayer):
         cos_TD, sin_TD = (_row_for_each(table, hidden_states) for table in position_embeddings)
         lengths = [hidden_states.shape[1]] if document_lengths is None else document_lengths
         tile_tokens = self.tile_tokens if self.gradient_checkpointing or not torch.is_grad_enabled() else 0
-        hidden_states = attention_half(hidden_states, self._attention(tile_tokens), cos_TD, sin_TD, lengths)
+        half = self._attention()
         if not tile_tokens:
-            return mlp_half(hidden_states, self._mlp())
+            return mlp_half(attention_half(hidden_states, half, cos_TD, sin_TD, lengths), self._mlp())
+        keeps_queries = torch.is_grad_enabled() and not self.is_to_be_computed_again
+        hidden_states = tiled_attention_half(
+            hidden_states, half, cos_TD, sin_TD, lengths, tile_tokens, keeps_queries=keeps_queries
+        )
         return tiled_mlp_half(hidden_states, self._mlp(), tile_tokens, is_output_read=not self.is_computed_again)
 
     def _by_its_modules(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
@@ -79,7 +86,7 @@ class FusedLayer(GradientCheckpointingLayer):
         out: Tensor = hidden_states + own.mlp(own.post_attention_layernorm(hidden_states))
         return out
 
-    def _attention(self, tile_tokens: int) -> AttentionHalf:
+    def _attention(self) -> AttentionHalf:
         own: Any = self.self_attn
         return AttentionHalf(
             norm=self._norm(self.input_layernorm),
@@ -93,7 +100,6 @@ class FusedLayer(GradientCheckpointingLayer):
             scale=own.scaling,
             window=_window(own),
             softcap=0.0,
-            tile_tokens=tile_tokens,
         )
 
     def _mlp(self) -> MlpHalf:

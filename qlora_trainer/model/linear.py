@@ -184,6 +184,13 @@ def _scaled_weight(linear: NF4Linear, dtype: torch.dtype) -> Tensor:
     return _unpacked(linear, dtype, "scaled")
 
 
+def dense_weights(linear: NF4Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """The weight that multiplies the whole input, and with DoRA and dropout the one for what is left of it."""
+    adapter = linear.adapter
+    is_changed = adapter is not None and adapter.drops and adapter.lora_magnitude_vector is not None
+    return _scaled_weight(linear, dtype), _unpacked(linear, dtype, "change") if is_changed else None
+
+
 def _unpacked(linear: NF4Linear, dtype: torch.dtype, form: str = "plain") -> Tensor:
     """The dense weight: "plain", "scaled" by DoRA's factors of its rows, or the "change" that they make."""
     held = linear.unpacked

@@ -40,10 +40,20 @@ def token_keys(document_keys: list[int], document_lengths: list[int]) -> Tensor:
 
 
 def dropout_factors(
-    row_keys_T: Tensor, layer_key: int, num_columns: int, probability: float, dtype: torch.dtype
+    row_keys_T: Tensor,
+    layer_key: int,
+    num_columns: int,
+    probability: float,
+    dtype: torch.dtype,
+    *,
+    columns: slice | None = None,
 ) -> Tensor:
-    """Inverted-dropout factors [T, num_columns]: 0 with `probability`, else 1 / (1 - probability)."""
-    columns_C = mix32(torch.arange(num_columns, dtype=torch.int64, device=row_keys_T.device) ^ layer_key)
+    """Inverted-dropout factors [T, num_columns]: 0 with `probability`, else 1 / (1 - probability).
+
+    Where `columns` are given, only those of them.
+    """
+    start, stop = (0, num_columns) if columns is None else (columns.start, columns.stop)
+    columns_C = mix32(torch.arange(start, stop, dtype=torch.int64, device=row_keys_T.device) ^ layer_key)
     draws_TC = mix32(row_keys_T.unsqueeze(1) ^ columns_C)
     kept_TC = draws_TC >= int(probability * 2**32)
     return kept_TC.to(dtype).mul_(1.0 / (1.0 - probability))

@@ -14,8 +14,7 @@ Legend: B rows, T tokens (of all rows, where B is not named), H hidden size, I i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,13 +34,15 @@ from qlora_trainer.model.linear import (
     unpacked_once,
 )
 from qlora_trainer.model.row_ops import gated, gated_backward_, rms_norm, rms_norm_backward_
+from qlora_trainer.model.token_tiles import add_, drawn_for, tiles
 
 
 def tiled_mlp_half(x_BTH: Tensor, half: MlpHalf, tile_tokens: int, *, is_output_read: bool = True) -> Tensor:
     """x + mlp(norm(x)) [B, T, H], as `fused_halves.mlp_half` computes it.
 
     Args:
-        x_BTH: the input, which is all that is kept for backward.
+        x_BTH: the input, which is all that is kept for backward; what made it has no other reader. There its gradient
+            takes its place.
         half: the modules.
         tile_tokens: tokens at a time.
         is_output_read: False where a layer is computed again, for what it keeps: then nothing is computed, and what is
@@ -97,11 +98,6 @@ def is_token_wise(mlp: nn.Module) -> bool:
     return bool(linears) and not has_own_weights and not own and takes == 1
 
 
-def tiles(num_tokens: int, tile_tokens: int) -> list[slice]:
-    """Tokens in order, `tile_tokens` at a time."""
-    return [slice(first, min(first + tile_tokens, num_tokens)) for first in range(0, num_tokens, tile_tokens)]
-
-
 class _TiledHalf(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -116,7 +112,7 @@ class _TiledHalf(torch.autograd.Function):
         linears = [*half.inputs, half.down]
         with unpacked_once(linears):
             for tile in tiles(x_TH.shape[0], tile_tokens):
-                with _drawn_for(linears, tile):
+                with drawn_for(linears, tile):
                     out_TH[tile] = _half_forward(half, x_TH[tile])
         return out_TH.view(x_BTH.shape)
 
@@ -124,15 +120,15 @@ class _TiledHalf(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (x_BTH,) = ctx.saved_tensors
         half: MlpHalf = ctx.half
-        x_TH, grad_TH = x_BTH.flatten(0, 1), grad_outputs[0].flatten(0, 1)
-        grad_x_TH = torch.empty_like(grad_TH) if ctx.needs_input_grad[0] else None
+        x_TH, grad_TH = x_BTH.detach().flatten(0, 1), grad_outputs[0].flatten(0, 1)
+        grad_x_TH = x_TH if ctx.needs_input_grad[0] else None  # nobody else reads it any more
         linears = [*half.inputs, half.down]
         sums = no_parameter_gradients(linears)
         with unpacked_once(linears):
             for tile in tiles(x_TH.shape[0], ctx.tile_tokens):
-                with _drawn_for(linears, tile):
+                with drawn_for(linears, tile):
                     own = None if grad_x_TH is None else grad_x_TH[tile]
-                    _add_(sums, _half_backward(half, x_TH[tile], grad_TH[tile], own))
+                    add_(sums, _half_backward(half, x_TH[tile], grad_TH[tile], own))
         grad_x_BTH = None if grad_x_TH is None else grad_x_TH.view(x_BTH.shape)
         return grad_x_BTH, None, None, None, *sums
 
@@ -179,7 +175,7 @@ class _TiledModule(torch.autograd.Function):
         out_TH = torch.empty_like(x_TH)
         with unpacked_once(linears):
             for tile in tiles(x_TH.shape[0], tile_tokens):
-                with _drawn_for(linears, tile):
+                with drawn_for(linears, tile):
                     out_TH[tile] = mlp(x_TH[tile])
         return out_TH.view(hidden.shape)
 
@@ -195,9 +191,9 @@ class _TiledModule(torch.autograd.Function):
         sums: list[Tensor | None] = [None] * len(leaves)
         with unpacked_once(linears):
             for tile in tiles(x_TH.shape[0], ctx.tile_tokens):
-                with _drawn_for(linears, tile):
+                with drawn_for(linears, tile):
                     own = None if grad_x_TH is None else grad_x_TH[tile]
-                    _add_(sums, _module_backward(ctx.mlp, leaves, x_TH[tile], grad_TH[tile], own))
+                    add_(sums, _module_backward(ctx.mlp, leaves, x_TH[tile], grad_TH[tile], own))
         found = iter(sums)
         grad_hidden = None if grad_x_TH is None else grad_x_TH.view(hidden.shape)
         return grad_hidden, None, None, None, *(next(found) if needed else None for needed in trained)
@@ -214,27 +210,3 @@ def _module_backward(
     *grads, grad_own_TH = torch.autograd.grad(out_TH, [*leaves, own_TH], grad_TH)
     grad_x_TH.copy_(grad_own_TH)
     return grads
-
-
-@contextmanager
-def _drawn_for(linears: Sequence[NF4Linear], tile: slice) -> Iterator[None]:
-    keys = [linear.adapter.keys for linear in linears if linear.adapter is not None]
-    for own in keys:
-        own.tokens = tile
-    try:
-        yield
-    finally:
-        for own in keys:
-            own.tokens = None
-
-
-def _add_(sums: list[Tensor | None], grads: Sequence[Tensor | None]) -> None:
-    """Add a tile's gradients to what there is, in fp32."""
-    for index, grad in enumerate(grads):
-        if grad is None:
-            continue
-        before = sums[index]
-        if before is None:
-            sums[index] = grad.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        else:
-            before.add_(grad)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_inside_bytes
 from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
-from qlora_trainer.model import attention, dora, nf4, row_ops
+from qlora_trainer.model import attention, attention_in_parts, dora, nf4, row_ops
 from qlora_trainer.model.vocabulary_blocks import rows_in_block as rows_in_vocabulary_block
 from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.timeline import Probe, on_a_line
@@ -22,10 +23,16 @@ from qlora_trainer.planning.tracker import Inside, StorageTracker, TensorSpec
 from qlora_trainer.step import loss
 
 ATTENTION = ("qlora_trainer::packed_attention", "qlora_trainer::packed_attention_backward")
+IN_PARTS = ("qlora_trainer::attention_in_parts_", "qlora_trainer::attention_in_parts_backward_")
 LOSS = "qlora_trainer::chunked_cross_entropy"
 ROW_NORMS = "qlora_trainer::row_norms_"
 # Where the tokens of a row are in each tensor of an attention; the lengths of the documents come behind the tensors.
-_TOKEN_AXES = {ATTENTION[0]: (2, 2, 2), ATTENTION[1]: (1, 2, 2, 2, 1, 2)}
+_TOKEN_AXES: dict[str, tuple[int | None, ...]] = {
+    ATTENTION[0]: (2, 2, 2),
+    ATTENTION[1]: (1, 2, 2, 2, 1, 2),
+    IN_PARTS[0]: (0, 0, 0),
+    IN_PARTS[1]: (0, 0, 0, 0, 1, 0, None, 0, None, None, 0),
+}
 # Of LOSS: the projection and its bias; how many positions are in a chunk; whether the projection is on the host; its
 # scales where it is in NF4.
 _WEIGHT_ARGUMENT, _BIAS_ARGUMENT, _CHUNK_ARGUMENT, _HOST_ARGUMENT, _SCALES_ARGUMENT = 2, 3, 6, 9, 13
@@ -47,6 +54,8 @@ _BODIES: dict[str, Callable[..., Any]] = {
     **ROW_OPS,
     ATTENTION[0]: attention.packed_attention._init_fn,
     ATTENTION[1]: attention.packed_attention_backward._init_fn,
+    IN_PARTS[0]: attention_in_parts.attention_in_parts_._init_fn,
+    IN_PARTS[1]: attention_in_parts.attention_in_parts_backward_._init_fn,
     LOSS: loss.loss_and_gradient._init_fn,
     ROW_NORMS: dora.row_norms_._init_fn,
 }
@@ -66,7 +75,11 @@ def bytes_of(inside: Inside) -> int:
     if inside.op == LOSS:
         return _loss_bytes(_two_chunks(inside.arguments))
     if inside.op in ATTENTION:
-        return _traced_bytes(inside.op, _one_of_each(inside.op, inside.arguments))
+        lengths = tuple(dict.fromkeys(_lengths(inside)))
+        return _traced_bytes(inside.op, _of_documents(inside.op, inside.arguments, lengths))
+    if inside.op in IN_PARTS:
+        lengths = _few_documents(_lengths(inside), inside.arguments[_tile_argument(inside.op)])
+        return _traced_bytes(inside.op, _of_documents(inside.op, inside.arguments, lengths))
     if inside.op in ROW_OPS:
         if expects_row_kernels(_device_of(inside.arguments)):
             return 0  # one kernel, which allocates nothing
@@ -140,15 +153,30 @@ def _two_blocks(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
-def _one_of_each(op: str, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Attention over one document of each length: it takes them one after the other, and a batch may hold a million."""
+def _lengths(inside: Inside) -> tuple[int, ...]:
+    """Of the documents of an attention."""
+    lengths: tuple[int, ...] = inside.arguments[len(_TOKEN_AXES[inside.op])]
+    return lengths
+
+
+def _of_documents(op: str, arguments: tuple[Any, ...], lengths: tuple[int, ...]) -> tuple[Any, ...]:
+    """Attention over other documents: it takes them one after the other, and a batch may hold a million."""
     axes = _TOKEN_AXES[op]
-    lengths = tuple(dict.fromkeys(arguments[len(axes)]))
     tensors = [
         TensorSpec((*spec.shape[:axis], sum(lengths), *spec.shape[axis + 1 :]), spec.dtype, spec.device)
+        if isinstance(spec, TensorSpec) and axis is not None
+        else spec
         for spec, axis in zip(arguments, axes, strict=False)
     ]
     return (*tensors, lengths, *arguments[len(axes) + 1 :])
+
+
+def _few_documents(lengths: tuple[int, ...], tile: int) -> tuple[int, ...]:
+    """Of each length as many as are taken at once."""
+    found: list[int] = []
+    for length, number in Counter(lengths).items():
+        found += [length] * min(number, max(1, tile // length))
+    return tuple(found)
 
 
 def resized(
@@ -174,14 +202,16 @@ def resized(
         return Inside(inside.index, inside.op, (*by_token, *others))
     if inside.op in ROW_OPS:
         return Inside(inside.index, inside.op, _with_rows(inside.arguments, probe, tokens, tile))
-    changed = _with_tokens(inside.arguments, probe.tokens, seq_len, rows)
-    if inside.op in ATTENTION and probe.has_tile:
-        changed = (*changed[: _tile_argument(inside.op)], tile)
-    return Inside(inside.index, inside.op, changed)
+    if inside.op in IN_PARTS:
+        lengths = (seq_len,) * max(1, min(tile, tokens) // seq_len)
+        changed = list(_of_documents(inside.op, inside.arguments, lengths))
+        changed[_tile_argument(inside.op)] = tile
+        return Inside(inside.index, inside.op, tuple(changed))
+    return Inside(inside.index, inside.op, _with_tokens(inside.arguments, probe.tokens, seq_len, rows))
 
 
 def _tile_argument(op: str) -> int:
-    """Place of `tile_tokens`, the last argument: behind tensors, lengths, scale, window and cap."""
+    """Place of `tile_tokens`: behind tensors, lengths, scale, window and cap."""
     return len(_TOKEN_AXES[op]) + 4
 
 

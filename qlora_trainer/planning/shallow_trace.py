@@ -21,7 +21,7 @@ from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.planning.dry_model import DryModel, attach_dry_adapters, dry_store, layer_kinds, only_layers
-from qlora_trainer.planning.inside import ATTENTION, LOSS, inside_bytes
+from qlora_trainer.planning.inside import ATTENTION, IN_PARTS, LOSS, inside_bytes
 from qlora_trainer.planning.timeline import EMPTY_SEGMENT, Probe, Segment, choose_probe, read_segments
 from qlora_trainer.planning.tracker import StorageTracker, TensorSpec
 from qlora_trainer.planning.work import NO_WORK, WorkSum, sum_work
@@ -29,7 +29,10 @@ from qlora_trainer.step.batch import MicroBatch
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
 
 Policy = Literal["offload", "recompute", "keep"]
-_ATTENTION_PASSES = dict(zip(ATTENTION, (1.0, 2.5), strict=True))  # backward is 2.5 forwards (Dao, 2023)
+_ATTENTION_PASSES = dict(zip((*ATTENTION, *IN_PARTS), 2 * (1.0, 2.5), strict=True))  # backward: 2.5 (Dao, 2023)
+# What attention in parts starts on a GPU for a document, or a head of one: kernel, copy to its layout, zeros and two
+# results put in place; two products, forward's kernel again, backward's four and three results.
+_PART_LAUNCHES = dict(zip(IN_PARTS, (5, 11), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,10 @@ class LayerParts:
     Attributes:
         forward, backward: what it allocates; backward is empty below the first adapter, where no gradient arrives.
         forward_work, backward_work: what it computes.
-        query_spec: what attention is given first.
+        query_spec: what attention is given first; heads are its second dimension, a head's size is its last.
         attention_passes: how often attention's forward is computed, or what takes as long.
+        part_launches: where attention goes part by part, operations that compute, of each part.
+        num_parts: that a document longer than a tile has.
     """
 
     forward: Segment
@@ -49,6 +54,8 @@ class LayerParts:
     backward_work: WorkSum
     query_spec: TensorSpec
     attention_passes: float
+    part_launches: int
+    num_parts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,8 +221,10 @@ def _layer_parts(place: int, segments: Mapping[object, Segment], work: Mapping[o
         backward=backward,
         forward_work=work["forward", place],
         backward_work=work.get(("backward", place), NO_WORK),
-        query_spec=next(inside.arguments[0] for inside in attended if inside.op == ATTENTION[0]),
+        query_spec=next(inside.arguments[0] for inside in attended if inside.op in (ATTENTION[0], IN_PARTS[0])),
         attention_passes=sum(_ATTENTION_PASSES[inside.op] for inside in attended),
+        part_launches=sum(_PART_LAUNCHES.get(inside.op, 0) for inside in attended),
+        num_parts=attended[0].arguments[1].shape[1],
     )
 
 

@@ -14,6 +14,7 @@ from qlora_trainer.hardware.device import ComputeDtype
 from qlora_trainer.hardware.gpu_catalogue import Gpu
 from qlora_trainer.model.vocabulary_blocks import BLOCK_ELEMENTS
 from qlora_trainer.planning.price import Layout, Prices, hidden_bytes
+from qlora_trainer.planning.shallow_trace import LayerParts
 from qlora_trainer.planning.tracker import TensorSpec
 from qlora_trainer.planning.work import WorkSum
 
@@ -174,9 +175,16 @@ def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed:
         each = _part_seconds(own.forward_work, layout, tokens, speed)
         each += _part_seconds(own.backward_work, layout, tokens, speed)
         attention_flops = own.attention_passes * tokens * _attention_flops_per_token(own.query_spec, demand)
+        each += own.part_launches * _num_parts(own, layout, tokens, demand) * speed.launch_seconds
         total += run.num_layers * (each + attention_flops / _attention_rate(demand, speed))
     total += _loss_seconds(prices, layout, tokens, speed)
     return total
+
+
+def _num_parts(own: LayerParts, layout: Layout, tokens: int, demand: Demand) -> float:
+    """Into which attention cuts so many tokens, in documents of the mean length."""
+    of_each = own.num_parts if demand.mean_tokens > layout.levers.tile_tokens else 1
+    return of_each * tokens / demand.mean_tokens
 
 
 def _part_seconds(work: WorkSum, layout: Layout, tokens: int, speed: Speed) -> float:
@@ -192,7 +200,7 @@ def _part_seconds(work: WorkSum, layout: Layout, tokens: int, speed: Speed) -> f
 
 def _attention_flops_per_token(query: TensorSpec, demand: Demand) -> float:
     """Of a causal forward pass over documents of the mean length: two products over half of the pairs."""
-    heads, head_dim = query.shape[1], query.shape[3]
+    heads, head_dim = query.shape[1], query.shape[-1]
     return 2.0 * demand.mean_tokens * heads * head_dim
 
 

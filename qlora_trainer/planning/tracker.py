@@ -308,6 +308,8 @@ def product_flops(name: str, args: tuple[Any, ...]) -> int:
             left, right = args[0], args[1]
         case "aten::addmm" | "aten::addmm_" | "aten::baddbmm":
             left, right = args[1], args[2]
+        case "qlora_trainer::attention_in_parts_backward_":  # the output projection's part of it, without its adapter's
+            left, right = args[5], args[6]
         case _:
             return 0
     return 2 * int(left.numel()) * int(right.shape[-1])

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qlora_trainer.planning.inside import ROW_NORMS, ROW_OPS
+from qlora_trainer.planning.inside import IN_PARTS, ROW_NORMS, ROW_OPS
 from qlora_trainer.planning.timeline import Probe
 from qlora_trainer.planning.tracker import StorageTracker, Work
 
 _UNPACK = "bitsandbytes::dequantize_4bit"
 _OURS = "qlora_trainer::"
+_SHARED = ("bitsandbytes::", *IN_PARTS)  # a weight is unpacked in its first tile, attention between two passes
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +78,13 @@ def _sum(part: Sequence[Work], probe: Probe) -> WorkSum:
 
 
 def _num_in_tiles(part: Sequence[Work], probe: Probe) -> int:
-    """How many operations there are from the first one on a tile to the last."""
+    """How many operations there are from the first one on a tile to the last, without those that all of them share."""
     if not probe.has_tile:
         return 0
     of_tiles = [number for number, work in enumerate(part) if any(_is_of_tile(size, probe) for size in work.moved)]
-    return of_tiles[-1] - of_tiles[0] + 1 if of_tiles else 0
+    if not of_tiles:
+        return 0
+    return sum(not work.op.startswith(_SHARED) for work in part[of_tiles[0] : of_tiles[-1] + 1])
 
 
 def _is_of_tile(number: int, probe: Probe) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from qlora_trainer.model.final_norm import FinalNorm
 from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.quantized import LogitShape
-from qlora_trainer.model.tiled import tiles
+from qlora_trainer.model.token_tiles import tiles
 from qlora_trainer.step.loss import chunked_cross_entropy
 
 
