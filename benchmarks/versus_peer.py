@@ -30,9 +30,10 @@ class PeerSpec:
         cache_folder: NF4 weights that transformers loads.
         tokenizer_folder: of the base.
         rows: JSON Lines of prompts and completions, in order; one pass over them.
+        initial_adapter: a PEFT folder to begin with.
         adapter: where the adapter is saved; "" for nowhere.
-        seed: of adapters and sampling.
-        max_length, rank: as they are called.
+        seed: of sampling.
+        max_length: as it is called.
         micro_batch, accumulation: rows of a forward pass, and passes of a step.
         batching, is_recomputed, dtype, is_compiled: see `versus_forms.Form`.
     """
@@ -40,10 +41,10 @@ class PeerSpec:
     cache_folder: str
     tokenizer_folder: str
     rows: str
+    initial_adapter: str
     adapter: str
     seed: int
     max_length: int
-    rank: int
     micro_batch: int
     accumulation: int
     batching: str
@@ -89,7 +90,7 @@ def run(spec: PeerSpec, result: Path) -> None:
     import bitsandbytes  # noqa: F401 -- transformers would import it later, and it is an import
     import torch
     from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
+    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
@@ -120,14 +121,11 @@ def run(spec: PeerSpec, result: Path) -> None:
         unfinished.write_text(json.dumps(told))
         os.replace(unfinished, result)
 
-    # PEFT takes a fraction, its type says int.
-    rank_and_alpha: dict[str, Any] = {"r": spec.rank, "lora_alpha": 2 * spec.rank}
     trainer: Any = SFTTrainer(
-        model=model,
+        model=PeftModel.from_pretrained(model, spec.initial_adapter, is_trainable=True),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(spec.tokenizer_folder),
         callbacks=[Clock()],
-        peft_config=LoraConfig(**rank_and_alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
         args=SFTConfig(
             output_dir=str(result.parent / "trainer"),
             per_device_train_batch_size=spec.micro_batch,

@@ -25,7 +25,7 @@ from benchmarks.versus_forms import (
     packs_per_step,
     slowness,
 )
-from benchmarks.versus_inputs import Inputs, InputSpec
+from benchmarks.versus_inputs import Inputs, InputSpec, initial_adapter
 from benchmarks.versus_peer import LEARNING_RATE, MAX_GRAD_NORM, SCHEDULE, WARMUP_RATIO, WEIGHT_DECAY, PeerSpec
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,14 +45,12 @@ class Bench:
     Attributes:
         folder: everything is written there.
         spec, inputs: what was asked for, and what there is.
-        rank: of all linears.
         num_runs: so far.
     """
 
     folder: Path
     spec: InputSpec
     inputs: Inputs
-    rank: int
     num_runs: int = 0
 
     def packs_per_step(self) -> int:
@@ -68,7 +66,7 @@ class Bench:
 
         Args:
             form: how.
-            seed: of the order, the adapters and the sampling.
+            seed: of the order, the new adapter and the sampling.
             num_steps: only the rows of the first steps; all by default.
             seconds: kill it when it trains for longer.
             adapter: where the adapter is saved.
@@ -83,10 +81,10 @@ class Bench:
             cache_folder=self.inputs.cache_folder,
             tokenizer_folder=self.inputs.base_folder,
             rows=str(rows),
+            initial_adapter=str(initial_adapter(self.folder, seed)),
             adapter=adapter,
             seed=seed,
             max_length=self.spec.max_length,
-            rank=self.rank,
             micro_batch=form.micro_batch,
             accumulation=math.ceil(per_step / form.micro_batch),
             batching=form.batching,
@@ -114,8 +112,7 @@ class Bench:
         num_steps = self.spec.num_steps
         return [
             f"model.base={self.spec.model}",
-            f"lora.rank={self.rank}",
-            f"lora.alpha={2 * self.rank}",
+            f"lora.init_from={initial_adapter(self.folder, seed)}",
             f"data.train={self.folder / 'train.jsonl'}",
             "data.eval_fraction=0",
             f"data.seq_len={self.spec.max_length}",

@@ -153,7 +153,15 @@ class _BenchWithoutRuns:
     """Speeds and sizes by formula: documents one by one are fast, recomputing is small, compiling ends in an error."""
 
     spec = InputSpec(
-        data="", model="", num_rows=16, documents_per_step=8, num_steps=2, seeds=(7,), num_held_out=0, max_length=512
+        data="",
+        model="",
+        num_rows=16,
+        documents_per_step=8,
+        num_steps=2,
+        rank=4,
+        seeds=(7,),
+        num_held_out=0,
+        max_length=512,
     )
 
     def __init__(self) -> None:
