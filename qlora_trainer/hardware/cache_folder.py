@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_trainer.errors import StorageError
 
+_OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OWNERS_ALONE = stat.S_IRWXU
+
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/qlora_trainer` (by default `~/.cache/qlora_trainer`), made if missing, its owner's alone.
 
+    What lies in it is trusted: compiled kernels are loaded as code, hashes of bases are believed. So a folder into which
+    somebody else may have put something is refused, not closed; one that others can only read is closed, and with it
+    every folder within, whatever its own rights.
+
     Raises:
-        StorageError: it cannot be made, or belongs to somebody else.
+        StorageError: it cannot be made, it or the link to it belongs to somebody else, or others may write to it.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qlora_trainer"
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = root.stat().st_uid
+        root.mkdir(mode=_OWNERS_ALONE, parents=True, exist_ok=True)
+        found = root.stat()
+        owners = {found.st_uid, root.lstat().st_uid}
+        others_may_write = bool(found.st_mode & _OTHERS_MAY_WRITE)
+        if owners == {os.getuid()} and not others_may_write and stat.S_IMODE(found.st_mode) != _OWNERS_ALONE:
+            root.chmod(_OWNERS_ALONE)
     except OSError as error:
         raise StorageError(
             where=str(root),
@@ -27,12 +39,19 @@ def cache_folder() -> Path:
             expected="a writable folder",
             fix="Set XDG_CACHE_HOME to a folder that you can write to.",
         ) from error
-    if owner != os.getuid():
+    for owner in owners - {os.getuid()}:
         raise StorageError(
             where=str(root),
             found=f"a cache folder of user {owner}",
             expected=f"one of user {os.getuid()}, who runs this",
             fix="Set XDG_CACHE_HOME to a folder of your own.",
+        )
+    if others_may_write:
+        raise StorageError(
+            where=str(root),
+            found=f"a cache folder that others may write to (mode {stat.S_IMODE(found.st_mode):o})",
+            expected=f"mode {_OWNERS_ALONE:o}, since code is loaded from it",
+            fix=f"Remove it, all in it is made again: rm -r {root}; if nobody else has been there: chmod 700 {root}",
         )
     return root
 

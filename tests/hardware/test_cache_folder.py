@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,4 +48,44 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "getuid", lambda: owner + 1)
 
     with pytest.raises(StorageError, match=f"a cache folder of user {owner}; expected one of user {owner + 1}"):
+        cache_folder()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o702])
+def test_a_folder_that_others_may_write_to_is_refused_and_left_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """Code may lie there already: to close it now would be too late."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = cache_folder()
+    folder.chmod(mode)
+
+    with pytest.raises(StorageError, match=f"others may write to .mode {mode:o}.*; expected mode 700.*rm -r {folder}"):
+        cache_folder()
+
+    assert folder.stat().st_mode & 0o777 == mode
+
+
+def test_one_that_others_can_read_is_closed_and_so_is_all_within(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders within are made as the umask says, which may let others write."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "qlora_trainer").mkdir()
+    (tmp_path / "qlora_trainer").chmod(0o755)
+
+    assert cache_folder().stat().st_mode & 0o777 == 0o700
+
+
+def test_a_link_of_ones_own_leads_to_another_disk_and_one_of_somebody_else_nowhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "qlora_trainer").symlink_to(tmp_path / "disk")
+    owner = cache_folder().stat().st_uid
+
+    monkeypatch.setattr(Path, "lstat", lambda _: SimpleNamespace(st_uid=owner + 1))
+
+    with pytest.raises(StorageError, match=f"a cache folder of user {owner + 1}"):
         cache_folder()
