@@ -17,9 +17,9 @@ _OWNERS_ALONE = stat.S_IRWXU
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/qlora_trainer` (by default `~/.cache/qlora_trainer`), made if missing, its owner's alone.
 
-    What lies in it is trusted: compiled kernels are loaded as code, hashes of bases are believed. So a folder into which
-    somebody else may have put something is refused, not closed; one that others can only read is closed, and with it
-    every folder within, whatever its own rights.
+    What lies in it is trusted: compiled kernels are loaded as code, hashes of bases are believed. So a folder that
+    somebody else may have put something into is refused, not closed; one that others can only read is closed, and with
+    it every folder within, whatever its own rights.
 
     Raises:
         StorageError: it cannot be made, it or the link to it belongs to somebody else, or others may write to it.

@@ -6,11 +6,13 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.dtype_check import why_not_computed_in
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 AdapterDtype = Literal["float32", "bfloat16"]
@@ -57,10 +59,23 @@ def best_gemm_gflops(*, size: int = 512, rounds: int = 15) -> dict[ComputeDtype,
     return {name: 2 * size**3 / seconds / 1e9 for name, seconds in least.items()}
 
 
+def choose_cpu_dtype(gflops: Mapping[ComputeDtype, float]) -> tuple[ComputeDtype, str | None]:
+    """The dtype in which this machine multiplies fastest, but `"float32"` where what it computes there is wrong.
+
+    Args:
+        gflops: as `best_gemm_gflops` measures them.
+
+    Returns:
+        The dtype, and what is wrong in the fastest one; None where that one is taken.
+    """
+    fastest = max(gflops, key=lambda name: gflops[name])
+    reason = None if fastest == "float32" else why_not_computed_in(DTYPES[fastest])
+    return ("float32" if reason else fastest), reason
+
+
 def faster_cpu_dtype() -> ComputeDtype:
-    """`"bfloat16"` or `"float32"`, whichever this machine multiplies faster."""
-    gflops = best_gemm_gflops()
-    return max(gflops, key=lambda name: gflops[name])
+    """`"bfloat16"` or `"float32"`, whichever this machine multiplies faster, and rightly."""
+    return choose_cpu_dtype(best_gemm_gflops())[0]
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:

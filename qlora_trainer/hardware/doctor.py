@@ -26,6 +26,7 @@ from qlora_trainer.hardware.device import (
     BF16_COMPUTE_CAPABILITY,
     best_gemm_gflops,
     choose_compute_dtype,
+    choose_cpu_dtype,
     choose_device,
     num_cpu_threads,
 )
@@ -183,8 +184,11 @@ def _speed(device: torch.device) -> Iterator[Finding]:
     gflops = best_gemm_gflops()
     for name, speed in gflops.items():
         yield Finding(f"{name} products", f"{speed:.0f} GFLOP/s", "ok")
-    fastest = max(gflops, key=lambda name: gflops[name])
-    yield Finding("compute dtype", fastest, "ok", "What auto takes: the faster one.")
+    dtype, reason = choose_cpu_dtype(gflops)
+    if reason is None:
+        yield Finding("compute dtype", dtype, "ok", "What auto takes: the faster one.")
+    else:
+        yield Finding("compute dtype", dtype, "warn", f"What auto takes: the faster one computes wrongly, {reason}.")
 
 
 def _trials(device: torch.device) -> Iterator[Finding]:

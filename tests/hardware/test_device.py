@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_trainer.hardware import device
 from qlora_trainer.hardware.device import (
     DTYPES,
     best_gemm_gflops,
@@ -73,11 +74,33 @@ def test_a_cpu_computes_in_what_it_multiplies_faster(monkeypatch: pytest.MonkeyP
         if num_products[0] % 3:
             clock[0] += 9.0 if is_faster else 1.0
 
+    monkeypatch.setattr(device, "why_not_computed_in", lambda _dtype: None)
     monkeypatch.setattr(torch, "mm", product)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
 
     assert faster_cpu_dtype() == faster
     assert choose_compute_dtype(torch.device("cpu")) == faster
+
+
+@pytest.mark.parametrize(
+    "bfloat16_gflops, reason, expected",
+    [(200.0, None, "bfloat16"), (200.0, "a product is off", "float32"), (50.0, "a product is off", "float32")],
+)
+def test_a_dtype_in_which_a_cpu_computes_wrongly_is_not_taken_however_fast(
+    monkeypatch: pytest.MonkeyPatch, bfloat16_gflops: float, reason: str | None, expected: str
+) -> None:
+    looked_at: list[torch.dtype] = []
+
+    def why_not(dtype: torch.dtype) -> str | None:
+        looked_at.append(dtype)
+        return reason
+
+    gflops = {"float32": 100.0, "bfloat16": bfloat16_gflops}
+    monkeypatch.setattr(device, "why_not_computed_in", why_not)
+    monkeypatch.setattr(device, "best_gemm_gflops", lambda: gflops)
+
+    assert choose_compute_dtype(torch.device("cpu")) == expected
+    assert looked_at == ([torch.bfloat16] if bfloat16_gflops > 100.0 else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
