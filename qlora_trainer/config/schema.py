@@ -106,6 +106,11 @@ class LoraSection(Section):
         description="Tables over the vocabulary that are trained whole, such as [embed_tokens, lm_head]: a copy each, "
         "with a gradient and an optimizer state; both where the base ties them, which is then one.",
     )
+    bias: Literal["none", "lora_only", "all"] = Field(
+        "none",
+        description="Biases of the base that are trained as well, in float32: those of the linears with an adapter "
+        "(lora_only) or of every linear but lm_head (all); Qwen 2's q, k and v have some, Llama and Qwen 3 none.",
+    )
     init_from: PathText | None = Field(
         None,
         description="Adapter whose weights to begin with: a finished run, a PEFT adapter folder or a hub id "

@@ -72,6 +72,8 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
     facts.append(("linears with an adapter", f"{len(settings.targets)}: {', '.join(map(_code, leaves))}"))
     if settings.modules_to_save:
         facts.append(("trained whole", ", ".join(map(_code, settings.modules_to_save))))
+    if settings.biases:
+        facts.append(("trained biases", f"{len(settings.biases)} linears"))
     if portable:
         facts.append(("scale", "folded into the weights: `lora_alpha = r`, for readers that know no other"))
     return facts

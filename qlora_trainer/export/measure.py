@@ -90,7 +90,14 @@ def measure(
     levers = Levers(base_residency="streamed" if device.type == "cpu" else "device")
     quantized = load_quantized(base, cache, compute_dtype=compute_dtype, device=device, levers=levers)
     adapters = AdapterSet(quantized)
-    adapter = AdapterFolder(source.base_name, source.revision, source.settings, dict(source.weights), source.updates)
+    adapter = AdapterFolder(
+        source.base_name,
+        source.revision,
+        source.settings,
+        dict(source.weights),
+        source.updates,
+        source.bias_additions,
+    )
     adapters.add("trained", with_updated_tables(quantized, adapter))
     adapters.activate("trained")
     streamed = stream_model(folder, read_config(folder), compute_dtype=compute_dtype, device=device)

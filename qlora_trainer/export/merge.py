@@ -119,6 +119,7 @@ def merge(
             shapes,
             source.parts,
             source.updates,
+            source.bias_additions,
         )
         yield from write_weights(temporary, weights, shards, storage)
         unties = unties_head(source.parts, source.settings)

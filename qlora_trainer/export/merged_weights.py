@@ -92,6 +92,7 @@ class MergedWeights(Mapping[str, Tensor]):
         shapes: of the result, as `merged_shapes` gives them.
         parts: of the base.
         updates: by the full name of a table that the adapter has no weight of.
+        bias_additions: by the full name of a linear whose bias the adapter does not have, [O].
     """
 
     def __init__(
@@ -102,8 +103,10 @@ class MergedWeights(Mapping[str, Tensor]):
         shapes: Mapping[str, Tensor],
         parts: Parts,
         updates: Mapping[str, TableUpdate] | None = None,
+        bias_additions: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._updates = updates or {}
+        self._added_to = {f"{name}.bias": added_O for name, added_O in (bias_additions or {}).items()}
         self._base, self._adapter, self._settings, self._shapes = base, adapter, settings, shapes
         self._targets = {f"{name}.weight": name for name in settings.targets}
         self._linears = {f"{name}.weight" for name in parts.linears}
@@ -118,6 +121,8 @@ class MergedWeights(Mapping[str, Tensor]):
             merged = self._updated(name, like)
         elif name in self._adapter:
             merged = self._adapter[name].to(like.dtype)
+        elif name in self._added_to:
+            merged = (self._base.dense(name).float() + self._added_to[name]).to(like.dtype)
         else:
             stored = self._base.linear(name) if name in self._linears else self._base.dense(self._tied.get(name, name))
             merged = stored.to(like.dtype)

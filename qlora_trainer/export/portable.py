@@ -24,9 +24,10 @@ def require_portable(settings: LoraSettings, where: Path) -> None:
     """Refuse an adapter of which a reader of plain LoRA would see a part only.
 
     Raises:
-        ConfigError: it has DoRA's magnitudes, or modules that were trained whole.
+        ConfigError: it has DoRA's magnitudes, trained biases, or modules that were trained whole.
     """
     found = ["DoRA's magnitudes"] if settings.use_dora else []
+    found += ["trained biases"] if settings.biases else []
     found += [f"modules that were trained whole ({', '.join(settings.modules_to_save)})"] * bool(
         settings.modules_to_save
     )

@@ -25,6 +25,7 @@ from qlora_trainer.model.table_names import BaseTables, means
 from qlora_trainer.model.table_updates import AskedUpdates
 
 _LAYERS = "layers_to_transform"
+_NO_TARGETS = "dummy-target-modules"  # what PEFT takes for none, beside `modules_to_save`
 _MAX_RANK = 2**16  # beyond any layer's width: a rank that no adapter has
 _MAX_TOKEN = 2**31  # as many as no vocabulary has
 _MAX_ALPHA = 2.0**126  # the factor on an update is a number in fp32
@@ -43,7 +44,7 @@ def adapter_config(
     # Only the classic fields: older PEFT versions fail on ones they do not know.
     fields = {
         "base_model_name_or_path": base_name,
-        "bias": "none",
+        "bias": _bias_field(settings),
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
@@ -60,7 +61,7 @@ def adapter_config(
             for name, alpha in _in_any_order(settings.alpha_pattern, settings.targets).items()
         },
         "revision": revision,
-        "target_modules": short_target_modules(settings.targets, linear_names),
+        "target_modules": short_target_modules(settings.targets, linear_names) or _NO_TARGETS,
         "task_type": "CAUSAL_LM",
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
@@ -68,6 +69,12 @@ def adapter_config(
     if settings.tied_head is not None:
         fields["ensure_weight_tying"] = True  # since PEFT 0.18; without it, two tables would be trained on
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _bias_field(settings: LoraSettings) -> str:
+    if not settings.biases:
+        return "none"
+    return "lora_only" if set(settings.biases) <= set(settings.targets) else "all"
 
 
 def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) -> list[str]:
@@ -115,7 +122,7 @@ def settings_of(
     tables: BaseTables | None,
     where: Path = Path(ADAPTER_CONFIG_FILE),
 ) -> LoraSettings:
-    """What the checked fields mean for a base.
+    """What the checked fields mean for a base; which biases are trained the weights tell.
 
     Args:
         fields: of `read_config_fields`.
@@ -126,12 +133,12 @@ def settings_of(
     Raises:
         ConfigError: the fields name something that the base does not have.
     """
-    targets, _ = _targets(fields, linear_names, tables, where)
-    if not targets and not fields.get(_LAYERS):
-        found = f"target_modules = {fields['target_modules']!r}, exclude_modules = {fields.get('exclude_modules')!r}"
-        raise wrong_adapter(where, found, "LoRA on some linear inside the layers")
+    targets, on_tables = _targets(fields, linear_names, tables, where)
     saved = fields.get("modules_to_save") or []
     rows = fields.get("trainable_token_indices")
+    if not (targets or on_tables or saved or rows or fields.get(_LAYERS)):
+        found = f"target_modules = {fields['target_modules']!r}, exclude_modules = {fields.get('exclude_modules')!r}"
+        raise wrong_adapter(where, found, "LoRA on some linear, or a table that was trained")
     if (saved or rows) and tables is None:
         raise ConfigError(
             where=str(where),
@@ -182,6 +189,8 @@ def _targets(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The linears and the tables that carry LoRA, by PEFT's rules."""
     wanted, excluded, layers = fields["target_modules"], fields.get("exclude_modules") or [], fields.get(_LAYERS)
+    if wanted == _NO_TARGETS:
+        return (), ()
     table_names = () if tables is None or wanted == ALL_LINEAR else tables.names
     names = (*linear_names, *table_names)
     targets = _meant(names, _of_this_base(wanted, names), where, "target_modules", "linears inside the layers")
@@ -234,8 +243,8 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
         raise wrong_adapter(path, f"base_model_name_or_path = {name!r}", "the name of a base")
     if not (revision is None or (isinstance(revision, str) and is_revision(revision))):
         raise wrong_adapter(path, f"revision = {revision!r}", "a branch, a tag or a commit")
-    for name in ("use_dora", "use_rslora"):
-        if type(fields.get(name, False)) is not bool:
+    for name in ("use_dora", "use_rslora", "lora_bias"):
+        if type(fields.get(name) or False) is not bool:
             raise wrong_adapter(path, f"{name} = {fields[name]!r}", "true or false")
     for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = fields.get(name)

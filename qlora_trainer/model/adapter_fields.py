@@ -23,6 +23,7 @@ READ = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
+        "lora_bias",  # of each B; seen in the weights
         "lora_dropout",
         "modules_to_save",
         "r",
@@ -73,7 +74,6 @@ PLAIN: dict[str, tuple[tuple[object, ...], str]] = {
     "init_lora_weights": ((True, False, None, "gaussian", "eva", "mica", "orthogonal"), _CONVERT),
     "kasa_config": ((None,), _MERGE),
     "layer_replication": ((None, []), _MERGE),
-    "lora_bias": ((False, None), _MERGE),
     "monteclora_config": ((None,), _MERGE),
     "target_parameters": ((None, []), _MERGE),
     "use_bdlora": ((None, False), _MERGE),

@@ -10,12 +10,18 @@ from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.table_names import BaseTables
-from qlora_trainer.model.table_updates import require_updates_fit
+from qlora_trainer.model.table_updates import require_unscaled, require_updates_fit
 
 
 def base_tables(parts: Parts) -> BaseTables:
     """The embeddings and the head of a base."""
     return BaseTables(parts.embeddings, parts.head, parts.is_tied)
+
+
+def biased_linears(parts: Parts) -> tuple[str, ...]:
+    """Full names of the linears that have a bias, in model order."""
+    dense = set(parts.dense_parameters)
+    return tuple(name for name in parts.linears if f"{name}.bias" in dense)
 
 
 def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -28,6 +34,10 @@ def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[s
         shapes[f"{name}.lora_B"] = (linear.out_features, settings.rank_of(name))
         if settings.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (linear.out_features,)
+    for name in settings.biases:
+        for leaf, parameter in skeleton.get_submodule(name).named_parameters():
+            if leaf == "bias":
+                shapes[f"{name}.bias"] = tuple(parameter.shape)
     for name in settings.modules_to_save:
         for leaf, parameter in skeleton.get_submodule(name).named_parameters():
             shapes[f"{name}.{leaf}"] = tuple(parameter.shape)
@@ -46,7 +56,10 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
         ConfigError: names or shapes differ; the first five are named, or the first of an update of a table.
     """
     shapes = expected_shapes(skeleton, adapter.settings)
+    scaled = {name for name in adapter.updates if hasattr(skeleton.get_submodule(name), "embed_scale")}
+    require_unscaled(adapter.updates, scaled, where=where)
     require_updates_fit(adapter.updates, shapes, where=where)
     to_be_made = {f"{name}.{leaf}" for name in adapter.updates for leaf in ("weight", "bias")}
     expected = {name: shape for name, shape in shapes.items() if name not in to_be_made}
-    require_shapes(expected, adapter.weights, where=where)
+    added = {f"{name}.bias": added_O for name, added_O in adapter.bias_additions.items()}
+    require_shapes(expected, {**adapter.weights, **added}, where=where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_biases import has_biases, take_biases
 from qlora_trainer.model.adapter_config import asked_updates, read_config_fields, settings_of, wrong_adapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
@@ -40,6 +41,8 @@ class AdapterFolder:
         weights: by our names, see `adapter_tensors`.
         updates: what becomes of tables that are in `settings.modules_to_save`, but not in `weights` (see
             `model.table_updates`); only where it was asked for.
+        bias_additions: by the full name of a linear in `settings.biases`, what is to be added to the base's bias, [O],
+            where `weights` has no other; likewise.
     """
 
     base_name: str
@@ -47,6 +50,7 @@ class AdapterFolder:
     settings: LoraSettings
     weights: dict[str, Tensor]
     updates: Mapping[str, TableUpdate] = field(default_factory=dict)
+    bias_additions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
@@ -54,20 +58,22 @@ def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> di
 
     Args:
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; `{target}.lora_magnitude_vector` [O] of DoRA;
-            `{module}.weight` [V, H] and `{module}.bias` [V] of modules that are trained whole.
+            `{linear}.bias` [O] of trained biases; `{module}.weight` [V, H] and `{module}.bias` [V] of modules that are
+            trained whole.
         settings: what the adapter is. A table that serves embedding and head is in the file twice, as with PEFT.
     """
     whole = {}
     if settings.tied_head is not None:
         whole[f"{settings.tied_head}.weight"] = weights[f"{settings.modules_to_save[0]}.weight"]
+    biases = {f"{name}.bias": f"{name}.base_layer.bias" for name in settings.targets}  # PEFT wraps targets alone
     return {
-        f"{_PREFIX}{name}{'.weight' if name.endswith(_MATRICES) else ''}": own
+        f"{_PREFIX}{biases.get(name, name)}{'.weight' if name.endswith(_MATRICES) else ''}": own
         for name, own in {**weights, **whole}.items()
     }
 
 
 def weights_by_our_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The reverse of `adapter_tensors`."""
+    """The reverse of `adapter_tensors`, but for biases (see `model.adapter_biases`)."""
     found = {}
     for name, tensor in tensors.items():
         ours = name.removeprefix(_PREFIX)
@@ -86,22 +92,16 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     if not (folder / WEIGHTS_FILE).is_file():
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
-    fields = read_config_fields(folder / ADAPTER_CONFIG_FILE)
-    if fields.get("bias", "none") != "none":
-        _require_no_biases(folder, fields["bias"])
-    return fields
+    return read_config_fields(folder / ADAPTER_CONFIG_FILE)
 
 
-def _require_no_biases(folder: Path, bias: str) -> None:
-    """Of a base without biases, an adapter that was to train them is LoRA all the same."""
-    names = sorted(name for name in _names(folder) if name.endswith(".bias"))
-    if names:
-        raise ConfigError(
-            where=str(folder),
-            found=f"bias = {bias!r}, and {len(names)} trained biases, such as {names[0]}",
-            expected="an adapter of linears, which leaves the biases of its base alone",
-            fix="Merge it into its base with PEFT (merge_and_unload), which keeps them, and take that as the base.",
-        )
+def trains_biases(folder: Path) -> bool:
+    """Whether an adapter's file has biases: of a base without any, one that was to train them is plain LoRA.
+
+    Raises:
+        ConfigError: the file is broken or not safetensors.
+    """
+    return has_biases(_names(folder))
 
 
 def outside_layers(folder: Path) -> list[str]:
@@ -141,8 +141,8 @@ def read_adapter_folder(
         folder: where it lies.
         linear_names: the linears of its base.
         tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
-        may_update_tables: the caller makes whole tables of LoRA on embedding or head, and of trained rows; else such
-            an adapter is refused.
+        may_update_tables: the caller makes whole tables of LoRA on embedding or head, and of trained rows, and adds
+            `bias_additions` to biases; else such an adapter is refused.
 
     Raises:
         ConfigError: see `read_adapter_fields`; or the weights file is broken or not safetensors, or holds what is no
@@ -166,17 +166,23 @@ def read_adapter_folder(
     if tables is not None:
         asked = asked_updates(fields, linear_names=linear_names, tables=tables)
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
-    if updates and not may_update_tables:
-        raise _updated(folder, updates)
+    scales = {name: settings.scale_of(name) for name in settings.targets}
+    biases, additions = take_biases(
+        weights, scales, linear_names=linear_names, tables=tables, where=folder / WEIGHTS_FILE
+    )
+    settings = replace(settings, biases=biases)
+    if (updates or additions) and not may_update_tables:
+        raise _updated(folder, [*updates, *(f"the bias of {name}" for name in additions)])
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
-    return AdapterFolder(name, revision, settings, weights, updates)
+    return AdapterFolder(name, revision, settings, weights, updates, additions)
 
 
-def _updated(folder: Path, updates: Mapping[str, TableUpdate]) -> ConfigError:
+def _updated(folder: Path, changed: Sequence[str]) -> ConfigError:
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ConfigError(
         where=str(folder),
-        found=f"an adapter that changes {', '.join(updates)} other than as a whole",
-        expected="LoRA on linears inside the layers, and tables in modules_to_save",
+        found=f"an adapter that changes {', '.join(changed[:3])}{more} other than as a whole",
+        expected="LoRA on linears inside the layers, biases of their own, and tables in modules_to_save",
         fix="Train on from it (lora.init_from), or merge it into its base (qlora-trainer merge).",
     )
 

@@ -22,6 +22,7 @@ from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import build_adapters, detach_adapters, put_adapters
 from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.trained_biases import held_biases
 from qlora_trainer.model.trained_tables import base_tables, held_tables, set_tables
 
 _HELD_AS_STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +73,7 @@ class AdapterSet:
         self._model = model
         self._adapters: dict[str, dict[str, _Held]] = {}
         self._modules: dict[tuple[str, tuple[str, ...]], LoraAdapter] = {}  # by linear and kind
-        self._tables: dict[str, dict[tuple[str, str], Tensor]] = {}  # by adapter, then module and leaf
+        self._tables: dict[str, dict[tuple[str, str], Tensor]] = {}  # and biases; by adapter, then module and leaf
         self._base_tables: dict[tuple[str, str], Tensor] = {}  # of the base, where an adapter has its own
         self._active: str | None = None
         detach_adapters(model)
@@ -112,7 +113,8 @@ class AdapterSet:
             raise ConfigError(
                 where=f"adapter {name}", found=error.found, expected=error.expected, fix=error.fix
             ) from error
-        tables = held_tables(self._model, adapter.settings, adapter.weights)
+        tables = held_biases(self._model, adapter.settings, adapter.weights)
+        tables |= held_tables(self._model, adapter.settings, adapter.weights)
         self._base_tables = base_tables(self._model, tables) | self._base_tables
         held = {linear: _Held.of(module) for linear, module in built.items()}
         for linear, module in built.items():

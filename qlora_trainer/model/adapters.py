@@ -17,6 +17,7 @@ from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.random_draws import key32
+from qlora_trainer.model.trained_biases import bias_parameters, bias_weights, train_biases
 from qlora_trainer.model.trained_tables import table_parameters, table_shapes, table_weights, train_tables
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT calls it
@@ -30,8 +31,8 @@ def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype:
 def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int) -> dict[str, Tensor]:
     """Fresh adapters: A uniform in +-1/sqrt(I) as in PEFT, B zero, so the model starts unchanged.
 
-    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have. Tables
-    that are trained whole are what the model has.
+    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have. Biases
+    and tables that are trained are what the model has.
     """
     weights = {}
     for name in settings.targets:
@@ -45,7 +46,7 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
             magnitude_O = torch.empty(linear.out_features, dtype=torch.float32, device=model.device)
             set_row_norms_(magnitude_O, linear, of_zeros=0.0)
             weights[f"{name}.{MAGNITUDE}"] = magnitude_O
-    return weights | table_weights(model, settings)
+    return weights | bias_weights(model, settings) | table_weights(model, settings)
 
 
 def attach_adapters(
@@ -53,9 +54,10 @@ def attach_adapters(
 ) -> None:
     """Give every target an adapter with the given weights, in place of any it had; see `build_adapters`.
 
-    Tables that are trained whole take the place of the base's, which are gone.
+    Biases and tables that are trained take the place of the base's, which are gone.
     """
     put_adapters(model, build_adapters(model, settings, weights, dtype=dtype))
+    train_biases(model, settings, weights)
     train_tables(model, settings, weights, dtype=dtype)
 
 
@@ -68,7 +70,8 @@ def build_adapters(
         model: whose linears they are for.
         settings: which linears, and the scale.
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R], with DoRA `{target}.lora_magnitude_vector` [O],
-            and what is trained whole (see `model.trained_tables`); exactly these names. They are copied.
+            and what else is trained (see `model.trained_biases`, `model.trained_tables`); exactly these names. They
+            are copied.
         dtype: what the matrices are held in; magnitudes are fp32. Gradients are accumulated in fp32 whatever it is.
 
     Raises:
@@ -121,7 +124,7 @@ def detach_adapters(model: QuantizedModel) -> None:
 def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
     """`{target}.lora_A`, `{target}.lora_B` and with DoRA `{target}.lora_magnitude_vector`, in model order.
 
-    Behind them the tables that are trained whole.
+    Behind them the biases that are trained, then the tables that are trained whole.
     """
     low_rank = {
         f"{name}.{leaf}": parameter
@@ -129,7 +132,7 @@ def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
         if linear.adapter is not None
         for leaf, parameter in linear.adapter.named_parameters()
     }
-    return low_rank | table_parameters(model)
+    return low_rank | bias_parameters(model) | table_parameters(model)
 
 
 def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -142,7 +145,8 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
             shapes[f"{name}.lora_B"] = (linear.out_features, rank)
             if settings.use_dora:
                 shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
-    return shapes | table_shapes(model, settings)
+    biases = {name: tuple(bias_O.shape) for name, bias_O in bias_weights(model, settings).items()}
+    return shapes | biases | table_shapes(model, settings)
 
 
 def require_shapes(

@@ -22,10 +22,10 @@ from qlora_trainer.model.attention import packed_attention, packed_attention_bac
 from qlora_trainer.model.linear import (
     NF4Linear,
     adapter_parameters,
+    bias_gradients,
     input_gradient,
     low_rank_gradients,
     multiply,
-    no_parameter_gradients,
     parameter_gradients,
 )
 from qlora_trainer.model.row_ops import (
@@ -258,8 +258,9 @@ def _inputs_backward(
     """
     norm = half.norm
     low_grads = low_rank_gradients(half.inputs, grads)
-    parameter_grads = no_parameter_gradients(half.inputs)
-    if low_grads is not None:
+    if low_grads is None:
+        parameter_grads = bias_gradients(half.inputs, grads)
+    else:
         normed_TH = rms_norm_again(x_TH, inverse_T1, norm.weight_H, norm.offset)
         parameter_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)
         del normed_TH

@@ -1,5 +1,7 @@
 """Frozen NF4 linear layers with an optional LoRA adapter: out = x W^T + bias + scale * drop(x) A^T B^T.
 
+A bias is frozen, too, unless it is a parameter (`model.trained_biases`).
+
 Forward and backward each unpack a weight and drop it again: nothing dense is saved, and autograd's context holds the
 layer, not its packed tensors, so a buffer that is refilled between forward and backward is read anew.
 
@@ -42,7 +44,7 @@ class NF4Linear(nn.Module):
 
     Args:
         weight: the packed weight, [O, I].
-        bias_O: frozen bias or None.
+        bias_O: frozen bias or None; `model.trained_biases` may put a parameter in its place.
         resident_limit: asked for room before each product; one for all linears of a model.
     """
 
@@ -65,6 +67,12 @@ class NF4Linear(nn.Module):
         self.register_buffer("bias", bias_O, persistent=False)
         for name in ("packed", "absmax", "nested_absmax", "offset", "code"):
             self.register_buffer(name, getattr(weight, name), persistent=False)
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """The bias [O] where it is trained."""
+        bias_O = self.bias
+        return bias_O if isinstance(bias_O, nn.Parameter) else None
 
     @property
     def weight(self) -> nf4.NF4Weight:
@@ -106,8 +114,9 @@ class _LinearFunction(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         linears, grads = [ctx.layer], [grad_outputs[0]]
         low_grads = low_rank_gradients(linears, grads)
-        parameter_grads = no_parameter_gradients(linears)
-        if low_grads is not None:
+        if low_grads is None:
+            parameter_grads = bias_gradients(linears, grads)
+        else:
             x_TI, *low_ranks = ctx.saved_tensors  # asked for once only: a recomputed layer gives them out once
             parameter_grads = parameter_gradients(linears, x_TI, grads, low_ranks, low_grads)
         grad_x_TI = input_gradient(linears, grads, low_grads) if ctx.needs_input_grad[0] else None
@@ -127,17 +136,26 @@ def unpacked_once(linears: Sequence[NF4Linear]) -> Iterator[None]:
 
 
 def adapter_parameters(linears: Iterable[NF4Linear]) -> list[Tensor | None]:
-    """A, B and magnitude of each, None for what is not there: so autograd functions take and answer them."""
+    """A, B, magnitude and trained bias of each, None for what is not there: so autograd functions take and answer
+    them."""
     found: list[Tensor | None] = []
     for linear in linears:
         adapter = linear.adapter
         found += [None] * 3 if adapter is None else [adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector]
+        found.append(linear.trained_bias)
     return found
 
 
 def no_parameter_gradients(linears: Sequence[NF4Linear]) -> list[Tensor | None]:
     """In the order of `adapter_parameters`."""
-    return [None] * (3 * len(linears))
+    return [None] * (4 * len(linears))
+
+
+def bias_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) -> list[Tensor | None]:
+    """Those of linears of which none has an adapter, in the order of `adapter_parameters`."""
+    found = no_parameter_gradients(linears)
+    found[3::4] = [_gradient_of_bias(linear, grad_TO) for linear, grad_TO in zip(linears, grads, strict=True)]
+    return found
 
 
 def multiply(
@@ -237,10 +255,10 @@ def parameter_gradients(
     low_ranks: Sequence[Tensor],
     low_grads_TS: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of A, B and magnitude of each, in the order of `adapter_parameters`."""
+    """Gradients of A, B, magnitude and bias of each, in the order of `adapter_parameters`."""
     adapted = _adapted(linears, grads)
     if low_grads_TS is None:
-        return no_parameter_gradients(linears)
+        return bias_gradients(linears, grads)
     ranks = [adapter.lora_A.shape[0] for adapter, _ in adapted]
     factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter, _ in adapted]
     grads_A: Sequence[Tensor]
@@ -256,11 +274,16 @@ def parameter_gradients(
     for linear, grad_TO in zip(linears, grads, strict=True):
         if linear.adapter is None:
             found += [None] * 3
-            continue
-        grad_A, own, low_TR = next(rest)
-        grad_B = _gradient_of_B(linear.adapter, grad_TO, low_TR)
-        found += [grad_A, grad_B, _gradient_of_magnitude(linear, x_TI, own, grad_TO, low_TR)]
+        else:
+            grad_A, own, low_TR = next(rest)
+            grad_B = _gradient_of_B(linear.adapter, grad_TO, low_TR)
+            found += [grad_A, grad_B, _gradient_of_magnitude(linear, x_TI, own, grad_TO, low_TR)]
+        found.append(_gradient_of_bias(linear, grad_TO))
     return found
+
+
+def _gradient_of_bias(linear: NF4Linear, grad_TO: Tensor) -> Tensor | None:
+    return None if linear.trained_bias is None else grad_TO.sum(0, dtype=torch.float32)
 
 
 def _gradient_of_B(adapter: LoraAdapter, grad_TO: Tensor, low_TR: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from qlora_trainer.config.schema import LoraSection
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_biases import asked_biases
 from qlora_trainer.model.table_names import BaseTables, asked_tables, means
 
 ALL_LINEAR = "all-linear"
@@ -33,6 +34,7 @@ class LoraSettings:
         rank_pattern, alpha_pattern: (regular expression, value); the first that fits the end of a name decides.
         modules_to_save: full names of the modules that are trained whole (embedding, head), in model order.
         tied_head: full name of the head that uses the trained table of the embedding, of a base that ties both.
+        biases: full names of the linears whose bias is trained, in model order.
     """
 
     rank: int
@@ -45,6 +47,7 @@ class LoraSettings:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     modules_to_save: tuple[str, ...] = ()
     tied_head: str | None = None
+    biases: tuple[str, ...] = ()
 
     def rank_of(self, name: str) -> int:
         """R of the adapter on the linear of that full name."""
@@ -60,7 +63,9 @@ class LoraSettings:
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
 
-def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str], tables: BaseTables) -> LoraSettings:
+def asked_settings(
+    section: LoraSection, rank: int, linear_names: Sequence[str], tables: BaseTables, *, biased: Sequence[str]
+) -> LoraSettings:
     """What the config asks for, on a base with these linears and tables.
 
     Args:
@@ -68,9 +73,10 @@ def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str],
         rank: that was decided.
         linear_names: full names of every linear but the head.
         tables: embeddings and head.
+        biased: full names of those of the linears that have a bias.
 
     Raises:
-        ConfigError: a target, a layer, a pattern or a table means nothing there.
+        ConfigError: a target, a layer, a pattern, a table or a bias means nothing there.
     """
     targets = select_targets(linear_names, section.target_modules)
     if section.layers_to_transform is not None:
@@ -89,6 +95,7 @@ def asked_settings(section: LoraSection, rank: int, linear_names: Sequence[str],
         alpha_pattern=section.alpha_pattern,
         modules_to_save=modules_to_save,
         tied_head=tied_head,
+        biases=asked_biases(section.bias, targets=targets, biased=biased),
     )
 
 

@@ -1,8 +1,9 @@
 """What other trainers' adapters hold of embedding and head: LoRA, rows of single tokens, or the table itself.
 
 Here such a table is trained, or used, as a whole one: what PEFT's model computes with, W + s B A (with DoRA each row of
-it set to the trained length), or W with rows replaced. PEFT writes W itself into the file, too, where it may have been
-resized, and so do others that are told to (`save_embedding_layers`); then W is that one.
+a head, or each column of an embedding, set to the trained length), or W with rows replaced. PEFT writes W itself into
+the file, too, where it may have been resized, and so do others that are told to (`save_embedding_layers`); then W is
+that one.
 
 Of a base that ties both, PEFT makes one table of what it does to the embedding only where it is told to
 (`ensure_weight_tying`) or replaces rows; anything else unties them.
@@ -12,7 +13,7 @@ Legend: V vocabulary, H hidden size, R rank, N tokens, Q rows of a block.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -43,7 +44,8 @@ class TableUpdate:
         own_bias_V: of a head that has one, likewise.
         rows_VR, columns_RH: whose product, times `scale`, is added; None for none.
         scale: of that product.
-        magnitude_V: of DoRA, the length of each row of the sum.
+        magnitude_V: of DoRA on a head, the length of each row of the sum.
+        column_magnitude_H: of DoRA on an embedding, that of each column (PEFT's `DoraEmbeddingLayer`).
         token_ids_N, token_rows_NH: rows that are replaced.
     """
 
@@ -53,6 +55,7 @@ class TableUpdate:
     columns_RH: Tensor | None = None
     scale: float = 0.0
     magnitude_V: Tensor | None = None
+    column_magnitude_H: Tensor | None = None
     token_ids_N: Tensor | None = None
     token_rows_NH: Tensor | None = None
 
@@ -94,6 +97,8 @@ def take_updates(
     token_ids, targets = dict(asked.token_ids), set(asked.targets)
     is_one = tables.is_tied and asked.ties and bool({embedding, head} & targets)
     if is_one:
+        if settings.use_dora:
+            _refuse(where, "DoRA on embedding and head, which are one table", "plain LoRA there")
         targets |= {embedding, head}
     if tables.is_tied and embedding in token_ids:
         is_one = token_ids.get(head, token_ids[embedding]) == token_ids[embedding]
@@ -134,8 +139,6 @@ def _update(
     pair = _OF_EMBEDDING if is_embedding else _OF_HEAD
     wanted = {*(pair if name in targets else ()), *((_ROWS,) if name in token_ids else ())}
     if name in targets and settings.use_dora:
-        if is_embedding:  # on scaled embeddings PEFT 0.21 computes one thing in its forward, another when it merges
-            _refuse(where, f"DoRA on the embedding {name}", "plain LoRA there")
         wanted.add(_MAGNITUDE)
     if (found := parts.keys() - {*_OWN, *_OWN_BIAS}) != wanted:
         shown = ", ".join(sorted(found)) or "nothing"
@@ -154,7 +157,8 @@ def _update(
         rows_VR=a.T if is_embedding else b,
         columns_RH=b.T if is_embedding else a,
         scale=settings.scale_of(name),
-        magnitude_V=parts.get(_MAGNITUDE),
+        magnitude_V=None if is_embedding else parts.get(_MAGNITUDE),
+        column_magnitude_H=parts.get(_MAGNITUDE) if is_embedding else None,
     )
 
 
@@ -192,6 +196,22 @@ def _is_same_sum(one: TableUpdate, other: TableUpdate) -> bool:
     return is_same and one.scale == other.scale and other.magnitude_V is None
 
 
+def require_unscaled(updates: Mapping[str, TableUpdate], scaled: Collection[str], *, where: str) -> None:
+    """Refuse DoRA where PEFT 0.21 computes one thing in its forward, another when it merges.
+
+    Args:
+        updates: by the full name of a table.
+        scaled: full names of embeddings whose rows are multiplied by a constant when they are looked up (Gemma's).
+        where: what to call the adapter in an error.
+
+    Raises:
+        ConfigError: names the first such embedding.
+    """
+    for name, update in updates.items():
+        if update.column_magnitude_H is not None and name in scaled:
+            _refuse(where, f"DoRA on {name}, whose rows are scaled when they are looked up", "plain LoRA there")
+
+
 def require_updates_fit(
     updates: Mapping[str, TableUpdate], shapes: Mapping[str, tuple[int, ...]], *, where: str
 ) -> None:
@@ -217,6 +237,7 @@ def require_updates_fit(
             (update.rows_VR, (num_rows, rank)),
             (update.columns_RH, (rank, hidden)),
             (update.magnitude_V, (num_rows,)),
+            (update.column_magnitude_H, (hidden,)),
             (update.token_rows_NH, (num_tokens, hidden)),
         ):
             if part is not None and tuple(part.shape) != expected:
@@ -241,14 +262,12 @@ def update_table_(table_VH: Tensor, bias_V: Tensor | None, update: TableUpdate) 
         bias_V.copy_(update.own_bias_V)
     device = table_VH.device
     block_rows = max(1, _BLOCK_ELEMENTS // table_VH.shape[1])
-    for first in range(0, table_VH.shape[0], block_rows):
-        block = slice(first, first + block_rows)
-        sum_QH = (table_VH if update.own_VH is None else update.own_VH)[block].to(device, torch.float32)
-        if update.rows_VR is not None and update.columns_RH is not None:
-            rows_QR, columns_RH = (
-                part.to(device, torch.float32) for part in (update.rows_VR[block], update.columns_RH)
-            )
-            sum_QH = torch.addmm(sum_QH, rows_QR, columns_RH, alpha=update.scale)
+    blocks = [slice(first, first + block_rows) for first in range(0, table_VH.shape[0], block_rows)]
+    column_scale_H = _column_scale(table_VH, update, blocks)
+    for block in blocks:
+        sum_QH = _summed(table_VH, update, block)
+        if column_scale_H is not None:
+            sum_QH = sum_QH * column_scale_H
         if update.magnitude_V is not None:
             norm_Q = torch.linalg.vector_norm(sum_QH, dim=1)
             norm_Q.masked_fill_(norm_Q == 0.0, 1.0)  # a row of zeros stays zero, as in `model.dora`
@@ -256,6 +275,27 @@ def update_table_(table_VH: Tensor, bias_V: Tensor | None, update: TableUpdate) 
         table_VH[block] = sum_QH.to(table_VH.dtype)
     if update.token_ids_N is not None and update.token_rows_NH is not None:
         table_VH[update.token_ids_N.to(device)] = update.token_rows_NH.to(device, table_VH.dtype)
+
+
+def _summed(table_VH: Tensor, update: TableUpdate, block: slice) -> Tensor:
+    """Rows of W + s B A in fp32, [Q, H]."""
+    device = table_VH.device
+    sum_QH = (table_VH if update.own_VH is None else update.own_VH)[block].to(device, torch.float32)
+    if update.rows_VR is None or update.columns_RH is None:
+        return sum_QH
+    rows_QR, columns_RH = (part.to(device, torch.float32) for part in (update.rows_VR[block], update.columns_RH))
+    return torch.addmm(sum_QH, rows_QR, columns_RH, alpha=update.scale)
+
+
+def _column_scale(table_VH: Tensor, update: TableUpdate, blocks: Sequence[slice]) -> Tensor | None:
+    """The factor [H] on each column of the sum, fp32."""
+    if update.column_magnitude_H is None:
+        return None
+    squares_H = torch.zeros(table_VH.shape[1], dtype=torch.float64, device=table_VH.device)
+    for block in blocks:
+        squares_H += _summed(table_VH, update, block).square_().sum(0)
+    norm_H = squares_H.sqrt_().float()
+    return update.column_magnitude_H.to(table_VH.device, torch.float32) / norm_H.masked_fill_(norm_H == 0.0, 1.0)
 
 
 def _refuse(

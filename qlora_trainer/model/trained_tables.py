@@ -19,7 +19,8 @@ from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import CausalModel, QuantizedModel
 from qlora_trainer.model.table_names import BaseTables
-from qlora_trainer.model.table_updates import update_table_
+from qlora_trainer.model.table_updates import require_unscaled, require_updates_fit, update_table_
+from qlora_trainer.model.trained_biases import bias_weights, with_additions
 
 Table = FrozenEmbedding | FrozenHead
 _LEAVES = ("weight", "bias")
@@ -112,8 +113,8 @@ def held_tables(
     return tables
 
 
-def updated_tables(model: CausalModel, adapter: AdapterFolder) -> dict[str, Tensor]:
-    """`{module}.weight` and `{module}.bias` of the tables that an adapter updates.
+def updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> dict[str, Tensor]:
+    """`{module}.weight` and `{module}.bias` of the tables that an adapter updates, `{linear}.bias` of such biases.
 
     Args:
         model: which trains them, and has those of the base there still: they are changed in place.
@@ -124,19 +125,30 @@ def updated_tables(model: CausalModel, adapter: AdapterFolder) -> dict[str, Tens
     }
     for name, update in adapter.updates.items():
         update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
-    return made
+    return made | with_additions(bias_weights(model, adapter.settings), adapter.bias_additions)
 
 
 def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> AdapterFolder:
-    """The adapter with copies of those tables among its weights, in the compute dtype; the model is left as it is."""
+    """The adapter with copies of those tables among its weights, in the compute dtype, and with those biases.
+
+    The model is left as it is.
+
+    Raises:
+        ConfigError: an update or a bias of another base.
+    """
+    tables, biases = table_weights(model, adapter.settings), bias_weights(model, adapter.settings)
+    scaled = {name for name, table in tables_of(model).items() if getattr(table, "scale", None) is not None}
+    require_unscaled(adapter.updates, scaled, where="adapter")
+    require_updates_fit(adapter.updates, {name: tuple(own.shape) for name, own in tables.items()}, where="adapter")
     made = {
         name: own.to(dtype=model.compute_dtype, copy=True)
-        for name, own in table_weights(model, adapter.settings).items()
+        for name, own in tables.items()
         if _owner(name) in adapter.updates
     }
     for name, update in adapter.updates.items():
         update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
-    return replace(adapter, weights=adapter.weights | made, updates={})
+    biases = with_additions(biases, adapter.bias_additions)
+    return replace(adapter, weights=adapter.weights | made | biases, updates={}, bias_additions={})
 
 
 def _owner(name: str) -> str:

@@ -24,6 +24,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.model.tables import tables_of
+from qlora_trainer.model.trained_biases import bias_weights
 from qlora_trainer.model.trained_tables import table_weights
 from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.tracker import StorageTracker
@@ -119,14 +120,16 @@ def dry_store(dry: DryModel) -> InputStore:
     return NoInputs() if device.type == "cpu" else HostInputs(SideStream(device))
 
 
-def without_frozen_tables(dry: DryModel, settings: LoraSettings) -> DryModel:
-    """The same model, of which the tables that are trained whole are counted no more: a run drops the frozen ones."""
+def without_replaced(dry: DryModel, settings: LoraSettings) -> DryModel:
+    """The same model, of which tables and biases that are trained are counted no more: a run drops the frozen ones."""
     with dry.fake_mode:
-        dropped = [weight.nbytes for weight in table_weights(dry.model, settings).values()]
-    left = list(dry.resident["embedding"])
-    for num_bytes in dropped:
-        left.remove(num_bytes)
-    return replace(dry, resident={**dry.resident, "embedding": tuple(left)})
+        replaced = {"embedding": table_weights(dry.model, settings), "base": bias_weights(dry.model, settings)}
+        sizes = {label: [weight.nbytes for weight in weights.values()] for label, weights in replaced.items()}
+    left = {label: list(dry.resident.get(label, ())) for label in replaced}
+    for label, dropped in sizes.items():
+        for num_bytes in dropped:
+            left[label].remove(num_bytes)
+    return replace(dry, resident=dict(dry.resident) | {label: tuple(own) for label, own in left.items()})
 
 
 @contextmanager

@@ -18,10 +18,11 @@ from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import can_tile
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.table_names import require_nf4_head
+from qlora_trainer.model.trained_biases import biased_linears
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
-from qlora_trainer.planning.dry_model import DryModel, build_dry_model, without_frozen_tables
+from qlora_trainer.planning.dry_model import DryModel, build_dry_model, without_replaced
 from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.placed import Placed, place
 from qlora_trainer.planning.plan import is_paged, optimizer_bits
@@ -106,10 +107,11 @@ class Planner:
         )
         rank = MAX_RANKS[0] if config.lora.rank == "max" else config.lora.rank
         tables = base_tables_of(dry.model)
-        settings = asked_settings(config.lora, rank, list(dry.model.linears), tables)
+        linears = list(dry.model.linears)
+        settings = asked_settings(config.lora, rank, linears, tables, biased=biased_linears(dry.model))
         if config.quantization.head == "nf4":
             require_nf4_head(tables.head, is_tied=tables.is_tied, trained=settings.modules_to_save)
-        dry = without_frozen_tables(dry, settings)
+        dry = without_replaced(dry, settings)
 
         @cache
         def traced(rank: int, levers: Levers) -> Prices:

@@ -157,17 +157,20 @@ def trace_step(
 
 
 def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tuple[str, ...]]:
-    """`layer_kinds`, told apart also by the ranks of its linears' adapters (0 for none), and what gradients it sees."""
-    targets = set(settings.targets)
+    """`layer_kinds`, told apart also by what is trained of its linears, and by what gradients it sees.
+
+    That is the rank of an adapter (0 for none), and whether the bias is trained.
+    """
+    targets, biases = set(settings.targets), set(settings.biases)
     names = {id(linear): name for name, linear in dry.model.linears.items()}
-    ranks = {name: settings.rank_of(name) if name in targets else 0 for name in names.values()}
-    ranks_of = [[ranks[names[id(part)]] for part in layer.modules() if id(part) in names] for layer in dry.layers]
-    first = next((index for index, own in enumerate(ranks_of) if any(own)), 0)
+    trained = {name: (settings.rank_of(name) * (name in targets), name in biases) for name in names.values()}
+    trained_of = [[trained[names[id(part)]] for part in layer.modules() if id(part) in names] for layer in dry.layers]
+    first = next((index for index, own in enumerate(trained_of) if any(map(any, own))), 0)
     chosen = []
     for index, kind in enumerate(layer_kinds(dry)):
-        # No gradient reaches what is below the first adapter, and that layer's own input needs none.
+        # No gradient reaches what is below the first that is trained, and that layer's own input needs none.
         place = "below" if index < first else "first" if index == first else "above"
-        chosen.append((*kind, str(ranks_of[index]), place))
+        chosen.append((*kind, str(trained_of[index]), place))
     return chosen
 
 
@@ -186,9 +189,12 @@ def _trace(
     probed = replace(settings, rank=probe.rank) if probe.has_rank else settings
     with dry.fake_mode, only_layers(dry, indices) as chosen:
         own = {id(part) for layer in chosen for part in layer.modules()}
-        targets = tuple(name for name in probed.targets if id(dry.model.linears[name]) in own)
+        targets, biases = (
+            tuple(name for name in names if id(dry.model.linears[name]) in own)
+            for names in (probed.targets, probed.biases)
+        )
         with dry.results:
-            attach_dry_adapters(dry, replace(probed, targets=targets), dtype=adapter_dtype)
+            attach_dry_adapters(dry, replace(probed, targets=targets, biases=biases), dtype=adapter_dtype)
             for parameter in trainable_parameters(dry.model).values():
                 parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
             num_recomputed = 0 if policy == "keep" else len(indices)

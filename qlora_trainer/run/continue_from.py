@@ -24,7 +24,7 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
-from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
+from qlora_trainer.model.adapter_fit import base_tables, biased_linears, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
@@ -32,6 +32,7 @@ from qlora_trainer.model.adapter_folder import (
     outside_layers,
     read_adapter_fields,
     read_adapter_folder,
+    trains_biases,
 )
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
@@ -53,6 +54,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "rank_pattern": ("rank_pattern", {}),
     "alpha_pattern": ("alpha_pattern", {}),
     "modules_to_save": ("modules_to_save", ()),
+    "bias": ("bias", "none"),
 }
 
 
@@ -70,13 +72,15 @@ def filled_in(config: RunConfig) -> RunConfig:
         return config
     folder = initial_folder(config.lora.init_from)
     fields = read_adapter_fields(folder)
-    if outside_layers(folder):
-        fields |= _of_tables(config, folder, fields)
-    elif isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
-        fields["target_modules"] = _naming(fields["target_modules"], lora_modules(folder))
+    if outside_layers(folder) or trains_biases(folder):
+        fields |= _beside_linears(config, folder, fields)
+    else:
+        fields["bias"] = "none"  # whatever it was to be, there is none
+        if isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
+            fields["target_modules"] = _naming(fields["target_modules"], lora_modules(folder))
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
-    for key in ("rank", "alpha", "use_rslora", "use_dora"):
+    for key in ("rank", "alpha", "use_rslora", "use_dora", "bias"):
         if asked.get(key, "auto") not in ("auto", values[key]):
             raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it")
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
@@ -90,19 +94,27 @@ def filled_in(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"lora": section})
 
 
-def _of_tables(config: RunConfig, folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Targets and modules to save of an adapter that has more than LoRA inside the layers, as a config has them.
+def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Targets, tables and biases of an adapter that has more than LoRA inside the layers, as a config has them.
 
     Tables that it has trained whole are named as anything else of it. Those that it changes in another way become
     trained whole here, which takes memory that nobody has asked for: these the config must name.
 
     Raises:
-        ConfigError: it does not, or embedding and head of a base that ties them have become two tables.
+        ConfigError: it does not, or has no LoRA on a linear; embedding and head of a base that ties them have become
+            two tables; or only some of the biases were trained that are trained together here.
     """
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
     parts = find_parts(build_skeleton(base.config, with_buffers=False))
     tables = base_tables(parts)
     adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    if not adapter.settings.targets:
+        raise ConfigError(
+            where=str(folder),
+            found="an adapter without LoRA on any linear",
+            expected="one that has some, beside what it has of tables: a run trains it",
+            fix="Merge it into its base (qlora-trainer merge), and train a new adapter on that.",
+        )
     tied = () if adapter.settings.tied_head is None else (adapter.settings.tied_head,)
     whole = (*adapter.settings.modules_to_save, *tied)
     if adapter.updates:
@@ -126,7 +138,23 @@ def _of_tables(config: RunConfig, folder: Path, fields: Mapping[str, Any]) -> di
     wanted = fields["target_modules"]
     if not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
-    return {"modules_to_save": list(whole), "target_modules": wanted}
+    bias = _as_bias(adapter.settings, biased_linears(parts), folder)
+    return {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias}
+
+
+def _as_bias(settings: LoraSettings, biased: Sequence[str], folder: Path) -> str:
+    if not settings.biases:
+        return "none"
+    for wanted in ("lora_only", "all"):
+        meant = tuple(name for name in biased if wanted == "all" or name in settings.targets)
+        if meant == settings.biases:
+            return wanted
+    raise ConfigError(
+        where=str(folder),
+        found=f"biases of {len(settings.biases)} linears, such as {settings.biases[0]}",
+        expected=f"those of all {len(biased)} that have one in this base, of all of them with LoRA, or none",
+        fix="Merge it into its base (qlora-trainer merge), and train on that.",
+    )
 
 
 def _naming(entries: Sequence[str], modules: Sequence[str]) -> list[str]:
@@ -196,7 +224,8 @@ def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | No
     tables = base_tables(parts)
     adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
     require_adapter_fits(skeleton, adapter, where=f"{_KEY} {folder}")
-    _require_equal(asked_settings(config.lora, rank, parts.linears, tables), adapter.settings, folder)
+    asked = asked_settings(config.lora, rank, parts.linears, tables, biased=biased_linears(parts))
+    _require_equal(asked, adapter.settings, folder)
     return adapter
 
 
@@ -222,6 +251,9 @@ def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> No
         only = sorted(set(asked.targets) ^ set(given.targets))
         found = f"{len(asked.targets)} linears, {len(only)} of them or of the adapter's not in both, such as {only[0]}"
         raise _mismatch("lora.target_modules", found, f"the {len(given.targets)} linears of {folder}")
+    if asked.biases != given.biases:
+        found = f"biases of {len(asked.biases)} linears"
+        raise _mismatch("lora.bias", found, f"those of {len(given.biases)}, as {folder} has them")
     for name in given.targets:
         for key, ours, theirs in (
             ("rank", asked.rank_of(name), given.rank_of(name)),

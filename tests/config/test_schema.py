@@ -40,6 +40,7 @@ def test_defaults() -> None:
             "rank_pattern": (),
             "alpha_pattern": (),
             "modules_to_save": (),
+            "bias": "none",
             "init_from": None,
         },
         "data": {
@@ -138,6 +139,7 @@ def test_accepts(dotted: str, value: object) -> None:
         ("lora.layers_to_transform", [[], 0, [-1], [0, 0], ["0"], [True], [1.0], "0"]),
         ("lora.use_rslora", ["true", 1, None]),
         ("lora.use_dora", ["true", 1, None]),
+        ("lora.bias", ["some", True, None]),
         ("lora.init_from", ["", 3, "a\0b"]),
         ("lora.rank_pattern", [["q"], {"q": 0}, {"q": "8"}, {"q": 8.0}, {"q": True}, {"": 8}, {3: 8}, [["q", 1, 2]]]),
         ("lora.rank_pattern", [[["q", 1], ["q", 2]], "q", 3, None]),

@@ -46,11 +46,13 @@ def make_adapter(
     wrapped = wrap(load_base(base), config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in wrapped.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if "lora_magnitude_vector" in name:
             parameter.data *= 1 + 0.1 * torch.randn(parameter.shape, generator=generator)
         elif ".lora_" in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
-        elif ".modules_to_save." in name or ".trainable_tokens_delta." in name:
+        elif ".modules_to_save." in name or ".trainable_tokens_delta." in name or name.endswith(".bias"):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
     wrapped.save_pretrained(folder)
     return wrapped.eval()

@@ -72,6 +72,9 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
     ("llama", {"target_modules": r".*(q_proj|lm_head)"}, [HEAD], False),
     ("llama", target("lm_head", layers_to_transform=[0]), [HEAD], False),
     ("llama", target("lm_head", use_dora=True), [HEAD], False),
+    ("llama", target("embed_tokens", use_dora=True), [EMBEDDING], False),  # of which PEFT takes columns
+    ("qwen3", target("embed_tokens", "lm_head", use_dora=True, alpha_pattern={"lm_head": 9}), [EMBEDDING, HEAD], False),
+    ("llama", {"target_modules": ["lm_head", "embed_tokens"]}, [EMBEDDING, HEAD], False),  # no linear at all
     ("llama", {"trainable_token_indices": [3, 7]}, [EMBEDDING], False),
     ("llama", {"trainable_token_indices": ROWS, "modules_to_save": None}, [EMBEDDING, HEAD], False),
     ("llama", target("embed_tokens", modules_to_save=["lm_head"]), [EMBEDDING, HEAD], False),
@@ -144,7 +147,7 @@ def changed(folder: Path, how: str) -> None:
         ("llama", target("lm_head"), "missing", "found lora_A of lm_head; expected lora_A, lora_B"),
         ("llama", target("lm_head"), "rank", "of lm_head; expected rank 5"),
         ("llama", target("lm_head"), "saved as well", "lm_head trained whole and with an update as well"),
-        ("llama", target("embed_tokens", use_dora=True), "", "DoRA on the embedding model.embed_tokens"),
+        ("qwen3", target("lm_head", use_dora=True, ensure_weight_tying=True), "", "DoRA on embedding and head, which"),
         ("qwen3", target("lm_head", ensure_weight_tying=True), "other update", "different updates of embedding"),
         ("qwen3", target("embed_tokens", "lm_head"), "other table", "different tables for embedding"),
         ("qwen3", target("lm_head", trainable_token_indices=[3]), "", "other rows of model.embed_tokens"),
@@ -161,6 +164,16 @@ def test_what_contradicts_itself_is_refused(
         read(tmp_path / "adapter", load_for_training(base, cache))
     assert message in str(error.value)
     assert "PEFT" in str(error.value)  # what to do
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+def test_dora_on_scaled_embeddings_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    """PEFT's forward leaves Gemma's scale out of what it adds, its merge does not."""
+    base, cache = prepared["gemma2"]
+    save_with_peft(tmp_path / "adapter", cache, **target("embed_tokens", use_dora=True))
+    model = load_for_training(base, cache)
+    with pytest.raises(ConfigError, match=r"DoRA on model\.embed_tokens, whose rows are scaled.*merge_and_unload"):
+        with_updated_tables(model, read(tmp_path / "adapter", model))
 
 
 @pytest.mark.parametrize(

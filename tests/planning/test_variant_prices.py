@@ -29,6 +29,7 @@ VARIANTS = {
     "ranks-dropout": ["lora.rank_pattern={up_proj: 33, v_proj: 5}", "lora.dropout=0.1"],
     "dora": ["lora.use_dora=true"],
     "dora-all": ["lora.use_dora=true", "lora.rank_pattern={q_proj: 64, down_proj: 3}", "lora.dropout=0.1"],
+    "biases": ["lora.bias=all", "lora.target_modules=[q_proj, up_proj]"],
     "layers": ["lora.layers_to_transform=[1, 4]"],
     "head": ["lora.modules_to_save=[lm_head]"],
     "tables": ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.layers_to_transform=[1, 4]"],
@@ -38,7 +39,8 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def planners() -> Callable[[str, str], Planner]:
     """One of each, traced once."""
-    return cache(lambda variant, device: make_planner("llama", BUDGETS[device], *VARIANTS[variant]))
+    bases = {"biases": "llama-biases"}
+    return cache(lambda variant, device: make_planner(bases.get(variant, "llama"), BUDGETS[device], *VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("accelerator", marks=pytest.mark.slow)])
@@ -116,6 +118,7 @@ def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], P
     [
         ("lora.rank_pattern={w_proj: 4}", "lora.rank_pattern", "which means no linear with an adapter"),
         ("lora.alpha_pattern={lm_head: 4}", "lora.alpha_pattern", "which means no linear with an adapter"),
+        ("lora.bias=all", "lora.bias", "no linear of this base with a bias"),
         ("lora.layers_to_transform=[0, 6]", "lora.layers_to_transform", "6, a layer without"),
     ],
 )

@@ -41,9 +41,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 def peft_folder(folder: Path, base: Path, *tables: str, **fields: Any) -> Path:
     """An adapter of rank 3, with LoRA on these tables, too, that changes the logits, as PEFT saves it."""
     cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
-    config = peft.LoraConfig(
-        r=3, lora_alpha=5, target_modules=["q_proj", "v_proj", "down_proj", *tables], task_type="CAUSAL_LM", **fields
-    )
+    asked = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "down_proj", *tables], **fields}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **asked)
     wrapped = wrap(load_oracle(cache.folder, torch.float32), config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in wrapped.named_parameters():
@@ -135,6 +134,49 @@ def test_tables_that_an_adapter_has_untied_are_refused(
     message = refusal(begun_with(tmp_path, base, folder, options), capsys)
     assert "model.embed_tokens, lm_head changed, of a base in which embedding and head are one table" in message
     assert "Merge it into its base" in message
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_tables_alone_are_refused(tmp_path: Path, bases: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    folder = peft_folder(tmp_path / "theirs", bases[False], target_modules=["lm_head", "embed_tokens"])
+    options = "lora.modules_to_save=[embed_tokens, lm_head]"
+    message = refusal(begun_with(tmp_path, bases[False], folder, options), capsys)
+    assert "an adapter without LoRA on any linear" in message
+    assert "qlora-trainer merge" in message
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias of B for a shard
+@pytest.mark.parametrize("fields", [{"bias": "all"}, {"target_modules": ["q_proj"], "lora_bias": True}], ids=str)
+def test_a_run_trains_the_biases_on_that_peft_has_trained(
+    fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mutation tried: biases that begin with the base's."""
+    base = write_base(tmp_path / "base", has_biases=True)
+    folder = peft_folder(tmp_path / "theirs", base, **fields)
+    wanted = fields.get("bias", "lora_only")
+    assert filled_in(begun_with(tmp_path, base, folder)).lora.bias == wanted
+    other = "lora_only" if wanted == "all" else "all"
+    message = refusal(begun_with(tmp_path, base, folder, f"lora.bias={other}"), capsys)
+    assert f"lora.bias: found '{other}'; expected '{wanted}', as " in message
+    options: tuple[str, ...] = ("lora.dtype=float32", "training.max_steps=2")
+    run_to_end(begun_with(tmp_path, base, folder, *options))
+    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
+    documents = tiny_documents(20)
+    with torch.no_grad():
+        found, expected = (
+            logits(load_adapter(load_oracle(cache.folder, torch.float32), path), documents)
+            for path in (tmp_path / "run" / "adapter", folder)
+        )
+    assert relative_error(found, expected) <= 1e-5
+    options = (*options, "training.learning_rate=5e-3", f"output.dir={tmp_path / 'whole'}")
+    run_to_end(begun_with(tmp_path, base, folder, *options))
+    run_until_step(begun_with(tmp_path, base, folder, *options[:-1], f"output.dir={tmp_path / 'cut'}"), 1)
+    run_to_end(begun_with(tmp_path, base, folder, *options[:-1], f"output.dir={tmp_path / 'cut'}"), resume="auto")
+    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+    before, after = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    biases = [name for name in before if name.endswith(".bias")]
+    assert len(biases) == (8 if wanted == "all" else 2)
+    assert all(not torch.equal(before[name], after[name]) for name in biases)
 
 
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:

@@ -37,8 +37,13 @@ SIZES: dict[str, Any] = {
 TIMING_KEYS = ("seconds", "tokens_per_second", "peak_bytes")
 
 
-def write_base(folder: Path, *, chat_template: str | None = CHATML, is_tied: bool = True) -> Path:
-    """A random Llama of 2 layers and hidden size 64, with a tokenizer trained on the data below."""
+def write_base(
+    folder: Path, *, chat_template: str | None = CHATML, is_tied: bool = True, has_biases: bool = False
+) -> Path:
+    """A random Llama of 2 layers and hidden size 64, with a tokenizer trained on the data below.
+
+    With biases, those of attention's linears.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -54,7 +59,7 @@ def write_base(folder: Path, *, chat_template: str | None = CHATML, is_tied: boo
     )
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(folder)
-    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), tie_word_embeddings=is_tied)
+    config = LlamaConfig(**SIZES, vocab_size=len(tokenizer), tie_word_embeddings=is_tied, attention_bias=has_biases)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -1,0 +1,255 @@
+"""Biases that an adapter has trained: PEFT's gradients and logits, in both directions, and those of a B."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.activation_policy import tile_layers
+from qlora_trainer.model.adapter_biases import asked_biases
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.adapters import attach_adapters
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_settings import LoraSettings
+from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.trained_biases import biased_linears
+from qlora_trainer.model.trained_tables import base_tables_of, with_updated_tables
+from qlora_trainer.run.export import export_adapter
+from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, oracle_step, wrap
+from tests.model.tiny_bases import CONFIGS
+from tests.model.tiny_models import (
+    load_for_training,
+    our_step,
+    packed_logits,
+    prepare,
+    random_adapter,
+    relative_error,
+    tiny_documents,
+)
+
+DOCUMENTS = tiny_documents(33, 21)
+TOLERANCE = 1e-5
+Prepared = dict[str, tuple[Base, NF4Cache]]
+# Fused halves with a bias everywhere; q, k and v alone; and layers that are not fused.
+BASES = ("llama-biases", "qwen2", "phi")
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama-biases", {"bias": "all"}),
+    ("llama-biases", {"bias": "lora_only", "use_dora": True}),
+    ("llama-biases", {"bias": "all", "layers_to_transform": [1]}),  # a whole layer without an adapter
+    ("qwen2", {"bias": "all"}),
+    ("qwen2", {"bias": "lora_only"}),
+    ("phi", {"bias": "lora_only"}),
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    made = {}
+    for name in BASES:
+        folder = tmp_path_factory.mktemp(name)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+            made[name] = prepare(folder / "base", CONFIGS[name])
+    return made
+
+
+def moved_by_peft(cache: NF4Cache, **fields: Any) -> Any:
+    """PEFT's model, every trained weight of it moved."""
+    asked: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], **fields}
+    wrapped = wrap(load_oracle(cache.folder, torch.float32), peft.LoraConfig(task_type="CAUSAL_LM", **asked))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wrapped.train()
+
+
+def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
+    names, tables = list(model.linears), base_tables_of(model)
+    return read_adapter_folder(folder, linear_names=names, tables=tables, may_update_tables=True)
+
+
+def bias_gradients(wrapped: Any) -> dict[str, Tensor]:
+    return {
+        name.removeprefix(PEFT_PREFIX).replace(".base_layer.", "."): parameter.grad
+        for name, parameter in wrapped.named_parameters()
+        if name.endswith(".bias") and parameter.grad is not None
+    }
+
+
+@pytest.mark.parametrize("name, fields", CASES, ids=str)
+def test_logits_and_gradients_are_those_of_peft(
+    name: str, fields: dict[str, Any], prepared: Prepared, tmp_path: Path
+) -> None:
+    """Mutations tried: no gradient where a linear has no adapter; the biases of the base."""
+    base, cache = prepared[name]
+    wrapped = moved_by_peft(cache, **fields)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = load_for_training(base, cache)
+    without_TV = packed_logits(model, DOCUMENTS)
+    adapter = read(tmp_path / "adapter", model)
+    expected = oracle_step(wrapped, DOCUMENTS)
+    expected_biases = bias_gradients(wrapped)
+    assert {f"{own}.bias" for own in adapter.settings.biases} == expected_biases.keys()
+    found = our_step(model, adapter.settings, adapter.weights, DOCUMENTS)
+    assert found.gradients.keys() == expected.gradients.keys() | expected_biases.keys()
+    for key, gradient in {**expected.gradients, **expected_biases}.items():
+        assert relative_error(found.gradients[key], gradient) <= TOLERANCE, key
+    with torch.no_grad():
+        theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "adapter"), DOCUMENTS)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+    plain = {key: own for key, own in adapter.weights.items() if not key.endswith(".bias")}
+    other = load_for_training(base, cache)
+    attach_adapters(other, replace(adapter.settings, biases=()), plain, dtype=torch.float32)
+    assert relative_error(packed_logits(other, DOCUMENTS), theirs_TV) > 1e-3  # the biases do something
+    assert relative_error(without_TV, theirs_TV) > 1e-2
+
+
+@pytest.mark.parametrize("name, fields", [("qwen2", {"bias": "lora_only"}), ("llama-biases", {"bias": "all"})], ids=str)
+def test_peft_reads_ours_and_gives_our_logits(
+    name: str, fields: dict[str, Any], prepared: Prepared, tmp_path: Path
+) -> None:
+    """Under the names that PEFT itself writes, and with the field that lets it train on."""
+    base, cache = prepared[name]
+    moved_by_peft(cache, **fields).save_pretrained(tmp_path / "theirs")
+    model = load_for_training(base, cache)
+    settings = read(tmp_path / "theirs", model).settings
+    weights = random_adapter(model, settings, b_size=0.1)
+    attach_adapters(model, settings, weights, dtype=torch.float32)
+    linears = list(model.linears)
+    export_adapter(
+        tmp_path / "ours", weights, settings, linear_names=linears, base_name=str(base.folder), revision=None
+    )
+    ours, theirs = (load_file(tmp_path / one / WEIGHTS_FILE) for one in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["bias"] == fields["bias"]
+    with torch.no_grad():
+        theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "ours"), DOCUMENTS)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+    again = read(tmp_path / "ours", model)
+    assert again.settings == settings
+    assert all(torch.equal(again.weights[key], weights[key]) for key in weights)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias of B for a shard
+@pytest.mark.parametrize("fields", [{}, {"bias": "lora_only"}, {"use_rslora": True, "bias": "all"}], ids=str)
+def test_a_bias_of_b_becomes_part_of_the_linears(fields: dict[str, Any], prepared: Prepared, tmp_path: Path) -> None:
+    """Mutation tried: without the scale."""
+    base, cache = prepared["qwen2"]
+    wrapped = moved_by_peft(cache, lora_bias=True, **fields)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with torch.no_grad():
+        theirs_TV = logits(wrapped, DOCUMENTS)
+    model = load_for_training(base, cache)
+    adapter = with_updated_tables(model, read(tmp_path / "adapter", model))
+    assert not any("lora_B.bias" in name for name in adapter.weights)
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+    if not fields:
+        with pytest.raises(ConfigError, match=r"the bias of model\.layers\.0.* other than as a whole.*lora\.init_from"):
+            read_adapter_folder(tmp_path / "adapter", linear_names=list(model.linears))
+
+
+def test_the_file_decides_and_an_older_peft_named_them_otherwise(prepared: Prepared, tmp_path: Path) -> None:
+    """PEFT loads the biases of a file whatever `bias` says."""
+    base, cache = prepared["qwen2"]
+    moved_by_peft(cache, bias="lora_only").save_pretrained(tmp_path / "adapter")
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "none"}))
+    with torch.no_grad():
+        theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "adapter"), DOCUMENTS)
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    for renamed in (False, True):
+        if renamed:
+            tensors = {name.replace(".base_layer.bias", ".bias"): own for name, own in tensors.items()}
+            save_file(tensors, tmp_path / "adapter" / WEIGHTS_FILE)
+        model = load_for_training(base, cache)
+        adapter = read(tmp_path / "adapter", model)
+        attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+        assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+
+
+def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
+    """To the bit those of a fresh load, and the base's once it is alone."""
+    base, cache = prepared["qwen2"]
+    alone = load_for_training(base, cache)
+    alone.module.eval()
+    fresh_TV: dict[str | None, Tensor] = {None: packed_logits(alone, DOCUMENTS)}
+    model = load_for_training(base, cache)
+    model.module.eval()
+    adapters = AdapterSet(model)
+    for seed, name in enumerate(("plain", "biases", "others")):
+        chosen = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("model.layers.0.self_attn.q_proj",))
+        if name != "plain":
+            chosen = replace(chosen, biases=biased_linears(model)[seed:])
+        weights = random_adapter(model, chosen, b_size=0.2, seed=seed)
+        adapters.add(name, AdapterFolder("base", None, chosen, weights))
+        own = load_for_training(base, cache)
+        own.module.eval()
+        attach_adapters(own, chosen, weights, dtype=torch.float32)
+        fresh_TV[name] = packed_logits(own, DOCUMENTS)
+    for active in ("biases", "plain", "others", "biases", None, "others", "plain", None):
+        adapters.activate(active)
+        assert torch.equal(packed_logits(model, DOCUMENTS), fresh_TV[active])
+    every = list(fresh_TV.values())
+    assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
+
+
+def test_what_is_no_bias_of_a_linear_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    """PEFT's `all` takes those of layer norms as well; and one of a linear that has none here."""
+    base, cache = prepared["phi"]
+    moved_by_peft(cache, bias="all").save_pretrained(tmp_path / "adapter")
+    model = load_for_training(base, cache)
+    with pytest.raises(ConfigError, match=r"layernorm\.bias, of no linear of this base.*merge_and_unload"):
+        read(tmp_path / "adapter", model)
+    base, cache = prepared["qwen2"]
+    moved_by_peft(cache).save_pretrained(tmp_path / "other")
+    path = tmp_path / "other" / WEIGHTS_FILE
+    extra = {"base_model.model.model.layers.0.mlp.up_proj.bias": torch.ones(96)}
+    save_file(load_file(path) | extra, path)
+    model = load_for_training(base, cache)
+    adapter = read(tmp_path / "other", model)
+    with pytest.raises(ConfigError, match=r"1 weights .*up_proj\.bias: adapter \(96,\), base has none"):
+        attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+    twice = {
+        f"base_model.model.model.layers.0.self_attn.q_proj{own}.bias": torch.ones(64) for own in ("", ".base_layer")
+    }
+    save_file(load_file(path) | twice, path)
+    with pytest.raises(ConfigError, match=r"q_proj\.bias twice"):
+        read(tmp_path / "other", model)
+
+
+def test_only_what_has_one_can_be_asked_for() -> None:
+    assert asked_biases("none", targets=["a"], biased=()) == ()
+    assert asked_biases("lora_only", targets=["a", "c"], biased=("a", "b")) == ("a",)
+    assert asked_biases("all", targets=["c"], biased=("a", "b")) == ("a", "b")
+    with pytest.raises(ConfigError, match=r"lora\.bias: found lora_only, and no linear of lora\.target_modules with a"):
+        asked_biases("lora_only", targets=["c"], biased=("a",))
+    with pytest.raises(ConfigError, match="all, and no linear of this base with a bias"):
+        asked_biases("all", targets=["c"], biased=())
+
+
+def test_tiles_add_their_gradients_up(prepared: Prepared) -> None:
+    """Of layers with and without an adapter."""
+    base, cache = prepared["llama-biases"]
+    found = {}
+    for tile_tokens in (0, 16):
+        model = load_for_training(base, cache)
+        chosen = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("model.layers.1.mlp.up_proj",))
+        chosen = replace(chosen, biases=biased_linears(model))
+        weights = random_adapter(model, chosen, b_size=0.1)
+        tile_layers(model, tile_tokens)
+        found[tile_tokens] = our_step(model, chosen, weights, DOCUMENTS).gradients
+    assert found[0].keys() == found[16].keys()
+    assert all(relative_error(found[16][name], found[0][name]) <= TOLERANCE for name in found[0])
