@@ -115,10 +115,11 @@ def test_the_gradient_of_the_output_is_that_of_the_projection(adapter: str, wind
     grad, weight, change, low, lora_A = made(
         (num_tokens, HIDDEN), (HIDDEN, width), (HIDDEN, width), (num_tokens, RANK), (RANK, width)
     )
-    keys, own_change = (None, None) if adapter == "lora" else (torch.arange(num_tokens), None)
+    keys = None if adapter == "lora" else torch.arange(num_tokens)
+    own_change = change if adapter == "dora with dropout" else None
     added = low @ lora_A
-    if adapter == "dora with dropout":
-        own_change, added = change, added + grad @ change
+    if own_change is not None:
+        added = added + grad @ own_change
     if keys is not None:
         added = added * dropout_factors(keys, 7, width, 0.3, grad.dtype)
     found = gradients_in_place(
