@@ -1,8 +1,9 @@
 """The ways of running TRL's `SFTTrainer` that `versus_trl.py` chooses from, and the choice. No torch.
 
 All of them would be 192. One axis after the other is tried from where the last one ended: what a document's rows look
-like (micro-batch and batching together, since padding ties them), then everything else, compiling last: it takes
-minutes. What comes close to the best then runs longer.
+like (micro-batch, batching and malloc together: padding ties the first two, and large micro-batches fault the most
+pages), then everything else, compiling last: it takes minutes. What comes close to the best then runs longer. A form is
+judged by the steps after the first one, in which large micro-batches pay for warming up what a run pays once.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "is_without_mmap": (False, True),
 }
 # Each entry is an axis; the fields of one entry vary together.
-SPEED_AXES = (("micro_batch", "batching"), ("dtype",), ("is_without_mmap",), ("is_recomputed",))
+SPEED_AXES = (("micro_batch", "batching", "is_without_mmap"), ("dtype",), ("is_recomputed",))
 MEMORY_AXES = (("is_recomputed",), ("dtype",), ("batching",), ("is_without_mmap",))
 
 
@@ -58,6 +59,11 @@ class Form:
     def environment(self) -> dict[str, str]:
         return NO_MMAP if self.is_without_mmap else {}
 
+    @property
+    def is_in_our_order(self) -> bool:
+        """Whether each step learns from the documents that ours learns from, and from them one by one."""
+        return self.batching == "plain"
+
     def is_possible(self, documents_per_step: int, packs_per_step: int) -> bool:
         """Whether it differs from the others and the effective batch can be cut so."""
         if self.batching == "grouped" and self.micro_batch == 1:
@@ -78,6 +84,14 @@ def parse_form(name: str) -> Form:
             return form
     example = Form(micro_batch=8, batching="grouped", is_compiled=True, is_without_mmap=True).name
     raise ValueError(f"{name}: expected a form such as {example} or {Form(micro_batch=1, is_recomputed=True).name}")
+
+
+def with_our_order(forms: Sequence[Form]) -> list[Form]:
+    """The forms, and one document at a time in the given order if none of them keeps it.
+
+    Grouping and packing learn in another order, and their losses differ by that alone.
+    """
+    return [*forms] if any(form.is_in_our_order for form in forms) else [*forms, Form(micro_batch=1)]
 
 
 def packs_per_step(documents_per_step: int, mean_tokens: float, max_length: int) -> int:
@@ -115,10 +129,9 @@ class Trial:
 
     @property
     def later_tokens_per_second(self) -> float:
-        """Of the second half of the steps: compiling is over by then, it may be hoped."""
-        half = len(self.seconds_of_steps) // 2
-        later = sum(self.seconds_of_steps[half:])
-        return sum(self.tokens_of_steps[half:]) / later if later else 0.0
+        """Of the steps after the first, which warms up and compiles."""
+        later = sum(self.seconds_of_steps[1:])
+        return sum(self.tokens_of_steps[1:]) / later if later else 0.0
 
     @property
     def taken_bytes(self) -> int:
@@ -135,8 +148,8 @@ class Trial:
 
 
 def slowness(trial: Trial) -> float:
-    """Lower is better: seconds a token. Compiling, which a longer run pays once, is left out where it is done."""
-    speed = trial.later_tokens_per_second if trial.form.is_compiled else trial.tokens_per_second
+    """Lower is better: seconds a token after the first step, which a longer run pays once."""
+    speed = trial.later_tokens_per_second
     return 1 / speed if speed else float("inf")
 
 

@@ -10,6 +10,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from benchmarks.versus_forms import parse_form
+
 MIB = 2**20
 PEER = "trl:"
 Run = Mapping[str, Any]
@@ -67,6 +69,12 @@ def fastest_and_smallest(rounds: Sequence[Round]) -> tuple[str, str]:
     )
 
 
+def in_our_order(rounds: Sequence[Round]) -> str | None:
+    """The first side of the peer that takes the rows in our order; None if none does."""
+    sides = (side for side in rounds[0] if side.startswith(PEER))
+    return next((side for side in sides if parse_form(side.removeprefix(PEER)).is_in_our_order), None)
+
+
 def side_json(rounds: Sequence[Round], side: str) -> dict[str, Any]:
     """Medians of one side, and what they are of; the loss is the mean over the rounds, each of which has its seed."""
     runs = [each[side] for each in rounds if side in each]
@@ -104,6 +112,10 @@ def figures(rounds: Sequence[Round]) -> dict[str, Any]:
         "ours_smallest": side_json(rounds, "ours_smallest"),
         "num_rounds": len(rounds),
     }
+    same_order = in_our_order(rounds)
+    made["trl_in_our_order"] = None if same_order is None else side_json(rounds, same_order)
+    ours, theirs = made["ours"]["eval_loss"], same_order and made["trl_in_our_order"]["eval_loss"]
+    made["loss_ratio_in_our_order"] = ours / theirs if ours and theirs else None
     finite: dict[str, Any] = without_infinities(made)
     return finite
 
@@ -138,12 +150,14 @@ def table(report: Mapping[str, Any]) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     fastest, smallest = report["trl_fastest"], report["trl_smallest"]
-    for name in ("trl_fastest", "trl_smallest", "ours", "ours_half", "ours_smallest"):
+    for name in ("trl_fastest", "trl_smallest", "trl_in_our_order", "ours", "ours_half", "ours_smallest"):
         side = report[name]
+        if side is None:
+            continue
         form = side["form"]
         told = form if isinstance(form, str) else _knobs_in_words(form)
         cells = (
-            name.replace("_", ", "),
+            name.replace("_", ", ", 1).replace("_", " "),
             _number(side["tokens_per_second"], ",.1f"),
             _ratio(side["tokens_per_second"], fastest["tokens_per_second"]),
             _number(side["later_tokens_per_second"], ",.1f"),
@@ -157,15 +171,17 @@ def table(report: Mapping[str, Any]) -> str:
         "",
         f"Speed ratio {_number(report['speed_ratio'], '.2f')}, memory ratio {_number(report['memory_ratio'], '.3f')}, "
         f"at the smallest budget {_number(report['smallest_memory_ratio'], '.3f')} "
-        "(medians of the ratios of each round).",
+        "(medians of the ratios of each round). "
+        f"Mean loss over that of TRL's in our order {_number(report['loss_ratio_in_our_order'], '.4f')}.",
     ]
     if choice["trials"]:
-        lines += ["", "## TRL's forms on few rows", "", "| form | tokens/s | seconds of steps | MiB | |"]
-        lines += ["|---|---:|---|---:|---|"]
+        heading = "| form | tokens/s after the first step | with it | seconds of steps | MiB | |"
+        lines += ["", "## TRL's forms on few rows", "", heading, "|---|---:|---:|---|---:|---|"]
         for trial in choice["trials"]:
             steps = " ".join(f"{seconds:.1f}" for seconds in trial["seconds_of_steps"])
-            speed_of_trial, taken = trial["tokens_per_second"], trial["taken_bytes"] / MIB
-            lines.append(f"| {trial['form']} | {speed_of_trial:.1f} | {steps} | {taken:,.0f} | {trial['error']} |")
+            speeds = f"{trial['later_tokens_per_second']:.1f} | {trial['tokens_per_second']:.1f}"
+            taken = trial["taken_bytes"] / MIB
+            lines.append(f"| {trial['form']} | {speeds} | {steps} | {taken:,.0f} | {trial['error']} |")
         if choice["not_tried"]:
             lines += ["", f"Not tried for want of time: {', '.join(choice['not_tried'])}."]
     return "\n".join(lines) + "\n"

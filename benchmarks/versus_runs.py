@@ -29,7 +29,7 @@ from benchmarks.versus_inputs import Inputs, InputSpec, initial_adapter
 from benchmarks.versus_peer import LEARNING_RATE, MAX_GRAD_NORM, SCHEDULE, WARMUP_RATIO, WEIGHT_DECAY, PeerSpec
 
 REPOSITORY = Path(__file__).parents[1]
-FIRST_STEPS, MORE_STEPS = 2, 4
+FIRST_STEPS, MORE_STEPS = 3, 5  # the first one is not judged
 START_SECONDS = 300.0  # until training begins; then a form has so many times the best one's seconds
 PATIENCE = 2.5
 LEAST_PATIENCE_SECONDS = 15.0
@@ -246,6 +246,7 @@ def in_words(trial: Trial) -> str:
     """One line."""
     steps = ", ".join(f"{seconds:.1f}" for seconds in trial.seconds_of_steps)
     return (
-        f"{trial.form.name}: {trial.tokens_per_second:.0f} tokens/s ({steps} s), "
+        f"{trial.form.name}: {trial.later_tokens_per_second:.0f} tokens/s after the first step, "
+        f"{trial.tokens_per_second:.0f} with it ({steps} s), "
         f"{trial.taken_bytes / 2**20:,.0f} MiB above imports{f'; {trial.error}' * bool(trial.error)}"
     )

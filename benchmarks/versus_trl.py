@@ -2,10 +2,11 @@
 
     python -m benchmarks.versus_trl --data FILE [--rows 64] [--repeats 3] [--steps N] [--json FILE]
 
-First TRL's forms compete on few rows (`versus_forms.py`; about 15 minutes on two cores), unless they are named
+First TRL's forms compete on few rows (`versus_forms.py`; about half an hour on two cores), unless they are named
 (`--forms`) or FILE of `--json` has a choice for the same model, rows, machine and versions. Then, in rounds of
 processes of their own, one after the other: TRL's fastest form, ours, TRL's smallest form, ours with `memory.budget`
-such that half of TRL's smallest is left above the imports, ours at the smallest budget that the planner accepts.
+such that half of TRL's smallest is left above the imports, ours at the smallest budget that the planner accepts. Where
+losses are scored, one of TRL's forms takes the rows in our order: 1-plain is added if no other one does.
 
 Both sides have the same NF4 weights, new adapter, rows, order (where grouping or packing does not change it),
 effective batch, steps, rank, learning rate, warm-up, schedule, weight decay, clip and thread settings; each round has
@@ -34,10 +35,10 @@ from typing import Any
 
 from benchmarks.hard_limit import SPARE_BYTES, smallest_and_fastest
 from benchmarks.machine import describe, describe_in_words
-from benchmarks.versus_forms import Form, parse_form
+from benchmarks.versus_forms import Form, parse_form, with_our_order
 from benchmarks.versus_inputs import Inputs, InputSpec
 from benchmarks.versus_report import PEER, Round, figures, table, taken_bytes
-from benchmarks.versus_runs import DOES_NOT_FIT, Bench, FirstPass
+from benchmarks.versus_runs import DOES_NOT_FIT, FIRST_STEPS, Bench, FirstPass
 
 RESULTS = Path(__file__).parent / "results" / "versus_trl.md"
 MORE_BUDGET_BYTES, BUDGET_TRIES = 8 * 2**20, 6
@@ -66,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="TRL's, no others: the first pairs with ours at full speed; such as 1-plain-keep-fp32-nommap",
     )
     parser.add_argument("--first-pass", action="store_true", help="choose anew, whatever the JSON file says")
-    parser.add_argument("--first-pass-minutes", type=float, default=15.0)
+    parser.add_argument("--first-pass-minutes", type=float, default=30.0)
     parser.add_argument("--ours-malloc", choices=("same", "none"), default="same", help="as TRL's, or no variable set")
     parser.add_argument("--ours-set", nargs="*", default=[], metavar="KEY=VALUE", help="further overrides of ours")
     parser.add_argument("--table", type=Path, default=RESULTS)
@@ -78,6 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bench = _bench(chosen, folder.resolve())
         print(f"{bench.inputs.num_rows} rows, {bench.inputs.num_tokens} tokens", file=sys.stderr)
         forms, choice = _forms(chosen, bench)
+        if bench.spec.num_held_out:
+            forms = with_our_order(forms)
         if chosen.json and choice["trials"]:
             chosen.json.write_text(json.dumps({"choice": choice}, indent=1) + "\n")  # whatever becomes of the rounds
         report: dict[str, Any] = {}
@@ -144,7 +147,7 @@ def _choice_conditions(chosen: argparse.Namespace, bench: Bench) -> dict[str, An
     machine = describe()
     same = {key: machine[key] for key in ("cpu", "cores", "threads", "versions")}
     options = {key: getattr(chosen, key) for key in ("model", "batch", "rank", "max_length", "equal_length")}
-    return same | options | {"data": Path(bench.spec.data).name}
+    return same | options | {"data": Path(bench.spec.data).name, "first_steps": FIRST_STEPS}
 
 
 def _round(
