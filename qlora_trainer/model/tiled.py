@@ -14,6 +14,7 @@ Legend: B rows, T tokens (of all rows, where B is not named), H hidden size, I i
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,12 +71,13 @@ class TiledMlp(nn.Module):
         super().__init__()
         for name, part in mlp.named_children():
             self.add_module(name, part)
-        self.__dict__ |= {"_layer": layer, "_whole": mlp}  # not as modules: their own would have two names
+        # Not as modules: their own would have two names. Weak: layer and MLP in a circle would be let go of late.
+        self.__dict__ |= {"_layer": weakref.ref(layer), "_whole": mlp}
         self.tile_tokens = 0
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
-        layer, whole = self.__dict__["_layer"], self.__dict__["_whole"]
+        layer, whole = self.__dict__["_layer"](), self.__dict__["_whole"]
         if not self.tile_tokens or (torch.is_grad_enabled() and not layer.gradient_checkpointing):
             untiled: Tensor = whole(hidden)
             return untiled

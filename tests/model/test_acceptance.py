@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +18,10 @@ from transformers import PreTrainedConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.causal_attention import AttentionShape
 from qlora_trainer.hardware.memory import process_peak_bytes
-from qlora_trainer.model import attention, linear, quantized
+from qlora_trainer.model import acceptance, attention, linear, quantized
 from qlora_trainer.model.acceptance import SMALL_VOCABULARY, SMALL_WINDOW, require_accepted, shrink
 from qlora_trainer.model.frozen import FrozenEmbedding
-from qlora_trainer.model.quantized import LogitShape
+from qlora_trainer.model.quantized import LogitShape, QuantizedModel
 from tests.model.tiny_bases import CONFIGS, small_config
 
 FULL_SIZE = [
@@ -52,8 +55,25 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-def test_small_configs_are_accepted(config: PreTrainedConfig) -> None:
-    require_accepted(config)
+def test_small_configs_are_accepted_and_nothing_is_left_of_the_copy(
+    config: PreTrainedConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers in a circle would wait for Python's collector, beside the base that is loaded next."""
+    tried: list[weakref.ref[torch.nn.Module]] = []
+
+    def noted(*args: Any, **options: Any) -> QuantizedModel:
+        model = quantized.assemble(*args, **options)
+        tried.extend(weakref.ref(module) for module in model.module.modules())
+        return model
+
+    monkeypatch.setattr(acceptance, "assemble", noted)
+    gc.disable()
+    try:
+        require_accepted(config)
+        assert tried
+        assert not [module() for module in tried if module() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("config_class", FULL_SIZE)
