@@ -111,7 +111,9 @@ def test_a_lever_copies_what_it_must_and_waits_where_that_is_meant(with_levers: 
     }
     for lever, step in with_levers.items():
         unpacked = step["dequantizations"]
-        assert (unpacked["forward"], unpacked["backward"]) == (7 * layers, 7 * layers - 3)
+        # In tiles the first layer's q and k are projected once more, to be known from before the norms of their heads.
+        not_needed = 1 if "tiles" in lever else 3
+        assert (unpacked["forward"], unpacked["backward"]) == (7 * layers, 7 * layers - not_needed)
         # Inside of forward and backward, none; the update on the host waits for each piece of the gradient, and first
         # for whether loss and norm are finite: it computes with their values.
         assert step["waits"] == sum(step["waits_in"].values())
