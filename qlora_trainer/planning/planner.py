@@ -38,7 +38,7 @@ from qlora_trainer.planning.price import (
 from qlora_trainer.planning.pulled import pulled
 from qlora_trainer.planning.replay import Reserved, Storages, replay, resident_sizes
 from qlora_trainer.planning.rungs import Lever
-from qlora_trainer.planning.search import Candidate, Space, chunk_steps, token_steps
+from qlora_trainer.planning.search import MAX_MULTIPLES, Candidate, Space, chunk_steps, token_steps, whole_rows
 from qlora_trainer.planning.shallow_trace import trace_step
 from qlora_trainer.planning.state_trace import StateForm, StateTrace, trace_state
 from qlora_trainer.planning.throughput import Demand, tokens_per_second
@@ -156,12 +156,11 @@ class Planner:
 
     def space(self, rank: int, seq_len: int) -> Space:
         """What may vary: everything that the config leaves open."""
-        memory, documents = self.config.memory, self.documents
+        memory = self.config.memory
         num_layers = self.dry.num_layers
         tokens: tuple[int, ...]
         if memory.micro_batch_tokens == "auto":
-            most = max(seq_len, documents.largest_batch_tokens * seq_len // documents.seq_len)
-            tokens = token_steps(seq_len, most, multiples_of=seq_len)
+            tokens = self._micro_batches(seq_len)
         else:
             tokens = token_steps(memory.micro_batch_tokens, memory.micro_batch_tokens)
         chunk = memory.loss_chunk_tokens
@@ -188,6 +187,20 @@ class Planner:
                 base_residency="streamed" if memory.base_residency == "streamed" else "device",
             ),
         )
+
+    def _micro_batches(self, seq_len: int) -> tuple[int, ...]:
+        """Sizes to try, ascending.
+
+        Of documents of many lengths, the last global batches' worth are those that are just filled: a global batch that
+        takes 4 micro-batches of 4,096 leaves a sixth of them empty where 4 of 3,840 do as well.
+        """
+        demand, largest = self._demand(seq_len), self.documents.largest_batch_tokens
+        most = max(seq_len, largest * seq_len // self.documents.seq_len)
+        if not self.packing or not self.documents.std_tokens:
+            return token_steps(seq_len, most, multiples_of=seq_len)
+        levels = {min(demand.level_tokens(number), whole_rows(most)) for number in range(1, MAX_MULTIPLES + 1)}
+        levels = {tokens for tokens in levels if tokens >= seq_len} or {whole_rows(seq_len)}
+        return tuple(sorted({*token_steps(seq_len, min(levels)), *levels}))
 
     def levers(self) -> tuple[Lever, ...]:
         """What may be pulled beyond a `space`, in the order of giving up: what the config leaves open, and runs."""
@@ -298,13 +311,7 @@ class Planner:
 
     def estimate(self, layout: Layout) -> float:
         """Tokens a second, for documents of the data stretched to the layout's length."""
-        stretch = layout.seq_len / self.documents.seq_len
-        demand = Demand(
-            self.config.training.global_batch_size,
-            self.documents.mean_tokens * stretch,
-            self.documents.shortest_tokens * stretch,
-            self.documents.std_tokens * stretch,
-        )
+        demand = self._demand(layout.seq_len)
         streamed_bytes = self.placed(layout.levers).streamed_bytes
         prices, speed = self.prices(layout.rank, layout.levers), self.budget.speed
         num_on_host = 0
@@ -312,6 +319,15 @@ class Planner:
             num_on_host = self.trained(layout.rank).num_elements
         return tokens_per_second(
             prices, layout, demand, speed, streamed_bytes=streamed_bytes, host_elements=num_on_host
+        )
+
+    def _demand(self, seq_len: int) -> Demand:
+        stretch = seq_len / self.documents.seq_len
+        return Demand(
+            self.config.training.global_batch_size,
+            self.documents.mean_tokens * stretch,
+            self.documents.shortest_tokens * stretch,
+            self.documents.std_tokens * stretch,
         )
 
     def is_within(self, used: Usage, slack_bytes: int = 0) -> bool:

@@ -7,6 +7,7 @@ that is shown depend on it; nothing that is learned does.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
@@ -17,6 +18,7 @@ from qlora_trainer.planning.price import Layout, Prices, hidden_bytes
 from qlora_trainer.planning.shallow_trace import LayerParts
 from qlora_trainer.planning.tracker import TensorSpec
 from qlora_trainer.planning.work import WorkSum
+from qlora_trainer.step.batch import ROW_MULTIPLE
 
 # Shares of the data sheet's figures that a training step reaches, and the cost of starting a kernel; the same for every
 # card and model: least squares over 14 published runs on an A100 (benchmarks/published_memory.py, docs/log.md).
@@ -85,6 +87,16 @@ class Demand:
         if micro_batch_tokens >= self.usual_batch_tokens:
             return 1
         return math.ceil(self.usual_batch_tokens / self.filled_tokens(micro_batch_tokens))
+
+    def level_tokens(self, num_micro_batches: int) -> int:
+        """The fewest tokens, in whole rows, of which that many micro-batches hold a usual global batch.
+
+        More would be no faster before one micro-batch less does: they would be room that is planned and not filled.
+        """
+        rows = range(-(-math.ceil(self.usual_batch_tokens) // ROW_MULTIPLE) + 1)
+        return ROW_MULTIPLE * bisect_left(
+            rows, -num_micro_batches, lo=1, key=lambda number: -self.num_micro_batches(number * ROW_MULTIPLE)
+        )
 
     def filled_tokens(self, micro_batch_tokens: int) -> float:
         """Of a micro-batch, what whole documents fill: equal ones leave a remainder, a short one fits any gap.

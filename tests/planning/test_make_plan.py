@@ -12,6 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,6 +23,7 @@ from qlora_trainer.config.known_models import known_config
 from qlora_trainer.config.load import load_config
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.sizes import parse_size_bytes
+from qlora_trainer.data.micro_batches import cut
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.planning import planner as planner_module
@@ -482,6 +484,22 @@ def test_documents_decide_what_is_auto() -> None:
     assert plan.knobs.seq_len == 100
     assert plan.knobs.micro_batch_tokens == 320  # 300 tokens can meet in a batch: the longest stands for a fourth one
     assert plan.fits
+
+
+def test_micro_batches_are_of_sizes_that_are_filled() -> None:
+    """64 documents as long as GSM8K's: whichever size fits a budget, 88 % of the room that it plans is real tokens.
+
+    Of sizes a fixed ratio apart, larger ones were as fast as those that just suffice, and up to half empty.
+    """
+    lengths_N = np.random.default_rng(0).gamma(9.0, 24.0, size=6400).clip(70, 450).astype(int)
+    documents = DocumentLengths.of(lengths_N, seq_len=450, global_batch_size=64)
+    config = run_config("data.seq_len=450", "training.global_batch_size=64")
+    with without_collector():
+        sizes = Planner.of(config, CPU, architecture(1), documents, packing=True).space(16, 450).tokens
+    assert len(sizes) > 16
+    for size in (size for size in sizes if size > 1000):  # smaller ones hold two or three each
+        num_micro_batches = sum(len(cut(batch_N.tolist(), size)) for batch_N in lengths_N.reshape(-1, 64))
+        assert lengths_N.sum() / (size * num_micro_batches) > 0.88, size
 
 
 @given(st.lists(st.integers(8, 500), min_size=1, max_size=30), st.integers(1, 40))

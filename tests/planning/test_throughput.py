@@ -66,6 +66,19 @@ def test_both_ends_the_steps_between_and_whole_documents_are_tried(seq_len: int,
         assert any(0 <= step - count * seq_len < ROW_MULTIPLE for step in steps)
 
 
+@given(
+    st.lists(st.integers(20, 500), min_size=8, max_size=64),
+    st.integers(1, MAX_MULTIPLES),
+)
+def test_a_level_is_the_fewest_rows_of_which_so_many_micro_batches_do(lengths: list[int], number: int) -> None:
+    demand = Demand(len(lengths), float(np.mean(lengths)), min(lengths), float(np.std(lengths)))
+    tokens = demand.level_tokens(number)
+
+    assert tokens % ROW_MULTIPLE == 0
+    assert demand.num_micro_batches(tokens) <= number
+    assert tokens == ROW_MULTIPLE or demand.num_micro_batches(tokens - ROW_MULTIPLE) > number
+
+
 def test_hardly_a_batch_exceeds_what_is_usual() -> None:
     lengths = np.random.default_rng(0).gamma(8.0, 28.0, size=8000)
     demand = Demand(8, float(lengths.mean()), int(lengths.min()), float(lengths.std()))
