@@ -63,12 +63,15 @@ def held_biases(
     return {(name, "bias"): weights[f"{name}.bias"].to(device=model.device, copy=True) for name in settings.biases}
 
 
-def with_additions(biases: Mapping[str, Tensor], additions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_additions(
+    biases: Mapping[str, Tensor], additions: Mapping[str, Tensor], *, where: str = "adapter"
+) -> dict[str, Tensor]:
     """`{linear}.bias` [O], fp32, of the linears in `additions`: what was there, and what is added.
 
     Args:
         biases: `{linear}.bias` of the base.
         additions: by the linear's full name, [O].
+        where: what to call the adapter in an error.
 
     Raises:
         ConfigError: they are of another base.
@@ -78,7 +81,7 @@ def with_additions(biases: Mapping[str, Tensor], additions: Mapping[str, Tensor]
         own_O = biases.get(f"{name}.bias")
         if own_O is None or own_O.shape != added_O.shape:
             raise ConfigError(
-                where="adapter",
+                where=where,
                 found=f"{name}.lora_B.bias of {tuple(added_O.shape)}",
                 expected="no bias" if own_O is None else f"{tuple(own_O.shape)}, as the base has it",
                 fix="Use the base that the adapter was trained on.",

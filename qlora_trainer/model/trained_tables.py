@@ -128,18 +128,18 @@ def updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> dict[str, T
     return made | with_additions(bias_weights(model, adapter.settings), adapter.bias_additions)
 
 
-def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> AdapterFolder:
+def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder, *, where: str = "adapter") -> AdapterFolder:
     """The adapter with copies of those tables among its weights, in the compute dtype, and with those biases.
 
-    The model is left as it is.
+    The model is left as it is; an error calls the adapter `where`.
 
     Raises:
         ConfigError: an update or a bias of another base.
     """
     tables, biases = table_weights(model, adapter.settings), bias_weights(model, adapter.settings)
     scaled = {name for name, table in tables_of(model).items() if getattr(table, "scale", None) is not None}
-    require_unscaled(adapter.updates, scaled, where="adapter")
-    require_updates_fit(adapter.updates, {name: tuple(own.shape) for name, own in tables.items()}, where="adapter")
+    require_unscaled(adapter.updates, scaled, where=where)
+    require_updates_fit(adapter.updates, {name: tuple(own.shape) for name, own in tables.items()}, where=where)
     made = {
         name: own.to(dtype=model.compute_dtype, copy=True)
         for name, own in tables.items()
@@ -147,7 +147,7 @@ def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> Adapte
     }
     for name, update in adapter.updates.items():
         update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
-    biases = with_additions(biases, adapter.bias_additions)
+    biases = with_additions(biases, adapter.bias_additions, where=where)
     return replace(adapter, weights=adapter.weights | made | biases, updates={}, bias_additions={})
 
 

@@ -115,7 +115,7 @@ def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = 
                 expected="adapters of one base",
                 fix="Take them one at a time.",
             )
-        adapters.add(name, with_updated_tables(model, adapter))
+        adapters.add(name, with_updated_tables(model, adapter, where=f"adapter {name}"))
     return adapters
 
 

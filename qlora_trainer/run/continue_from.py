@@ -233,7 +233,9 @@ def initial_told(config: RunConfig, initial: AdapterFolder | None) -> Iterator[P
     """What the user should know of the weights that the run begins with."""
     if initial is not None:
         base = initial.base_name or "a base that it does not name"
-        yield Preparing(what=f"beginning with the adapter {config.lora.init_from}, trained on {base}")
+        biases = len(initial.settings.biases)
+        more = f", and with the {biases} biases that it has trained" if biases else ""
+        yield Preparing(what=f"beginning with the adapter {config.lora.init_from}, trained on {base}{more}")
 
 
 def initial_hash(config: RunConfig) -> dict[str, str]:

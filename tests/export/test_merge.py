@@ -25,6 +25,8 @@ from qlora_trainer.export.merge import Merged, merge
 from qlora_trainer.export.merged_folder import plan_shards, write_weights
 from qlora_trainer.export.merged_weights import MergedWeights, dequantized_weights, merged_shapes, original_weights
 from qlora_trainer.export.source import read_source
+from qlora_trainer.hardware.heap import release_free_memory
+from qlora_trainer.hardware.memory import forget_peak, process_peak_bytes
 from qlora_trainer.model import nf4
 from qlora_trainer.model.base import resolve_base
 from qlora_trainer.model.load import load_quantized
@@ -388,6 +390,31 @@ def test_writing_takes_the_memory_of_one_tensor(tmp_path: Path, monkeypatch: pyt
     total = sum(tensor.nbytes for tensor in shapes.values())
     assert written.peak_bytes < 6 * largest  # as stored, merged, a block in fp32 and its update, what is finite
     assert written.peak_bytes < total / 5
+
+
+def test_more_shards_take_no_more_memory(tmp_path: Path) -> None:
+    """What the kernel counts, mapped files included, of 3 and of 8 shards of 4 MB.
+
+    Mutations tried: files of the base that stay open; tensors that are merged before the first is written.
+    """
+    grown = []
+    for num_layers in (6, 18):
+        config = small_config("llama", num_hidden_layers=num_layers, hidden_size=256, intermediate_size=1024)
+        base = write_base(tmp_path / f"base{num_layers}", config, max_shard_size="4MB")
+        assert len(list(base.glob("*.safetensors"))) >= num_layers // 3
+        make_adapter(tmp_path / f"adapter{num_layers}", base)
+        source = read_source(tmp_path / f"adapter{num_layers}", model=None)
+        shapes = merged_shapes(source.skeleton, source.parts, source.settings, torch.bfloat16)
+        weights = MergedWeights(original_weights(base), source.weights, source.settings, shapes, source.parts)
+        folder = tmp_path / f"to{num_layers}"
+        folder.mkdir()
+        release_free_memory()
+        forget_peak(torch.device("cpu"))
+        before = process_peak_bytes()
+        list(write_weights(folder, weights, plan_shards(shapes, 2**22), LOCAL))
+        grown.append(process_peak_bytes() - before)
+    assert grown[1] <= grown[0] + 2**22  # merged before they are written, 18 MB more
+    assert grown[1] <= 2 * 2**22 + 2**22  # a shard that is read, one that is written, and what is between
 
 
 @pytest.mark.parametrize("rows", ["rows.jsonl", "none.jsonl"])

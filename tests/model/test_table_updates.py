@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,17 @@ def test_an_update_of_another_base_is_refused(update: TableUpdate, found: str) -
     with pytest.raises(ConfigError) as error:
         require_updates_fit({"lm_head": update}, {"lm_head.weight": (8, 4)}, where="adapter")
     assert found in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+def test_beside_others_it_is_called_by_its_name(prepared: Prepared, tmp_path: Path) -> None:
+    base, cache = prepared["llama"]
+    save_with_peft(tmp_path / "adapter", cache, **target("lm_head"))
+    model = load_for_training(base, cache)
+    wide = {HEAD: TableUpdate(own_VH=torch.zeros(9, 4))}
+    adapter = replace(read(tmp_path / "adapter", model), updates=wide)
+    with pytest.raises(ConfigError, match=r"^adapter sums: found \(9, 4\) for lm_head of"):
+        with_updated_tables(model, adapter, where="adapter sums")
 
 
 def test_rows_of_a_head_with_a_bias_are_refused() -> None:

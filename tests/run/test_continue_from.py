@@ -159,7 +159,9 @@ def test_a_run_trains_the_biases_on_that_peft_has_trained(
     message = refusal(begun_with(tmp_path, base, folder, f"lora.bias={other}"), capsys)
     assert f"lora.bias: found '{other}'; expected '{wanted}', as " in message
     options: tuple[str, ...] = ("lora.dtype=float32", "training.max_steps=2")
-    run_to_end(begun_with(tmp_path, base, folder, *options))
+    records = run_to_end(begun_with(tmp_path, base, folder, *options))
+    told = f", and with the {8 if wanted == 'all' else 2} biases that it has trained"
+    assert any(isinstance(one, Preparing) and one.what.endswith(told) for one in records)
     cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
     documents = tiny_documents(20)
     with torch.no_grad():
