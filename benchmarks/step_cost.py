@@ -1,14 +1,15 @@
 """What a training step costs on a GPU, ours beside PEFT + TRL's, counted without one: the same on every machine.
 
-    python -m benchmarks.step_cost [--model llama-3.1-8b] [--tokens 4096] [--rank 16] [--layers N] [--by-operation]
-                                   [--json FILE] [--update-golden]
+    python -m benchmarks.step_cost [--model llama-3.1-8b] [--tokens 4096] [--documents N] [--rank 16] [--layers N]
+                                   [--by-operation] [--json FILE] [--update-golden]
 
 Both steps run on fake tensors of a device that exists in Python only (`step_ledger.py`): ours as `run/attempts.py`
 takes it (`step_ours.py`), the peer's as `SFTTrainer.train()` takes it by its defaults (`step_peer.py`). Alike for both:
 one row that is one document, every token but the first supervised, bf16, double-quantized NF4, adapters on all linears
 without dropout, gradients clipped, AdamW's update (TRL's fused one over many tensors, ours over one flat buffer), with
-all layers recomputed and with none. Both are steps in which nothing is logged. Ours logs each one: between two steps
-the host reads loss and gradient norm, together, which is one wait when all of the step is queued.
+all layers recomputed and with none. `--documents N` cuts our row into documents that do not see each other; the peer's
+stays one, as torch's attention sees a packed row. Both are steps in which nothing is logged. Ours logs each one:
+between two steps the host reads loss and gradient norm, together, which is one wait when all of the step is queued.
 
 *Ideal FLOPs* are those of the products that a LoRA step over a frozen base cannot do without, 2 a multiply-add, for T
 tokens, a linear of I inputs and O outputs, rank R, N supervised positions, hidden size H and vocabulary V:
@@ -46,6 +47,11 @@ GOLDEN_CASE = Case(
 )
 # Ours alone: norms of each head and a tied head; norms behind the halves, a soft cap and windows.
 OTHER_MODELS = ("qwen3-0.6b", "gemma-2-2b")
+# The issue's bounds are those of a whole model. What the third layer adds is what each of its layers costs: so its
+# figures are known again without tracing all of them.
+WHOLE_CASE, THREE_LAYERS_CASE = replace(GOLDEN_CASE, num_layers=32), replace(GOLDEN_CASE, num_layers=3)
+# Ours alone: packed documents, each attended to by itself.
+PACKED_CASE = replace(GOLDEN_CASE, num_documents=16)
 # With each of `step_ours.LEVERS`; three layers, so that a streamed base does not fit its two buffers.
 LEVER_CASE = replace(GOLDEN_CASE, model="qwen3-0.6b", num_layers=3, loss_chunk_tokens=2048)
 LEVERS = ("layer inputs offloaded, tiles", "base streamed", "tables on the host", "optimizer on the host")
@@ -78,8 +84,8 @@ def ideal(config: Any, case: Case) -> Ideal:
     not_needed = sum(inputs * outputs + rank * inputs for inputs, outputs in qkv)
     passes = 2 if case.is_recomputed else 1
     per_token = case.num_layers * (passes * forward + for_input + for_adapters) - not_needed
-    head = 2 * (tokens - 1) * hidden * config.vocab_size
-    attention = case.num_layers * (2 * passes + 5) * tokens * tokens * q_size
+    head = 2 * (tokens - case.num_documents) * hidden * config.vocab_size
+    attention = case.num_layers * (2 * passes + 5) * (tokens * tokens // case.num_documents) * q_size
     return Ideal(gemm_flops=2 * (tokens * per_token + head), attention_flops=attention)
 
 
@@ -170,28 +176,53 @@ def measure(case: Case) -> dict[str, Any]:
     return measured
 
 
-def golden_of(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What the golden file holds of `measure(GOLDEN_CASE)`."""
-    totals = {side: {policy: measured[policy][side]["totals"] for policy in POLICIES} for side in SIDES}
-    golden = {"peer_packages": package_versions(), "ours": totals["ours"], "peer": totals["peer"]}
-    others, levers = our_steps(OTHER_MODELS)
-    return golden | {"others": others, "levers": levers}
+def golden_of(measured: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+    """What the golden file holds of `measure` in `GOLDEN_CASE` and in `WHOLE_CASE`."""
 
+    def totals(of: Mapping[str, Any], side: Side) -> dict[str, Any]:
+        return {policy: of[policy][side]["totals"] for policy in POLICIES}
 
-def our_steps(models: Sequence[str]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Of our step, all in one child process: model -> policy -> totals in the golden case; lever -> those of that case,
-    and where the host waits ("waits_in": place -> number)."""
-    chosen = [(model, policy) for model in models for policy in POLICIES]
-    cases = [replace(GOLDEN_CASE, model=model, is_recomputed=policy == "recompute") for model, policy in chosen]
-    steps = traced("ours", cases + [replace(LEVER_CASE, lever=lever) for lever in LEVERS])["steps"]
-    found: dict[str, dict[str, Any]] = {model: {} for model in models}
-    for (model, policy), step in zip(chosen, steps, strict=False):
-        found[model][policy] = step["totals"]
-    with_levers = {
-        lever: step["totals"] | {"waits_in": step["breakdown"]["waits"]}
-        for lever, step in zip(LEVERS, steps[len(chosen) :], strict=True)
+    ours = our_steps(OTHER_MODELS)
+    return {
+        "peer_packages": package_versions(),
+        **{side: totals(measured, side) for side in SIDES},
+        "whole": {side: totals(whole, side) for side in SIDES},
+        "three layers": ours.three_layers,
+        "packed": ours.packed,
+        "others": ours.models,
+        "levers": ours.levers,
     }
-    return found, with_levers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OurSteps:
+    """Totals as JSON.
+
+    Attributes:
+        models: model -> policy -> totals, in the golden case.
+        three_layers, packed: policy -> totals.
+        levers: lever -> those of `LEVER_CASE`, and where the host waits ("waits_in": place -> number).
+    """
+
+    models: dict[str, dict[str, Any]]
+    three_layers: dict[str, Any]
+    packed: dict[str, Any]
+    levers: dict[str, dict[str, Any]]
+
+
+def our_steps(models: Sequence[str]) -> OurSteps:
+    """Of our step alone, all in one child process."""
+    of_policies = [*(replace(GOLDEN_CASE, model=model) for model in models), THREE_LAYERS_CASE, PACKED_CASE]
+    cases = [replace(case, is_recomputed=policy == "recompute") for case in of_policies for policy in POLICIES]
+    steps = iter(traced("ours", cases + [replace(LEVER_CASE, lever=lever) for lever in LEVERS])["steps"])
+    *found, three_layers, packed = [{policy: next(steps)["totals"] for policy in POLICIES} for _ in of_policies]
+    levers = {
+        lever: step["totals"] | {"waits_in": step["breakdown"]["waits"]}
+        for lever, step in zip(LEVERS, steps, strict=True)
+    }
+    return OurSteps(
+        models=dict(zip(models, found, strict=True)), three_layers=three_layers, packed=packed, levers=levers
+    )
 
 
 def package_versions() -> dict[str, str]:
@@ -233,6 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="step_cost.py", description="What a training step costs on a GPU.")
     parser.add_argument("--model", default="llama-3.1-8b", help="a well-known model with Llama's layers")
     parser.add_argument("--tokens", type=int, default=4096, help="of the one row; bitsandbytes fuses 1536 and fewer")
+    parser.add_argument("--documents", type=int, default=1, help="of equal lengths, into which our row is cut")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--loss-chunk", type=int, default=1024, help="positions in a chunk of our loss")
@@ -241,8 +273,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--update-golden", action="store_true", help=f"write {GOLDEN.name} for the tests, no more")
     chosen = parser.parse_args(arguments)
     if chosen.update_golden:
-        GOLDEN.write_text(json.dumps(golden_of(measure(GOLDEN_CASE)), indent=1) + "\n")
+        GOLDEN.write_text(json.dumps(golden_of(measure(GOLDEN_CASE), measure(WHOLE_CASE)), indent=1) + "\n")
         return 0
+    if chosen.documents < 1 or chosen.tokens % chosen.documents:
+        parser.error(f"--documents {chosen.documents}: expected a divisor of {chosen.tokens} tokens")
     from qlora_trainer.planning.model_config import read_model_config
 
     config: Any = read_model_config(chosen.model)[0]
@@ -253,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank=chosen.rank,
         is_recomputed=True,
         loss_chunk_tokens=chosen.loss_chunk,
+        num_documents=chosen.documents,
     )
     measured, is_met = measure(case), True
     report: dict[str, Any] = {"peer_packages": package_versions(), **measured}

@@ -62,7 +62,8 @@ def trace(case: Case) -> Iterator[Entry]:
     config, _ = read_model_config(case.model)
     config.num_hidden_layers = case.num_layers
     dry = build_dry_model(config, double_quant=True, compute_dtype=torch.bfloat16, device=device, alignment_bytes=1)
-    ids_T = np.zeros(case.num_tokens, dtype=np.int32)
+    ids_L = np.zeros(case.num_tokens // case.num_documents, dtype=np.int32)
+    documents = [Document(index, ids_L, ids_L) for index in range(case.num_documents)]
     ledger = Ledger(device.type)
     with dry.fake_mode, without_collector():
         lora = LoraSettings(case.rank, 2.0 * case.rank, 0.0, tuple(dry.model.linears))
@@ -82,7 +83,7 @@ def trace(case: Case) -> Iterator[Entry]:
         dry.model.module.train()
         session = _session(case, dry.model, optimizer)
         with ledger, _telling_phases(ledger):
-            loss_and_norm = attempts._accumulate(session, [Document(0, ids_T, ids_T)], step=1)
+            loss_and_norm = attempts._accumulate(session, documents, step=1)
             optimizer.update(1e-4, loss_and_norm)
     return ledger.entries()
 

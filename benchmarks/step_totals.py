@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from benchmarks.step_ledger import PHASES, Entry
 from benchmarks.step_operations import DEQUANTIZE
@@ -12,7 +13,7 @@ from benchmarks.step_operations import DEQUANTIZE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What is traced, alike for both sides: one row of one document, every token but the first supervised, no dropout.
+    """What is traced, alike for both sides: one row, every token but a document's first supervised, no dropout.
 
     Attributes:
         model: a name that `plan --model` knows, of a model whose linears are named like Llama's.
@@ -22,6 +23,8 @@ class Case:
         is_recomputed: whether layers are recomputed in backward (activation checkpointing).
         loss_chunk_tokens: ours; TRL's are its own.
         lever: ours alone; a name of `step_ours.LEVERS`, or "" for none.
+        num_documents: ours alone; of equal lengths, which do not see each other. To torch's attention, which TRL takes
+            where FlashAttention's package is not installed, a packed row is one document.
     """
 
     model: str
@@ -31,6 +34,7 @@ class Case:
     is_recomputed: bool
     loss_chunk_tokens: int
     lever: str = ""
+    num_documents: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,3 +130,27 @@ def sum_up(entries: Iterable[Entry]) -> tuple[Totals, Breakdown]:
     fields = {name: number[name] for name in Totals.__slots__ if name not in ("dequantizations", "waits")}
     totals = Totals(**fields, dequantizations=dequantizations, waits=sum(waits.values()))
     return totals, Breakdown(operations=operations, places=places, waits=dict(sorted(waits.items())))
+
+
+def inside_on_a_line(two: Mapping[str, Any], three: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+    """What forward and backward of `num_layers` layers cost, from `Totals` of two and of three, each as JSON.
+
+    Each further layer costs what the third one adds. Not so outside of forward and backward, where lists of tensors are
+    cut as far as a kernel's arguments reach, and buffers into pieces.
+    """
+    found: dict[str, Any] = {}
+    for name, value in inside_of(two).items():
+        further = inside_of(three)[name]
+        if isinstance(value, dict):
+            found[name] = {phase: value[phase] + (num_layers - 2) * (further[phase] - value[phase]) for phase in value}
+        else:
+            found[name] = value + (num_layers - 2) * (further - value)
+    return found
+
+
+def inside_of(totals: Mapping[str, Any]) -> dict[str, Any]:
+    """`Totals` as JSON without what is outside of forward and backward."""
+    inside = dict(totals)
+    inside["moved_bytes"] -= inside.pop("outside_bytes")
+    inside["launches"] -= inside.pop("outside_launches")
+    return inside

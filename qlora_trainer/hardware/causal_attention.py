@@ -85,8 +85,8 @@ def working_bytes(q_BHTD: Tensor, longest_document: int, shape: AttentionShape) 
     return 4 * rows * heads * (6 if shape.softcap else 5) * largest
 
 
-def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Causal attention; returns (out [B, H, T, D], log-sum-exp [B, H, T] fp32, unused by the CUDA kernel)."""
+def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor | None]:
+    """Causal attention; returns (out [B, H, T, D], log-sum-exp [B, H, T] fp32, or None where backward needs none)."""
     if not shape.is_plain(q_BHTD, v_BKTD):
         return _attend_in_chunks(q_BHTD, k_BKTD, v_BKTD, shape)
     if _has_cpu_kernel(q_BHTD):
@@ -94,9 +94,8 @@ def attend(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, shape: AttentionShape
             q_BHTD, k_BKTD, v_BKTD, 0.0, True, scale=shape.scale
         )
         return out_BHTD, lse_BHT
-    return fused_attention(q_BHTD, k_BKTD, v_BKTD, shape.scale), q_BHTD.new_zeros(
-        q_BHTD.shape[:-1], dtype=torch.float32
-    )
+    out_BTHD: Tensor = fused_attention(q_BHTD, k_BKTD, v_BKTD, shape.scale)
+    return out_BTHD.transpose(1, 2), None
 
 
 def attend_backward(
@@ -105,27 +104,32 @@ def attend_backward(
     k_BKTD: Tensor,
     v_BKTD: Tensor,
     out_BHTD: Tensor,
-    lse_BHT: Tensor,
+    lse_BHT: Tensor | None,
     shape: AttentionShape,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attend` with respect to q, k and v, in their dtypes."""
-    if not shape.is_plain(q_BHTD, v_BKTD):
-        return _attend_in_chunks_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape)
-    if _has_cpu_kernel(q_BHTD):
+    is_plain = shape.is_plain(q_BHTD, v_BKTD)
+    if is_plain and not _has_cpu_kernel(q_BHTD):
+        grads: tuple[Tensor, Tensor, Tensor] = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, shape.scale)
+        return grads
+    assert lse_BHT is not None
+    if is_plain:
         return _cpu_flash_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape.scale)
-    grads: tuple[Tensor, Tensor, Tensor] = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, shape.scale)
-    return grads
+    return _attend_in_chunks_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, out_BHTD, lse_BHT, shape)
 
 
 @torch.library.custom_op("qlora_trainer::fused_attention", mutates_args=())
 def fused_attention(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
-    """The library's causal attention on a GPU: an op of its own, so that a dry run need not know its kernel."""
-    return _library_attention(q_BHTD, k_BKTD, v_BKTD, scale).contiguous()
+    """The library's causal attention on a GPU: an op of its own, so that a dry run need not know its kernel.
+
+    Returns [B, T, H, D], as the kernels lay it out: nothing is copied where that is so.
+    """
+    return _library_attention(q_BHTD, k_BKTD, v_BKTD, scale).transpose(1, 2).contiguous()
 
 
 @fused_attention.register_fake
 def _(q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor, scale: float) -> Tensor:
-    return q_BHTD.new_empty(q_BHTD.shape)
+    return q_BHTD.new_empty(q_BHTD.transpose(1, 2).shape)
 
 
 @torch.library.custom_op("qlora_trainer::fused_attention_backward", mutates_args=())

@@ -96,10 +96,9 @@ def _cpu_flash_backward_bytes(grad_BHTD: Tensor, q_BHTD: Tensor, num_threads: in
 
 
 def _gpu_attention_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:
-    """The output as the kernel lays it out, token by token, before it is copied; log-sum-exp; repeated keys, values."""
+    """Log-sum-exp; repeated keys and values. The output is laid out token by token, as the kernel makes it."""
     rows, heads, num_tokens, _ = q_BHTD.shape
-    out_bytes = q_BHTD.numel() * q_BHTD.element_size()
-    return out_bytes + 4 * rows * heads * _round_up(num_tokens, 32) + _repeated_bytes(q_BHTD, k_BKTD)
+    return 4 * rows * heads * _round_up(num_tokens, 32) + _repeated_bytes(q_BHTD, k_BKTD)
 
 
 def _repeated_bytes(q_BHTD: Tensor, k_BKTD: Tensor) -> int:

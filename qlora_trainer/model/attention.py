@@ -41,7 +41,7 @@ def packed_attention(
         scale, window, softcap: see `AttentionShape`.
 
     Returns:
-        out [B, T, H, D] in q's dtype, and the log-sum-exp [B, H, T] in fp32.
+        out [B, T, H, D] in q's dtype, and the log-sum-exp [B, H, T] in fp32, unwritten where backward needs none.
 
     Raises:
         ValueError: the lengths do not sum to T.
@@ -55,7 +55,8 @@ def packed_attention(
     for tokens in _documents(document_lengths):
         out_BHLD, lse_BHL = attend(q_BHTD[:, :, tokens], k_BKTD[:, :, tokens], v_BKTD[:, :, tokens], shape)
         out_BTHD[:, tokens] = out_BHLD.transpose(1, 2)
-        lse_BHT[:, :, tokens] = lse_BHL
+        if lse_BHL is not None:
+            lse_BHT[:, :, tokens] = lse_BHL
         del out_BHLD, lse_BHL  # else they are there beside all that the next document needs
     return out_BTHD, lse_BHT
 
@@ -101,9 +102,9 @@ def packed_attention_backward(
             lse_BHT[:, :, tokens],
             shape,
         )
-        for grad, own_grad in zip(grads, own_grads, strict=True):
-            grad[:, :, tokens] = own_grad
-        del own_grads, own_grad
+        # As one kernel on a GPU: to torch, a row's tokens of all heads are what a kernel can go through in order.
+        torch._foreach_copy_([_by_token(grad[:, :, tokens]) for grad in grads], [_by_token(own) for own in own_grads])
+        del own_grads
     return grads[0], grads[1], grads[2]
 
 
@@ -121,6 +122,11 @@ def _(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(q_BHTD), torch.empty_like(k_BKTD), torch.empty_like(v_BKTD)
+
+
+def _by_token(tensor_BHLD: Tensor) -> Tensor:
+    """[L, H, D] of the one row, [B, L, H, D] of several; a view."""
+    return tensor_BHLD.transpose(1, 2).squeeze(0)
 
 
 def _documents(document_lengths: Sequence[int]) -> Iterator[slice]:

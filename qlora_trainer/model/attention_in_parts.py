@@ -85,7 +85,7 @@ def attention_in_parts_(
         tile_tokens: most that short documents fill together.
 
     Returns:
-        The log-sum-exp [n, T] in fp32.
+        The log-sum-exp [n, T] in fp32, unwritten where backward needs none.
 
     Raises:
         ValueError: the lengths do not sum to T.
@@ -104,7 +104,8 @@ def attention_in_parts_(
                 shape,
             )
             _put(q_TnD, tokens, part.heads, out_1nLD)
-            lse_nT[part.heads, tokens] = lse_1nL[0]
+            if lse_1nL is not None:
+                lse_nT[part.heads, tokens] = lse_1nL[0]
             del out_1nLD, lse_1nL  # else they are there beside all that the next document needs
     return lse_nT
 

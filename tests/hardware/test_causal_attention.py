@@ -75,6 +75,7 @@ def test_output_and_gradients(
 
     assert out_BHTD.dtype == dtype
     assert relative_error(out_BHTD, expected_BHTD.detach()) < tolerance
+    assert lse_BHT is not None
     torch.testing.assert_close(lse_BHT, expected_lse_BHT.detach().float(), rtol=tolerance, atol=tolerance)
     expected = torch.autograd.grad(expected_BHTD, leaves, grad_BHTD.double())
     largest = max(float(gradient.norm()) for gradient in expected)
@@ -169,7 +170,7 @@ def test_what_a_gpu_is_asked_for_is_attention(num_kv_heads: int, dtype: torch.dt
     leaves = [tensor.double().requires_grad_() for tensor in (q_BHTD, k_BKTD, v_BKTD)]
     expected_BHTD, _ = plain_attention(leaves[0], leaves[1], leaves[2], SHAPES["plain"])
 
-    out_BHTD = fused_attention(q_BHTD, k_BKTD, v_BKTD, 0.25)
+    out_BHTD = fused_attention(q_BHTD, k_BKTD, v_BKTD, 0.25).transpose(1, 2)
     found: Any = fused_attention_backward(grad_BHTD, q_BHTD, k_BKTD, v_BKTD, 0.25)
 
     assert relative_error(out_BHTD, expected_BHTD.detach()) < tolerance
