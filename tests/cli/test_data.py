@@ -20,6 +20,7 @@ from qlora_trainer.report.reading import watched
 from qlora_trainer.report.screen import stderr_console
 from qlora_trainer.run.data_check import check_data
 from qlora_trainer.run.inputs import read_inputs
+from qlora_trainer.run.records import Preparing
 from tests.run.tiny_run import CHATML, rows, write_base, write_rows
 
 
@@ -297,6 +298,10 @@ def test_names_that_the_template_does_not_render_are_told(
     assert found(capsys, str(path), "--model", str(base))["train"]["num_lost_names"] == 3
     out, _ = called(capsys, str(path), "--model", str(base))
     assert "lost name     of 3 messages: the chat template does not render it" in out
+    options = [f"model.base={base}", f"data.train={path}", "data.eval_fraction=0", "training.global_batch_size=1"]
+    told = watched(read_inputs(load_config(None, options)), stderr_console()).data.told
+    line = "3 messages have a name that the chat template does not render: who speaks is not learned"
+    assert line in [record.what for record in told if isinstance(record, Preparing)]
 
 
 def test_answers_that_the_template_rewrites_are_told(
