@@ -23,22 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import describe, describe_in_words
+from benchmarks.scaling_plot import GIB, LABELS, write_plot
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-GIB, MIB = 2**30, 2**20
+MIB = 2**20
 LIMIT_7B_BYTES = 6 * GIB
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "micro_batch_tokens": (256, 512, 1024, 2048, 4096),
     "seq_len": (128, 256, 512, 1024, 2048, 4096),
     "rank": (4, 8, 16, 32, 64, 128, 256),
     "model": ("135m", "1.1b", "7b"),
-}
-LABELS = {
-    "micro_batch_tokens": "tokens of the micro-batch",
-    "seq_len": "tokens of a document",
-    "rank": "rank",
-    "model": "parameters of the base",
 }
 
 
@@ -121,7 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table and the plots")
     chosen = parser.parse_args(arguments)
-    from benchmarks.scaling_plot import write_plot
 
     chosen.results.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"machine": describe(), "machine_in_words": describe_in_words(), "sweeps": {}}

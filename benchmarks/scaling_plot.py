@@ -7,11 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.scaling import GIB, LABELS
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+LABELS = {
+    "micro_batch_tokens": "tokens of the micro-batch",
+    "seq_len": "tokens of a document",
+    "rank": "rank",
+    "model": "parameters of the base",
+}
+GIB = 2**30
 _WIDTH_PIXELS, _HEIGHT_PIXELS, _DPI = 1200, 480, 100
 _INK, _FAINT_INK, _GRID = "#1f2328", "#59636e", "#e4e6e9"
 # Told apart by the colour-blind too, and by their marks.
