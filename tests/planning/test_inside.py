@@ -98,7 +98,7 @@ def test_documents_of_one_length_are_worked_out_once(lengths: tuple[int, ...], m
     """
     asked: list[int] = []
 
-    def see(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    def see(q: Tensor, k: Tensor, v: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor | None]:
         asked.append(q.shape[2])
         return attend(q, k, v, shape)
 
