@@ -162,8 +162,8 @@ def test_wrong_attention_is_refused(
 
 def test_an_architecture_whose_documents_see_each_other_takes_one_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     assert require_accepted(transformers.LlamaConfig()) is True
-    parts = attention._parts
-    monkeypatch.setattr(attention, "_parts", lambda q, k, lengths, tiles: parts(q, k, [sum(lengths)], tiles))
+    documents = attention._documents
+    monkeypatch.setattr(attention, "_documents", lambda lengths: documents([sum(lengths)]))
     assert require_accepted(transformers.LlamaConfig()) is False
 
 
