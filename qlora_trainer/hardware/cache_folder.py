@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qlora_trainer.errors import StorageError
@@ -31,7 +31,8 @@ def cache_folder() -> Path:
         owners = {found.st_uid, root.lstat().st_uid}
         others_may_write = bool(found.st_mode & _OTHERS_MAY_WRITE)
         if owners == {os.getuid()} and not others_may_write and stat.S_IMODE(found.st_mode) != _OWNERS_ALONE:
-            root.chmod(_OWNERS_ALONE)
+            with suppress(PermissionError):  # a disk that keeps no modes gives everything within the same one
+                root.chmod(_OWNERS_ALONE)
     except OSError as error:
         raise StorageError(
             where=str(root),
@@ -51,7 +52,10 @@ def cache_folder() -> Path:
             where=str(root),
             found=f"a cache folder that others may write to (mode {stat.S_IMODE(found.st_mode):o})",
             expected=f"mode {_OWNERS_ALONE:o}, since code is loaded from it",
-            fix=f"Remove it, all in it is made again: rm -r {root}; if nobody else has been there: chmod 700 {root}",
+            fix=(
+                f"Remove it, all in it is made again: rm -r {root}; if nobody else has been there: chmod 700 {root}; on a "
+                "disk that keeps no modes, set XDG_CACHE_HOME to another one."
+            ),
         )
     return root
 

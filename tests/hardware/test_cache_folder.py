@@ -77,6 +77,20 @@ def test_one_that_others_can_read_is_closed_and_so_is_all_within(
     assert cache_folder().stat().st_mode & 0o777 == 0o700
 
 
+def test_one_on_a_disk_that_keeps_no_modes_is_taken_where_others_cannot_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_folder: Path, _mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "qlora_trainer").mkdir()
+    (tmp_path / "qlora_trainer").chmod(0o755)
+    monkeypatch.setattr(Path, "chmod", refuse)
+
+    assert cache_folder() == tmp_path / "qlora_trainer"
+
+
 def test_a_link_of_ones_own_leads_to_another_disk_and_one_of_somebody_else_nowhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
