@@ -53,8 +53,8 @@ def cache_folder() -> Path:
             found=f"a cache folder that others may write to (mode {stat.S_IMODE(found.st_mode):o})",
             expected=f"mode {_OWNERS_ALONE:o}, since code is loaded from it",
             fix=(
-                f"Remove it, all in it is made again: rm -r {root}; if nobody else has been there: chmod 700 {root}; on a "
-                "disk that keeps no modes, set XDG_CACHE_HOME to another one."
+                f"Remove it, all in it is made again: rm -r {root}; if nobody else has been there: chmod 700 {root}; "
+                "on a disk that keeps no modes, set XDG_CACHE_HOME to another one."
             ),
         )
     return root
