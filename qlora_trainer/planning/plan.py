@@ -206,8 +206,8 @@ class Plan:
         fits: whether `knobs` stay within both budgets; if not, they are the smallest that were allowed.
         model: what the user called the base.
         device: "cpu", or the GPU's name.
-        budget_bytes, host_budget_bytes: of the device and of the host; on a CPU the same memory. The host of a GPU that is
-            not in this machine is unknown: `budget.NO_LIMIT_BYTES`, 2^62, unless memory.host_budget says.
+        budget_bytes, host_budget_bytes: of the device and of the host; on a CPU the same memory. The host of a GPU that
+            is not in this machine is unknown: `budget.NO_LIMIT_BYTES`, 2^62, unless memory.host_budget says.
         device_key: who limits `budget_bytes`: a key of the config, or an option in its place; no part of the JSON.
         knobs: what was decided.
         predicted: what that takes.
