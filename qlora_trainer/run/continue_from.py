@@ -138,14 +138,16 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     wanted = fields["target_modules"]
     if not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
-    bias = _as_bias(adapter.settings, biased_linears(parts), folder)
+    bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, biased_linears(parts), folder)
     return {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias}
 
 
-def _as_bias(settings: LoraSettings, biased: Sequence[str], folder: Path) -> str:
+def _as_bias(words: Sequence[Any], settings: LoraSettings, biased: Sequence[str], folder: Path) -> str:
+    """What `lora.bias` is called that means the adapter's biases: one of `words` if it does, the first of them."""
     if not settings.biases:
         return "none"
-    for wanted in ("lora_only", "all"):
+    known = ("lora_only", "all")  # which mean the same where every linear with a bias has LoRA
+    for wanted in (*(word for word in words if word in known), *known):
         meant = tuple(name for name in biased if wanted == "all" or name in settings.targets)
         if meant == settings.biases:
             return wanted

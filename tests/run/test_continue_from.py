@@ -181,6 +181,19 @@ def test_a_run_trains_the_biases_on_that_peft_has_trained(
     assert all(not torch.equal(before[name], after[name]) for name in biases)
 
 
+def test_two_words_for_the_same_biases_are_both_taken(tmp_path: Path) -> None:
+    """Every linear with a bias has LoRA, as in Qwen 2 with q, k and v: the file's own word is its own, and a run's."""
+    base = write_base(tmp_path / "base", has_biases=True)
+    every = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    for stated in ("all", "lora_only"):
+        folder = peft_folder(tmp_path / stated, base, target_modules=every, bias=stated)
+        assert filled_in(begun_with(tmp_path, base, folder)).lora.bias == stated
+        for asked in ("all", "lora_only"):
+            assert filled_in(begun_with(tmp_path, base, folder, f"lora.bias={asked}")).lora.bias == asked
+        with pytest.raises(ConfigError, match=r"lora\.bias: found 'none'; expected"):
+            filled_in(begun_with(tmp_path, base, folder, "lora.bias=none"))
+
+
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:
     folder = peft_folder(tmp_path / "theirs", base, "W_pack")
     assert run_to_end(begun_with(tmp_path, base, folder, "training.max_steps=1"))
