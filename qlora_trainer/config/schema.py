@@ -206,8 +206,8 @@ class TrainingSection(Section):
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
-        description="Learning rate of the B matrices (and of DoRA's magnitudes) over learning_rate, which the A "
-        "matrices keep (LoRA+); 1 = one rate for all.",
+        description="Learning rate of the B matrices (as in PEFT also of DoRA's magnitudes and of trained biases) over "
+        "learning_rate, which the A matrices keep (LoRA+); 1 = one rate for all.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after the warm-up: cosine or linear fall to 0, or constant."
@@ -218,7 +218,9 @@ class TrainingSection(Section):
         description="AdamW with moments of 32 or 8 bits, resident or paged: one of auto, adamw_32bit, "
         "adamw_8bit, paged_adamw_32bit, paged_adamw_8bit; auto = 32 bits, paged on a GPU.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay of AdamW; trained biases, also a trained head's, have none."
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="Gradients are scaled down to this norm; null = never."
     )

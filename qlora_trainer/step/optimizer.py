@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,10 +45,11 @@ class OptimizerSettings:
         bits: width of the two moments, 32 or 8.
         residency: where master and moments live: with the model, in memory that can be paged out, or on the host, where
             they are updated, too: gradients go there in pieces, and rounded weights come back.
-        weight_decay: decoupled (Loshchilov & Hutter, 2019).
+        weight_decay: decoupled (Loshchilov & Hutter, 2019). Of trained biases none, as in PEFT and transformers: it
+            would pull them to 0, and what the base was trained with is not there.
         paging_folder: where the files of paged state lie on a CPU.
         rate_ratio: learning rate of the B matrices over that of A (LoRA+, Hayou et al., 2024); of DoRA's magnitudes
-            and of a head's bias too, as in PEFT.
+            and of trained biases (a head's, too) as well, as in PEFT.
     """
 
     bits: Literal[8, 32]
@@ -69,6 +69,7 @@ class _Piece:
         gradient: its gradient, on the model's device.
         state: all that an update writes: its columns of the stacks.
         rate_ratio: its learning rate over that of the step.
+        weight_decay: its own.
     """
 
     parameter: nn.Parameter
@@ -76,6 +77,7 @@ class _Piece:
     gradient: Tensor
     state: tuple[Tensor, ...]
     rate_ratio: float
+    weight_decay: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +114,8 @@ class AdapterOptimizer:
         self.settings = settings
         self.step_count = 0
         self._parameters = dict(parameters)
-        # With two rates, what has the other one lies behind all else: a piece then has one rate, and pieces stay large.
-        self._num_at_rate, self._places = _lay_out(self._parameters, has_two_rates=settings.rate_ratio != 1.0)
+        # What has its own rate or no decay lies behind all else: a piece then has one of each, and pieces stay large.
+        self._places = _lay_out(self._parameters, settings)
         self._device = next(iter(self._parameters.values())).device
         is_on_host = settings.residency == "host" and not _is_host(self._device)
         self._host = SideStream(self._device) if is_on_host else None
@@ -195,7 +197,8 @@ class AdapterOptimizer:
             is_bad = is_bad.to(self._master.device)
         for piece in self._pieces[self._num_updated_pieces :]:
             with _wholly_or_not_at_all(piece.state, is_bad):
-                self._adamw.param_groups[0]["lr"] = learning_rate * piece.rate_ratio
+                asked = {"lr": learning_rate * piece.rate_ratio, "weight_decay": piece.weight_decay}
+                self._adamw.param_groups[0].update(asked)
                 self._adamw.state[piece.parameter]["step"] = self.step_count  # a try that failed has counted it
                 piece.parameter.grad = self._beside_the_master(piece.gradient)
                 try:
@@ -290,20 +293,25 @@ class AdapterOptimizer:
     def _cut(self) -> tuple[_Piece, ...]:
         num_elements = self._master.numel()
         piece_elements = CPU_PIECE_ELEMENTS if self._master.device.type == "cpu" else GPU_PIECE_ELEMENTS
-        border = self._num_at_rate
-        starts = [*range(0, border, piece_elements), *range(border, num_elements, piece_elements)]
+        firsts: dict[tuple[float, float], int] = {}  # of each stretch with terms of its own
+        for name, place in self._places.items():
+            firsts.setdefault(_terms_of(name, self.settings), place.first)
+        ends = [*list(firsts.values())[1:], num_elements]
         pieces = []
-        for first, end in pairwise([*starts, num_elements]):
-            elements = slice(first, end)
-            blocks = slice(first // BLOCK_ELEMENTS, end // BLOCK_ELEMENTS)
-            rate_ratio = self.settings.rate_ratio if first >= border else 1.0
-            parameter = nn.Parameter(self._master[elements], requires_grad=True)
-            state = (
-                *(stack_KE[:, elements] for stack_KE in self._stacks),
-                *(stack_KB[:, blocks] for stack_KB in self._scale_stacks),
-            )
-            pieces.append(_Piece(parameter, elements, self.gradient[elements], state, rate_ratio))
+        for (terms, begin), stop in zip(firsts.items(), ends, strict=True):
+            for first in range(begin, stop, piece_elements):
+                pieces.append(self._piece(first, min(first + piece_elements, stop), *terms))
         return tuple(pieces)
+
+    def _piece(self, first: int, end: int, rate_ratio: float, weight_decay: float) -> _Piece:
+        elements = slice(first, end)
+        blocks = slice(first // BLOCK_ELEMENTS, end // BLOCK_ELEMENTS)
+        parameter = nn.Parameter(self._master[elements], requires_grad=True)
+        state = (
+            *(stack_KE[:, elements] for stack_KE in self._stacks),
+            *(stack_KB[:, blocks] for stack_KB in self._scale_stacks),
+        )
+        return _Piece(parameter, elements, self.gradient[elements], state, rate_ratio, weight_decay)
 
     def _make_adamw(self) -> Any:
         """bitsandbytes' AdamW over pieces of the flat master, its state laid out here instead of by itself.
@@ -358,23 +366,33 @@ def num_flat_elements(shapes: Iterable[tuple[int, ...]]) -> int:
     return sum(_padded(math.prod(shape)) for shape in shapes)
 
 
-def _lay_out(parameters: Mapping[str, nn.Parameter], *, has_two_rates: bool) -> tuple[int, dict[str, _Place]]:
-    """Where each parameter lies, and how many elements have the learning rate of the step, which come first."""
-    names = list(parameters)
-    if has_two_rates:
-        names.sort(key=_has_own_rate)  # stable
-    places, first, num_at_rate = {}, 0, 0
-    for name in names:
+def _lay_out(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings) -> dict[str, _Place]:
+    """Where each parameter lies: those with the same terms side by side, those with the step's own first."""
+    usual = (1.0, settings.weight_decay)
+
+    def differs(name: str) -> tuple[bool, ...]:
+        return tuple(own != common for own, common in zip(_terms_of(name, settings), usual, strict=True))
+
+    places, first = {}, 0
+    for name in sorted(parameters, key=differs):  # stable
         parameter = parameters[name]
         places[name] = _Place(first, parameter.numel(), tuple(parameter.shape))
         first = _padded(first + parameter.numel())
-        if not (has_two_rates and _has_own_rate(name)):
-            num_at_rate = first
-    return num_at_rate, places
+    return places
+
+
+def _terms_of(name: str, settings: OptimizerSettings) -> tuple[float, float]:
+    """Learning rate of a parameter over that of the step, and its weight decay."""
+    rate_ratio = settings.rate_ratio if _has_own_rate(name) else 1.0
+    return rate_ratio, settings.weight_decay if _decays(name) else 0.0
 
 
 def _has_own_rate(name: str) -> bool:
     return name.endswith((".lora_B", MAGNITUDE, ".bias"))
+
+
+def _decays(name: str) -> bool:
+    return not name.endswith(".bias")
 
 
 def _padded(num_elements: int) -> int:

@@ -14,7 +14,7 @@ from qlora_trainer.step import optimizer as optimizer_module
 from qlora_trainer.step.optimizer import BLOCK_ELEMENTS, AdapterOptimizer
 from tests.step.recorded import SHAPES, copied_state, differing, make_parameters, make_settings, run_steps
 
-RATE, RATIO = 1e-3, 16.0
+RATE, RATIO, DECAY = 1e-3, 16.0, 0.1
 # A and B in turns, as in a model; the last is DoRA's.
 ALL_SHAPES: dict[str, tuple[int, ...]] = {**SHAPES, "up.lora_magnitude_vector": (512,)}
 FAST = [name for name in ALL_SHAPES if not name.endswith("lora_A")]
@@ -63,7 +63,26 @@ def test_a_state_goes_from_one_ratio_to_another(tmp_path: Path) -> None:
     assert differing(after.state_dict(), before.state_dict()) == []
 
 
-def test_which_weights_have_their_own_rate_is_as_in_peft() -> None:
+@pytest.mark.parametrize("ratio", [1.0, RATIO])
+@pytest.mark.parametrize("bits", [32, 8])
+def test_trained_biases_do_not_decay_and_all_else_does(tmp_path: Path, bits: int, ratio: float) -> None:
+    """A bias among the others, as in a model; a pretrained bias is lost where it is pulled to 0."""
+    shapes = {"q.lora_A": (4, 300), "q.bias": (257,), **ALL_SHAPES, "lm_head.bias": (3,)}
+    biases = {"q.bias", "lm_head.bias"}
+    found = {}
+    for decay in (0.0, 0.5):
+        parameters = make_parameters(torch.float32, shapes)
+        settings = make_settings(bits=bits, weight_decay=decay, paging_folder=tmp_path, rate_ratio=ratio)
+        optimizer = AdapterOptimizer(parameters, settings)
+        assert [piece.weight_decay for piece in optimizer._pieces][-1] == 0.0
+        run_steps(optimizer, parameters, range(3), RATE)
+        found[decay] = {name: own.detach().clone() for name, own in parameters.items()}
+    assert set(differing(found[0.5], found[0.0])) == shapes.keys() - biases
+    begun = {name: own.detach() for name, own in make_parameters(torch.float32, shapes).items()}
+    assert set(differing(found[0.5], begun)) == shapes.keys()
+
+
+def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -75,16 +94,21 @@ def test_which_weights_have_their_own_rate_is_as_in_peft() -> None:
             return out
 
     wrapped = peft.get_peft_model(
-        Model(), peft.LoraConfig(target_modules=["up"], modules_to_save=["lm_head"], use_dora=True)
+        Model(), peft.LoraConfig(target_modules=["up"], modules_to_save=["lm_head"], use_dora=True, bias="lora_only")
     )
     theirs = create_loraplus_optimizer(
         wrapped,
         optimizer_cls=torch.optim.AdamW,
         lr=RATE,
         loraplus_lr_ratio=RATIO,
+        loraplus_weight_decay=DECAY,
     )
-    fast = {id(own) for group in theirs.param_groups if group["lr"] == RATE * RATIO for own in group["params"]}
+    terms = {
+        id(own): (group["lr"] / RATE, group["weight_decay"]) for group in theirs.param_groups for own in group["params"]
+    }
     names = {name: own for name, own in wrapped.named_parameters() if own.requires_grad}
-    assert len(names) == 5
+    assert len(names) == 6
+    settings = make_settings(weight_decay=DECAY, rate_ratio=RATIO)
     for name, parameter in names.items():
-        assert optimizer_module._has_own_rate(name.removesuffix(".default.weight")) == (id(parameter) in fast)
+        ours = optimizer_module._terms_of(name.removesuffix(".default.weight"), settings)
+        assert ours == pytest.approx(terms[id(parameter)]), name
