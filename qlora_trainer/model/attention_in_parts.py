@@ -1,7 +1,8 @@
 """Attention over packed documents part by part, whose backward takes no more room than one part needs.
 
-A part is a run of short documents, or one key-value head (and its queries) of a document longer than a tile: no head
-depends on another, no document either. Backward is given the gradient of what the output projection made. Of a part it
+A part is a run of short documents, or one key-value head (and its queries) of a longer one: no head depends on
+another, no document either. A run has no more tokens times heads than one key-value head of a tile, so that no
+documents take more than a document of a tile, or the longest one, would. Backward is given the gradient of what the output projection made. Of a part it
 makes the gradient of attention's output and those of queries, keys and values, and puts these into the places of
 queries, keys and values themselves: none of them is there whole beside what it is the gradient of. Forward puts the
 output into the place of the queries.
@@ -39,11 +40,17 @@ class Part:
     kv_heads: slice
 
 
+def run_tokens(tile_tokens: int, num_kv_heads: int) -> int:
+    """Most that a run has."""
+    return max(1, tile_tokens // num_kv_heads)
+
+
 def parts_of(document_lengths: Sequence[int], num_heads: int, num_kv_heads: int, tile_tokens: int) -> Iterator[Part]:
-    """Runs of documents that fill no more than a tile, all heads; longer ones alone, a key-value head at a time."""
-    for run in _runs(document_lengths, tile_tokens):
+    """Runs of short documents, all heads; longer ones alone, a key-value head at a time."""
+    most_tokens = run_tokens(tile_tokens, num_kv_heads)
+    for run in _runs(document_lengths, most_tokens):
         tokens = slice(run[0].start, run[-1].stop)
-        num_parts = num_kv_heads if tokens.stop - tokens.start > tile_tokens else 1
+        num_parts = num_kv_heads if tokens.stop - tokens.start > most_tokens else 1
         for part in range(num_parts):
             heads, kv_heads = (
                 slice(part * count // num_parts, (part + 1) * count // num_parts) for count in (num_heads, num_kv_heads)
@@ -51,12 +58,12 @@ def parts_of(document_lengths: Sequence[int], num_heads: int, num_kv_heads: int,
             yield Part(tokens, run, heads, kv_heads)
 
 
-def _runs(document_lengths: Sequence[int], tile_tokens: int) -> Iterator[tuple[slice, ...]]:
+def _runs(document_lengths: Sequence[int], most_tokens: int) -> Iterator[tuple[slice, ...]]:
     run: list[slice] = []
     first = 0
     for length in document_lengths:
         document = slice(first, first + length)
-        if run and document.stop - run[0].start > tile_tokens:
+        if run and document.stop - run[0].start > most_tokens:
             yield tuple(run)
             run = []
         run.append(document)
@@ -82,7 +89,7 @@ def attention_in_parts_(
         q_TnD, k_TKD, v_TKD: queries, keys and values, rotated; heads of one size.
         document_lengths: tokens of each document, in order; they sum to T.
         scale, window, softcap: see `AttentionShape`.
-        tile_tokens: most that short documents fill together.
+        tile_tokens: see `run_tokens`.
 
     Returns:
         The log-sum-exp [n, T] in fp32, unwritten where backward needs none.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, working_bytes
-from qlora_trainer.model.attention_in_parts import attention_in_parts_, attention_in_parts_backward_
+from qlora_trainer.model.attention_in_parts import attention_in_parts_, attention_in_parts_backward_, run_tokens
 from qlora_trainer.model.fused_halves import AttentionHalf, heads_backward_, normed_heads
 from qlora_trainer.model.linear import (
     adapter_parameters,
@@ -235,6 +235,7 @@ def _inputs_backward(
 def _make_room(half: AttentionHalf, q_TnD: Tensor, document_lengths: Sequence[int], tile_tokens: int) -> None:
     """For attention over the longest document, or a key-value head of it."""
     shape, longest = AttentionShape(half.scale, half.window, half.softcap), max(document_lengths)
-    num_parts = half.k.out_features // half.head_dim if longest > tile_tokens else 1
+    num_kv_heads = half.k.out_features // half.head_dim
+    num_parts = num_kv_heads if longest > run_tokens(tile_tokens, num_kv_heads) else 1
     working = working_bytes(q_TnD.transpose(0, 1).unsqueeze(0), longest, shape)
     half.o.resident_limit.make_room(working // num_parts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from qlora_trainer.hardware.kernel_workspace import inside_bytes as library_insi
 from qlora_trainer.hardware.row_blocks import rows_in_block
 from qlora_trainer.hardware.row_kernels import expects_row_kernels
 from qlora_trainer.model import attention, attention_in_parts, dora, nf4, row_ops
+from qlora_trainer.model.attention_in_parts import run_tokens
 from qlora_trainer.model.vocabulary_blocks import rows_in_block as rows_in_vocabulary_block
 from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.timeline import Probe, on_a_line
@@ -47,6 +47,7 @@ ROW_OPS: dict[str, Callable[..., Any]] = {
         row_ops.rotate_,
         row_ops.gated,
         row_ops.gated_backward_,
+        row_ops.summed_in_blocks,
     )
 }
 # The undecorated functions behind the operations.
@@ -78,7 +79,8 @@ def bytes_of(inside: Inside) -> int:
         lengths = tuple(dict.fromkeys(_lengths(inside)))
         return _traced_bytes(inside.op, _of_documents(inside.op, inside.arguments, lengths))
     if inside.op in IN_PARTS:
-        lengths = _few_documents(_lengths(inside), inside.arguments[_tile_argument(inside.op)])
+        tile, num_tokens = inside.arguments[_tile_argument(inside.op)], inside.arguments[0].shape[0]
+        lengths = _costliest_documents(inside, max(_lengths(inside)), num_tokens, tile)
         return _traced_bytes(inside.op, _of_documents(inside.op, inside.arguments, lengths))
     if inside.op in ROW_OPS:
         if expects_row_kernels(_device_of(inside.arguments)):
@@ -171,12 +173,18 @@ def _of_documents(op: str, arguments: tuple[Any, ...], lengths: tuple[int, ...])
     return (*tensors, lengths, *arguments[len(axes) + 1 :])
 
 
-def _few_documents(lengths: tuple[int, ...], tile: int) -> tuple[int, ...]:
-    """Of each length as many as are taken at once."""
-    found: list[int] = []
-    for length, number in Counter(lengths).items():
-        found += [length] * min(number, max(1, tile // length))
-    return tuple(found)
+def _costliest_documents(inside: Inside, longest: int, num_tokens: int, tile: int) -> tuple[int, ...]:
+    """Of all documents that are no longer than `longest`, those for which attention in parts takes most.
+
+    That is the longest one, a key-value head at a time, and where it is shorter than a tile also a full run.
+    """
+    most_tokens = run_tokens(tile, inside.arguments[1].shape[1])
+    if longest >= tile > most_tokens:
+        return (longest,)
+    run = min(most_tokens, num_tokens)
+    num_full, rest = divmod(run, min(longest, run))
+    alone = (longest,) if longest > most_tokens else ()
+    return (*alone, *[min(longest, run)] * num_full, *[rest] * (rest > 0))
 
 
 def resized(
@@ -203,7 +211,7 @@ def resized(
     if inside.op in ROW_OPS:
         return Inside(inside.index, inside.op, _with_rows(inside.arguments, probe, tokens, tile))
     if inside.op in IN_PARTS:
-        lengths = (seq_len,) * max(1, min(tile, tokens) // seq_len)
+        lengths = _costliest_documents(inside, seq_len, tokens, tile)
         changed = list(_of_documents(inside.op, inside.arguments, lengths))
         changed[_tile_argument(inside.op)] = tile
         return Inside(inside.index, inside.op, tuple(changed))

@@ -30,9 +30,9 @@ from qlora_trainer.step.train_step import accumulate_gradients, evaluate
 
 Policy = Literal["offload", "recompute", "keep"]
 _ATTENTION_PASSES = dict(zip((*ATTENTION, *IN_PARTS), 2 * (1.0, 2.5), strict=True))  # backward: 2.5 (Dao, 2023)
-# What attention in parts starts on a GPU for a document, or a head of one: kernel, copy to its layout, zeros and two
-# results put in place; two products, forward's kernel again, backward's four and three results.
-_PART_LAUNCHES = dict(zip(IN_PARTS, (5, 11), strict=True))
+# What attention in parts starts on a GPU for a document, or a head of one: the kernel, and its result put in place; two
+# products, forward's kernel again, backward's four and three results.
+_PART_LAUNCHES = dict(zip(IN_PARTS, (2, 10), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class LayerParts:
         query_spec: what attention is given first; heads are its second dimension, a head's size is its last.
         attention_passes: how often attention's forward is computed, or what takes as long.
         part_launches: where attention goes part by part, operations that compute, of each part.
-        num_parts: that a document longer than a tile has.
+        num_parts: that a document longer than a run has (see `attention_in_parts`).
     """
 
     forward: Segment

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from qlora_trainer.hardware.cpu_speed import measure_cpu_speed
 from qlora_trainer.hardware.device import ComputeDtype
 from qlora_trainer.hardware.gpu_catalogue import Gpu
+from qlora_trainer.model.attention_in_parts import run_tokens
 from qlora_trainer.model.vocabulary_blocks import BLOCK_ELEMENTS
 from qlora_trainer.planning.price import Layout, Prices, hidden_bytes
 from qlora_trainer.planning.shallow_trace import LayerParts
@@ -195,7 +196,8 @@ def _seconds(prices: Prices, layout: Layout, tokens: int, demand: Demand, speed:
 
 def _num_parts(own: LayerParts, layout: Layout, tokens: int, demand: Demand) -> float:
     """Into which attention cuts so many tokens, in documents of the mean length."""
-    of_each = own.num_parts if demand.mean_tokens > layout.levers.tile_tokens else 1
+    is_long = demand.mean_tokens > run_tokens(layout.levers.tile_tokens, own.num_parts)
+    of_each = own.num_parts if is_long else 1
     return of_each * tokens / demand.mean_tokens
 
 

@@ -16,7 +16,7 @@ from qlora_trainer.model.random_draws import dropout_factors
 from tests.model.tiny_models import relative_error
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HIDDEN, RANK = 6, 2, 16, 40, 3
-LENGTHS, TILE = (70, 10, 9, 26, 30, 1), 32  # one alone, two runs of two or three, one that fills no run with the next
+LENGTHS, TILE = (70, 5, 9, 26, 15, 1, 2), 32  # a run has 16 tokens: two alone, runs of two, one that fills its run
 SCALE = 0.25
 SHAPES = pytest.mark.parametrize("window, softcap", [(0, 0.0), (16, 0.0), (16, 30.0)], ids=["plain", "window", "cap"])
 
@@ -55,8 +55,10 @@ def test_every_head_of_every_document_is_in_one_part(
         num_heads, num_kv_heads = part.heads.stop - part.heads.start, part.kv_heads.stop - part.kv_heads.start
         assert num_heads * heads[1] == num_kv_heads * heads[0], "queries and the head they share"
         assert part.heads.start * heads[1] == part.kv_heads.start * heads[0]
-        is_long = part.tokens.stop - part.tokens.start > tile_tokens
-        assert not is_long or (len(part.documents), num_kv_heads) == (1, 1)
+        num_tokens = part.tokens.stop - part.tokens.start
+        assert num_tokens * num_kv_heads <= max(tile_tokens, num_tokens, heads[1]), "as one head of a tile"
+        assert num_kv_heads in (1, heads[1])
+        assert num_kv_heads == heads[1] or len(part.documents) == 1
         for document in part.documents:
             seen += [(document.start, head) for head in range(part.heads.start, part.heads.stop)]
             documents.append((document.start, document.stop))

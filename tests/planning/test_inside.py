@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, attend, working_bytes
@@ -160,6 +162,7 @@ ROWS, SCALES, WEIGHT = (NUM_ROWS, WIDTH), (NUM_ROWS, 1), (WIDTH,)
         (row_ops.gated, [ROWS, ROWS], [row_ops.SILU]),
         (row_ops.gated_backward_, [ROWS, ROWS, ROWS], [row_ops.SILU]),
         (row_ops.gated_backward_, [ROWS, ROWS, ROWS], [row_ops.GELU_TANH]),
+        (row_ops.summed_in_blocks, [ROWS], []),
     ],
     ids=str,
 )
@@ -209,3 +212,44 @@ def test_blocks_of_a_vocabulary_in_nf4_are_a_line(vocabulary: int, dtype: torch.
     hidden, targets = TensorSpec((128, 2048), dtype, device), TensorSpec((128,), torch.int64, device)
     arguments = (hidden, targets, weight, None, 1.0, 0.0, 64, True, None, False, None, None, None, *specs)
     assert bytes_of(Inside(0, inside.LOSS, arguments)) == inside._traced_bytes(inside.LOSS, arguments)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 96), min_size=1, max_size=6),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    tile=st.sampled_from([16, 40, 64]),
+    op=st.sampled_from(inside.IN_PARTS),
+)
+@settings(max_examples=60)
+def test_no_documents_take_more_of_attention_in_parts_than_is_planned(
+    lengths: list[int], kv_heads: int, tile: int, op: str
+) -> None:
+    """However a micro-batch is cut, if only no document is longer than the longest that was planned for.
+
+    Mutation tried: short documents fill a whole tile with all heads at once, which took 3.9 times of what was planned.
+    """
+    longest, num_tokens = max(lengths), sum(lengths)
+    planned_bytes = bytes_of(Inside(0, op, _of_attention_in_parts(op, (longest,), num_tokens, kv_heads, tile)))
+
+    arguments = _of_attention_in_parts(op, tuple(lengths), num_tokens, kv_heads, tile)
+    assert inside._traced_bytes(op, arguments) <= planned_bytes
+    if longest >= tile:
+        alone = _of_attention_in_parts(op, (longest,), longest, kv_heads, tile)
+        assert planned_bytes == inside._traced_bytes(op, alone), "no more than that one takes"
+
+
+def _of_attention_in_parts(
+    op: str, lengths: tuple[int, ...], num_tokens: int, kv_heads: int, tile: int
+) -> tuple[Any, ...]:
+    heads, hidden, rank = 4, 96, 4
+
+    def tensor(*shape: int) -> TensorSpec:
+        return TensorSpec(shape, torch.bfloat16, torch.device("cpu"))
+
+    q, kv = tensor(num_tokens, heads, HEAD_SIZE), tensor(num_tokens, kv_heads, HEAD_SIZE)
+    others = (lengths, SCALE, 0, SOFTCAP, tile)
+    if op == inside.IN_PARTS[0]:
+        return (q, kv, kv, *others)
+    lse = TensorSpec((heads, num_tokens), torch.float32, torch.device("cpu"))
+    projection = (tensor(num_tokens, hidden), tensor(hidden, heads * HEAD_SIZE), tensor(num_tokens, rank))
+    return (q, kv, kv, q, lse, *projection, tensor(rank, heads * HEAD_SIZE), None, None, *others)
