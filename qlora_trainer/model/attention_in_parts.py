@@ -2,10 +2,10 @@
 
 A part is a run of short documents, or one key-value head (and its queries) of a longer one: no head depends on
 another, no document either. A run has no more tokens times heads than one key-value head of a tile, so that no
-documents take more than a document of a tile, or the longest one, would. Backward is given the gradient of what the output projection made. Of a part it
-makes the gradient of attention's output and those of queries, keys and values, and puts these into the places of
-queries, keys and values themselves: none of them is there whole beside what it is the gradient of. Forward puts the
-output into the place of the queries.
+documents take more than a document of a tile, or the longest one, would. Backward is given the gradient of what the
+output projection made. Of a part it makes the gradient of attention's output and those of queries, keys and values,
+and puts these into the places of queries, keys and values themselves: none of them is there whole beside what it is
+the gradient of. Forward puts the output into the place of the queries.
 
 Legend: T tokens of all rows, L tokens of a part, n query heads, K key/value heads, D head size, I = n x D, H hidden
 size, R rank.
