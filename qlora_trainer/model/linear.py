@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model import nf4
 from qlora_trainer.model.lora_adapter import LoraAdapter
+from qlora_trainer.model.row_ops import column_sums
 
 
 class Turn(Protocol):
@@ -283,7 +284,7 @@ def parameter_gradients(
 
 
 def _gradient_of_bias(linear: NF4Linear, grad_TO: Tensor) -> Tensor | None:
-    return None if linear.trained_bias is None else grad_TO.sum(0, dtype=torch.float32)
+    return None if linear.trained_bias is None else column_sums(grad_TO)
 
 
 def _gradient_of_B(adapter: LoraAdapter, grad_TO: Tensor, low_TR: Tensor) -> Tensor:
@@ -306,7 +307,7 @@ def _gradient_of_magnitude(
     out_TO = nn.functional.linear(x_TI if factors_TI is None else x_TI * factors_TI, weight_OI)
     del weight_OI
     out_TO.addmm_(low_TR, adapter.lora_B.to(x_TI.dtype).t(), alpha=adapter.scale)
-    return out_TO.mul_(grad_TO).sum(0, dtype=torch.float32).div_(adapter.norm_O)
+    return column_sums(out_TO.mul_(grad_TO)).div_(adapter.norm_O)
 
 
 def input_gradient(linears: Sequence[NF4Linear], grads: Sequence[Tensor], low_grads_TS: Tensor | None) -> Tensor:

@@ -1,8 +1,9 @@
-"""RMSNorm, rotary embedding and gated activation, forward and backward, each one operation that says what it keeps.
+"""RMSNorm, rotary embedding and gated activation, forward and backward, each one operation that says what it keeps;
+and sums of rows.
 
 transformers computes them out of five to ten operations each, every one of which reads, writes and (for backward) keeps
 a tensor of the size of the activations. Here forward keeps one scale a row or nothing, and backward works in place.
-On a GPU each is one kernel (`hardware/triton_rows.py`), elsewhere a few operations over blocks of rows.
+On a GPU each is one kernel (`hardware/triton_rows.py`, sums torch's), elsewhere a few operations over blocks of rows.
 Sources: Zhang and Sennrich, RMSNorm (2019); Su et al., RoFormer (2021), in the split-half form of transformers;
 Shazeer, GLU variants (2020).
 
@@ -193,6 +194,35 @@ def _gated_backward(grad_TI: Tensor, gate_TI: Tensor, up_TI: Tensor, activation:
     else:
         approximate = "tanh" if activation == GELU_TANH else "none"
         gate_TI.copy_(torch.ops.aten.gelu_backward(grad_activated_TI, gate_TI, approximate=approximate))
+
+
+def column_sums(x_TH: Tensor) -> Tensor:
+    """The sum of all rows [H], fp32.
+
+    Of 16 bits a CPU's `sum` makes a copy of the whole in fp32 first, unseen; in blocks that is one of a block. A GPU
+    adds in fp32 as it reads.
+    """
+    if x_TH.device.type == "cpu" and x_TH.dtype != torch.float32:
+        total_H: Tensor = summed_in_blocks(x_TH)
+        return total_H
+    return x_TH.sum(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("qlora_trainer::summed_in_blocks", mutates_args=())
+def summed_in_blocks(x_TH: Tensor) -> Tensor:
+    """`column_sums`, block by block."""
+    total_H = x_TH.new_zeros(x_TH.shape[1], dtype=torch.float32)
+    by_rows(_add_rows, (x_TH,), total_H)
+    return total_H
+
+
+@summed_in_blocks.register_fake
+def _(x_TH: Tensor) -> Tensor:
+    return x_TH.new_empty(x_TH.shape[1], dtype=torch.float32)
+
+
+def _add_rows(x_TH: Tensor, total_H: Tensor) -> None:
+    total_H.add_(x_TH.float().sum(0))
 
 
 def _activated(gate_TI: Tensor, activation: str) -> Tensor:

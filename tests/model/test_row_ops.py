@@ -89,3 +89,13 @@ def test_a_gated_activation_and_its_gradients(dtype: torch.dtype, tolerance: flo
     for found, wanted in ((gate, leaves[0].grad), (up, leaves[1].grad), (grad, expected.detach())):
         assert wanted is not None
         require_close(found, wanted, tolerance)
+
+
+@DTYPES
+def test_column_sums_are_added_in_fp32(dtype: torch.dtype, tolerance: float) -> None:
+    """In 16 bits one row in eight would be lost to rounding: all have one sign."""
+    x = drawn(T, H, dtype=dtype, seed=0).abs_()
+    found = row_ops.column_sums(x)
+    assert found.dtype == torch.float32
+    require_close(found, x.double().sum(0).float(), 1e-6)
+    require_close(row_ops.column_sums(x[:, 5:].t()), x[:, 5:].t().double().sum(0).float(), 1e-6)

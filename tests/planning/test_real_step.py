@@ -23,6 +23,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.pull_levers import pull_levers
+from qlora_trainer.model.trained_biases import biased_linears
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.price import Layout, Prices, evaluation_level
@@ -42,6 +43,8 @@ from tests.model.tiny_models import load_for_training, prepare
 CPU = torch.device("cpu")
 VOCABULARY, NUM_LAYERS, NUM_TOKENS, CHUNK = 4096, 4, 512, 128
 MODELS = ("llama", "gemma2", "qwen3", "phi3")
+# The peak of this one is not in its loss, but in a linear.
+OTHER_SIZES = {"llama-biases": {"hidden_size": 128, "intermediate_size": 1024, "vocab_size": 256}}
 MAX_OFF, MAX_LOW = 0.02, 0.01
 
 
@@ -60,12 +63,13 @@ class Case:
     num_offloaded: int = 0
     tables: tuple[str, ...] = ()
     tied_head: str | None = None
+    biases: bool = False
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
-        policy += "-tables" * bool(self.tables)
+        policy += "-tables" * bool(self.tables) + "-biases" * self.biases
         policy += "".join(f"-{name}={value}" for name, value in self.pulled.items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
 
@@ -115,6 +119,9 @@ FAST = [
     Case("qwen3", 4, 0.0, BF16, 512, tables=("model.embed_tokens",), tied_head="lm_head"),
     Case("llama", 4, 0.0, FP32, 512, levers=Levers(nf4_head=True)),
     Case("phi3", 2, 0.0, BF16, 128, levers=Levers(nf4_head=True, tile_tokens=128, embedding_residency="host")),
+    # Gradients of 16 bits are added up in fp32. DoRA: 3.7 % low where that makes a copy that is not seen.
+    Case("llama-biases", 4, 0.0, BF16, 512, dora=True),
+    Case("llama-biases", 4, 0.0, BF16, 512, biases=True),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -131,6 +138,7 @@ def config_of(name: str) -> PreTrainedConfig:
         "intermediate_size": 512,
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 2 * NUM_TOKENS,
+        **OTHER_SIZES.get(name, {}),
     }
     kinds = getattr(small_config(name), "layer_types", None)
     if kinds:
@@ -157,7 +165,8 @@ def micro_batch(case: Case) -> MicroBatch:
     rng = np.random.default_rng(0)
     documents = []
     for index, length in enumerate(case.document_lengths):
-        input_ids_T = rng.integers(3, VOCABULARY, length, dtype=np.int32)
+        vocabulary = OTHER_SIZES.get(case.name, {}).get("vocab_size", VOCABULARY)
+        input_ids_T = rng.integers(3, vocabulary, length, dtype=np.int32)
         documents.append(Document(index, input_ids_T, input_ids_T.copy()))
     return make_micro_batch(documents, seed=0, step=0, packing=case.packing)
 
@@ -181,6 +190,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
         use_dora=case.dora,
         modules_to_save=case.tables,
         tied_head=case.tied_head,
+        biases=biased_linears(model) if case.biases else (),
     )
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
     optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())
