@@ -56,6 +56,7 @@ def take_biases(
     weights: dict[str, Tensor],
     scales: Mapping[str, float],
     *,
+    use_dora: bool,
     linear_names: Sequence[str],
     tables: BaseTables | None,
     where: Path,
@@ -65,6 +66,7 @@ def take_biases(
     Args:
         weights: by our names but for biases; those of linears become `{linear}.bias`, those of a B are taken out.
         scales: full name of each target -> the factor on its update.
+        use_dora: whether the adapter is DoRA, with which PEFT refuses a bias of B.
         linear_names: of the base.
         tables: of the base, whose own biases are left as they are.
         where: the file, for errors.
@@ -74,7 +76,7 @@ def take_biases(
         to the base's, [O], fp32, where the file has no other.
 
     Raises:
-        ConfigError: a bias twice, one of what is neither a linear nor a table, or of a B that is no target's.
+        ConfigError: a bias twice, one of what is neither a linear nor a table, or of a B that is no target's or DoRA's.
     """
     known = set(linear_names)
     additions: dict[str, Tensor] = {}
@@ -87,6 +89,13 @@ def take_biases(
             what = "no linear of this base" if owner not in known else "no linear with LoRA"
             raise ConfigError(
                 where=str(where), found=f"the bias {name}, of {what}", expected="biases of linears", fix=_MERGE
+            )
+        if leaf == _OF_B and use_dora:
+            raise ConfigError(
+                where=str(where),
+                found=f"{name}, and use_dora",
+                expected="one of them: PEFT's LoraConfig refuses the pair, and defines no result",
+                fix="Take lora_bias's weights out, or train the adapter without DoRA.",
             )
         if leaf == _OF_B:
             additions[owner] = weights.pop(name).float() * scales[owner]

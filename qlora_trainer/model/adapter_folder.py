@@ -168,7 +168,12 @@ def read_adapter_folder(
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
     scales = {name: settings.scale_of(name) for name in settings.targets}
     biases, additions = take_biases(
-        weights, scales, linear_names=linear_names, tables=tables, where=folder / WEIGHTS_FILE
+        weights,
+        scales,
+        use_dora=settings.use_dora,
+        linear_names=linear_names,
+        tables=tables,
+        where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)
     if (updates or additions) and not may_update_tables:

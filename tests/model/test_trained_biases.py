@@ -230,6 +230,18 @@ def test_what_is_no_bias_of_a_linear_is_refused(prepared: Prepared, tmp_path: Pa
         read(tmp_path / "other", model)
 
 
+def test_a_bias_of_b_beside_dora_is_refused_as_by_peft(prepared: Prepared, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="lora_bias"):
+        peft.LoraConfig(use_dora=True, lora_bias=True)
+    base, cache = prepared["qwen2"]
+    moved_by_peft(cache, use_dora=True).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / WEIGHTS_FILE
+    extra = {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(64)}
+    save_file(load_file(path) | extra, path)
+    with pytest.raises(ConfigError, match=r"q_proj\.lora_B\.bias, and use_dora; expected one of them"):
+        read(tmp_path / "adapter", load_for_training(base, cache))
+
+
 def test_only_what_has_one_can_be_asked_for() -> None:
     assert asked_biases("none", targets=["a"], biased=()) == ()
     assert asked_biases("lora_only", targets=["a", "c"], biased=("a", "b")) == ("a",)
