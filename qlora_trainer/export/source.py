@@ -15,7 +15,7 @@ from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
-from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
+from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder, require_whole
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
@@ -87,10 +87,10 @@ def read_source(target: Path, *, model: str | None, may_update_tables: bool = Fa
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
     tables = base_tables(parts)
-    adapter = read_adapter_folder(
-        folder, linear_names=parts.linears, tables=tables, may_update_tables=may_update_tables
-    )
-    require_adapter_fits(skeleton, adapter, where=str(folder))
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    require_adapter_fits(skeleton, adapter, where=str(folder))  # first: what no base can hold is not to be merged
+    if not may_update_tables:
+        require_whole(adapter, folder)
     template = folder / CHAT_TEMPLATE_FILE
     return Source(
         folder=folder,

@@ -52,6 +52,27 @@ def has_biases(names: Collection[str]) -> bool:
     return any(name.endswith(_OWN) for name in names)
 
 
+def require_own_biases(additions: Collection[str], biased: Collection[str], *, where: str) -> None:
+    """Refuse a bias of a B whose linear has none: here it could only become part of that.
+
+    Args:
+        additions: full names of the linears whose B has a bias.
+        biased: of those that have one in the base.
+        where: what to call the adapter in an error.
+
+    Raises:
+        ConfigError: there is such a one.
+    """
+    alone = [name for name in additions if name not in biased]
+    if alone:
+        raise ConfigError(
+            where=where,
+            found=f"{len(alone)} biases of B (lora_bias) on linears that have none in this base, such as {alone[0]}",
+            expected="linears with a bias, which they become part of",
+            fix="Use it in PEFT, which alone computes that and cannot merge it either, or train one without lora_bias.",
+        )
+
+
 def take_biases(
     weights: dict[str, Tensor],
     scales: Mapping[str, float],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_trainer.model.adapter_biases import require_own_biases
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.lora_settings import LoraSettings
@@ -22,6 +25,10 @@ def biased_linears(parts: Parts) -> tuple[str, ...]:
     """Full names of the linears that have a bias, in model order."""
     dense = set(parts.dense_parameters)
     return tuple(name for name in parts.linears if f"{name}.bias" in dense)
+
+
+def _biased_in(skeleton: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    return [name for name in names if getattr(skeleton.get_submodule(name), "bias", None) is not None]
 
 
 def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -53,8 +60,10 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
         where: what to call it in an error.
 
     Raises:
-        ConfigError: names or shapes differ; the first five are named, or the first of an update of a table.
+        ConfigError: names or shapes differ; the first five are named, or the first of an update of a table, or of the
+            biases of a B whose linear has none.
     """
+    require_own_biases(adapter.bias_additions, _biased_in(skeleton, adapter.bias_additions), where=where)
     shapes = expected_shapes(skeleton, adapter.settings)
     scaled = {name for name in adapter.updates if hasattr(skeleton.get_submodule(name), "embed_scale")}
     require_unscaled(adapter.updates, scaled, where=where)

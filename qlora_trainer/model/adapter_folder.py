@@ -176,19 +176,30 @@ def read_adapter_folder(
         where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)
-    if (updates or additions) and not may_update_tables:
-        raise _updated(folder, [*updates, *(f"the bias of {name}" for name in additions)])
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
-    return AdapterFolder(name, revision, settings, weights, updates, additions)
+    found = AdapterFolder(name, revision, settings, weights, updates, additions)
+    if not may_update_tables:
+        require_whole(found, folder)
+    return found
 
 
-def _updated(folder: Path, changed: Sequence[str]) -> ConfigError:
+def require_whole(adapter: AdapterFolder, folder: Path) -> None:
+    """Refuse one that changes a table or a bias of the base other than by having it whole.
+
+    Raises:
+        ConfigError: it does.
+    """
+    changed = [*adapter.updates, *(f"the bias of {name}" for name in adapter.bias_additions)]
+    if not changed:
+        return
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
-    return ConfigError(
+    merge = "erge it into its base (qlora-trainer merge)."
+    raise ConfigError(
         where=str(folder),
         found=f"an adapter that changes {', '.join(changed[:3])}{more} other than as a whole",
         expected="LoRA on linears inside the layers, biases of their own, and tables in modules_to_save",
-        fix="Train on from it (lora.init_from), or merge it into its base (qlora-trainer merge).",
+        # A run trains LoRA on linears: one with none is nothing to train on from.
+        fix=f"Train on from it (lora.init_from), or m{merge}" if adapter.settings.targets else f"M{merge}",
     )
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_biases import require_own_biases
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 
@@ -74,16 +75,17 @@ def with_additions(
         where: what to call the adapter in an error.
 
     Raises:
-        ConfigError: they are of another base.
+        ConfigError: they are of another base, or a linear has no bias in this one.
     """
     found = {}
+    require_own_biases(additions, [name.removesuffix(".bias") for name in biases], where=where)
     for name, added_O in additions.items():
-        own_O = biases.get(f"{name}.bias")
-        if own_O is None or own_O.shape != added_O.shape:
+        own_O = biases[f"{name}.bias"]
+        if own_O.shape != added_O.shape:
             raise ConfigError(
                 where=where,
                 found=f"{name}.lora_B.bias of {tuple(added_O.shape)}",
-                expected="no bias" if own_O is None else f"{tuple(own_O.shape)}, as the base has it",
+                expected=f"{tuple(own_O.shape)}, as the base has it",
                 fix="Use the base that the adapter was trained on.",
             )
         found[f"{name}.bias"] = own_O.float() + added_O.to(own_O.device, torch.float32)

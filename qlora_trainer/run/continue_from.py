@@ -24,6 +24,7 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
+from qlora_trainer.model.adapter_biases import require_own_biases
 from qlora_trainer.model.adapter_fit import base_tables, biased_linears, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
@@ -138,6 +139,7 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     wanted = fields["target_modules"]
     if not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
+    require_own_biases(adapter.bias_additions, biased_linears(parts), where=str(folder))
     bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, biased_linears(parts), folder)
     return {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias}
 
@@ -147,7 +149,7 @@ def _as_bias(words: Sequence[Any], settings: LoraSettings, biased: Sequence[str]
     if not settings.biases:
         return "none"
     known = ("lora_only", "all")  # which mean the same where every linear with a bias has LoRA
-    for wanted in (*(word for word in words if word in known), *known):
+    for wanted in (*(str(word) for word in words if word in known), *known):
         meant = tuple(name for name in biased if wanted == "all" or name in settings.targets)
         if meant == settings.biases:
             return wanted

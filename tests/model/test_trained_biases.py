@@ -242,6 +242,15 @@ def test_a_bias_of_b_beside_dora_is_refused_as_by_peft(prepared: Prepared, tmp_p
         read(tmp_path / "adapter", load_for_training(base, cache))
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
+def test_a_bias_of_b_on_a_linear_without_one_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    base, cache = prepared["qwen2"]
+    moved_by_peft(cache, lora_bias=True, target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path / "adapter")
+    model = load_for_training(base, cache)
+    with pytest.raises(ConfigError, match=r"2 biases of B .* have none in this base, such as .*layers\.0\..*o_proj; "):
+        with_updated_tables(model, read(tmp_path / "adapter", model))
+
+
 def test_only_what_has_one_can_be_asked_for() -> None:
     assert asked_biases("none", targets=["a"], biased=()) == ()
     assert asked_biases("lora_only", targets=["a", "c"], biased=("a", "b")) == ("a",)

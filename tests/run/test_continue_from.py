@@ -194,6 +194,23 @@ def test_two_words_for_the_same_biases_are_both_taken(tmp_path: Path) -> None:
             filled_in(begun_with(tmp_path, base, folder, "lora.bias=none"))
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
+def test_a_bias_of_b_on_a_linear_without_one_is_refused_alike(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By every verb, and with nothing to do about it that would be refused in turn: PEFT cannot merge it either."""
+    folder = peft_folder(tmp_path / "theirs", base, lora_bias=True)
+    messages = [refusal(begun_with(tmp_path, base, folder), capsys)]
+    for verb in ("export", "merge"):
+        command = [verb, str(folder), "--to", str(tmp_path / "out")]
+        assert main([*command, "--model", str(base)]) != 0
+        messages.append(complaint(capsys))
+    for message in messages:
+        assert "6 biases of B (lora_bias) on linears that have none in this base, such as model.layers.0." in message
+        assert "qlora-trainer merge" not in message
+        assert "init_from" not in message
+
+
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:
     folder = peft_folder(tmp_path / "theirs", base, "W_pack")
     assert run_to_end(begun_with(tmp_path, base, folder, "training.max_steps=1"))
