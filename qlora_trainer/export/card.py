@@ -66,10 +66,12 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
     facts = [("base", _code(source.base_name))]
     facts += [("revision", _code(source.revision))] if source.revision else []
     facts.append(("architecture", _code(source.base.config.model_type)))
-    facts += [("rank", str(settings.rank)), ("alpha", f"{settings.alpha:g}"), ("dropout", f"{settings.dropout:g}")]
-    facts += [(name.replace("_", " "), _code(json.dumps(dict(pattern)))) for name, pattern in _patterns(settings)]
+    if settings.targets:
+        facts += [("rank", str(settings.rank)), ("alpha", f"{settings.alpha:g}"), ("dropout", f"{settings.dropout:g}")]
+        facts += [(name.replace("_", " "), _code(json.dumps(dict(pattern)))) for name, pattern in _patterns(settings)]
     leaves = sorted({name.rpartition(".")[2] for name in settings.targets})
-    facts.append(("linears with an adapter", f"{len(settings.targets)}: {', '.join(map(_code, leaves))}"))
+    with_adapter = f"{len(settings.targets)}: {', '.join(map(_code, leaves))}" if leaves else "none"
+    facts.append(("linears with an adapter", with_adapter))
     if settings.modules_to_save:
         facts.append(("trained whole", ", ".join(map(_code, settings.modules_to_save))))
     if settings.biases:

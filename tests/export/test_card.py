@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from rich.console import Console
 
+from qlora_trainer.export.adapter import Exported
 from qlora_trainer.export.card import model_card
 from qlora_trainer.export.source import Source, read_source
+from qlora_trainer.report.export_tables import exported_lines
 from qlora_trainer.run.checkpoint.manifest import read_manifest
 from tests.export.made_adapters import PATTERNS, make_adapter
 from tests.model.tiny_bases import CONFIGS, write_base
@@ -46,6 +50,19 @@ def test_a_run_is_described_by_its_own_files(finished: Path) -> None:
     assert (found["tokens at once"], found["compute dtype"]) == ("256", "float32")
     assert found["measured peak"] == f"{summary['measured_peak_bytes'] / 2**30:.2f} GiB"
     assert f"torch {summary['versions']['torch']}" in found["versions"]
+
+
+def test_an_adapter_of_tables_alone_has_no_rank_and_no_linears(finished: Path) -> None:
+    source = read_source(finished, model=None)
+    settings = replace(source.settings, targets=(), modules_to_save=("lm_head",))
+    found = facts(model_card(source, settings, title="tables", portable=False).decode())
+    assert (found["linears with an adapter"], found["trained whole"]) == ("none", "`lm_head`")
+    assert not {"rank", "alpha", "dropout"} & found.keys()
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(exported_lines(Exported((finished,), 2048, settings)))
+    told = console.export_text()
+    assert "lm_head trained whole, no LoRA on a linear; " in told
+    assert "of rank" not in told
 
 
 @pytest.mark.parametrize("begun_with,told", [("/home/me/runs/first", "first"), ("owner/name@main", "owner/name@main")])
