@@ -64,6 +64,7 @@ def step_of(
     dtype: torch.dtype = torch.float32,
     num_recomputed: int = NUM_LAYERS,
     lengths: tuple[int, ...] = LENGTHS,
+    packing: bool = True,
 ) -> dict[str, Tensor]:
     """Loss, held-out loss and gradients."""
     settings = replace(lora_settings(model, targets), dropout=dropout, use_dora=dora)
@@ -71,7 +72,7 @@ def step_of(
     recompute_layers(model, num_recomputed)
     tile_layers(model, tile_tokens)
     documents = tiny_documents(*lengths)
-    micro_batch = make_micro_batch(documents, seed=0, step=0, packing=True)
+    micro_batch = make_micro_batch(documents, seed=0, step=0, packing=packing)
     count = sum(document.num_supervised_tokens for document in documents)
     parameters = trainable_parameters(model)
     for parameter in parameters.values():
@@ -118,6 +119,15 @@ def test_the_step_is_the_same_with(name: str, options: dict[str, object], prepar
     base, cache = prepared(name)
     expected = step_of(load_for_training(base, cache), 0, **options)  # type: ignore[arg-type]
     require_same(step_of(load_for_training(base, cache), 16, **options), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-biases"])
+@pytest.mark.parametrize("options", [{"dora": True, "dropout": 0.3}, {"dropout": 0.3, "packing": False}], ids=str)
+def test_so_it_is_with_norms_of_heads_and_with_biases(name: str, options: dict[str, object], prepared: Prepare) -> None:
+    """What is dropped of a tile is what is dropped of its tokens in a row, or in one of several."""
+    base, cache = prepared(name)
+    expected = step_of(load_for_training(base, cache), 0, **options)  # type: ignore[arg-type]
+    require_same(step_of(load_for_training(base, cache), 8, **options), expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2"])
