@@ -41,7 +41,7 @@ from benchmarks.versus_report import PEER, Round, figures, table, taken_bytes
 from benchmarks.versus_runs import DOES_NOT_FIT, FIRST_STEPS, Bench, FirstPass
 
 RESULTS = Path(__file__).parent / "results" / "versus_trl.md"
-MORE_BUDGET_BYTES, BUDGET_TRIES = 8 * 2**20, 6
+MORE_BUDGET_BYTES, BUDGET_TRIES = 8 * 2**20, 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
