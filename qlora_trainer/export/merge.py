@@ -92,7 +92,7 @@ def merge(
         StorageError: the disk refused, or what is read back is not what was written; nothing is left.
     """
     merged_dtype = _DTYPES[dtype]
-    source = read_source(target, model=model, may_update_tables=True)
+    source = read_source(target, model=model, may_change_base=True)
     read_tokenizer(source.base.folder)  # it goes along: a base without one is told now
     held_out = yield from _held_out(target, source, data, max_tokens=max_tokens, force=force)
     yield Preparing(what=f"finding the base {source.base_name}")

@@ -63,13 +63,13 @@ class Source:
         return base_tables(self.parts)
 
 
-def read_source(target: Path, *, model: str | None, may_update_tables: bool = False) -> Source:
+def read_source(target: Path, *, model: str | None, may_change_base: bool = False) -> Source:
     """Read an adapter and see that it fits its base; no weight of the base is read or fetched.
 
     Args:
         target: a run folder, or a PEFT adapter folder.
         model: base to use in place of the one that the adapter names.
-        may_update_tables: see `read_adapter_folder`.
+        may_change_base: see `read_adapter_folder`.
 
     Raises:
         ConfigError: no adapter in `target`, only a pickled one, one of a kind that is not computed here, no such base,
@@ -87,9 +87,9 @@ def read_source(target: Path, *, model: str | None, may_update_tables: bool = Fa
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
     tables = base_tables(parts)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_change_base=True)
     require_adapter_fits(skeleton, adapter, where=str(folder))  # first: what no base can hold is not to be merged
-    if not may_update_tables:
+    if not may_change_base:
         require_whole(adapter, folder)
     template = folder / CHAT_TEMPLATE_FILE
     return Source(

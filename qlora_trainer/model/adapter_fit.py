@@ -21,7 +21,7 @@ def base_tables(parts: Parts) -> BaseTables:
     return BaseTables(parts.embeddings, parts.head, parts.is_tied)
 
 
-def biased_linears(parts: Parts) -> tuple[str, ...]:
+def linears_with_bias(parts: Parts) -> tuple[str, ...]:
     """Full names of the linears that have a bias, in model order."""
     dense = set(parts.dense_parameters)
     return tuple(name for name in parts.linears if f"{name}.bias" in dense)

@@ -133,7 +133,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def read_adapter_folder(
-    folder: Path, *, linear_names: Sequence[str], tables: BaseTables | None = None, may_update_tables: bool = False
+    folder: Path, *, linear_names: Sequence[str], tables: BaseTables | None = None, may_change_base: bool = False
 ) -> AdapterFolder:
     """Read an adapter; its targets are resolved against the base's own names.
 
@@ -141,7 +141,7 @@ def read_adapter_folder(
         folder: where it lies.
         linear_names: the linears of its base.
         tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
-        may_update_tables: the caller makes whole tables of LoRA on embedding or head, and of trained rows, and adds
+        may_change_base: the caller makes whole tables of LoRA on embedding or head, and of trained rows, and adds
             `bias_additions` to biases; else such an adapter is refused.
 
     Raises:
@@ -178,7 +178,7 @@ def read_adapter_folder(
     settings = replace(settings, biases=biases)
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
     found = AdapterFolder(name, revision, settings, weights, updates, additions)
-    if not may_update_tables:
+    if not may_change_base:
         require_whole(found, folder)
     return found
 

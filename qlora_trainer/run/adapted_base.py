@@ -106,7 +106,7 @@ def load_adapters(named: NamedAdapters, *, compute_dtype: ComputeDtype | None = 
     model.module.eval()
     adapters, tables = AdapterSet(model), base_tables_of(model)
     for name, folder in named.folders.items():
-        adapter = read_adapter_folder(folder, linear_names=list(model.linears), tables=tables, may_update_tables=True)
+        adapter = read_adapter_folder(folder, linear_names=list(model.linears), tables=tables, may_change_base=True)
         settings = adapter.settings
         if named.nf4_head and tables.head in (*settings.modules_to_save, settings.tied_head):
             raise ConfigError(

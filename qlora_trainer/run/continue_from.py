@@ -25,7 +25,7 @@ from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.model.adapter_biases import require_own_biases
-from qlora_trainer.model.adapter_fit import base_tables, biased_linears, require_adapter_fits
+from qlora_trainer.model.adapter_fit import base_tables, linears_with_bias, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
@@ -108,7 +108,7 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
     parts = find_parts(build_skeleton(base.config, with_buffers=False))
     tables = base_tables(parts)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_change_base=True)
     if not adapter.settings.targets:
         raise ConfigError(
             where=str(folder),
@@ -139,8 +139,8 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     wanted = fields["target_modules"]
     if not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
-    require_own_biases(adapter.bias_additions, biased_linears(parts), where=str(folder))
-    bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, biased_linears(parts), folder)
+    require_own_biases(adapter.bias_additions, linears_with_bias(parts), where=str(folder))
+    bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, linears_with_bias(parts), folder)
     return {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias}
 
 
@@ -226,9 +226,9 @@ def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | No
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
     tables = base_tables(parts)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_update_tables=True)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_change_base=True)
     require_adapter_fits(skeleton, adapter, where=f"{_KEY} {folder}")
-    asked = asked_settings(config.lora, rank, parts.linears, tables, biased=biased_linears(parts))
+    asked = asked_settings(config.lora, rank, parts.linears, tables, biased=linears_with_bias(parts))
     _require_equal(asked, adapter.settings, folder)
     return adapter
 

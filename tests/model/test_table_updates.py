@@ -56,7 +56,7 @@ def save_with_peft(folder: Path, cache: NF4Cache, *, save_embeddings: bool | str
 
 def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
     names, tables = list(model.linears), base_tables_of(model)
-    return read_adapter_folder(folder, linear_names=names, tables=tables, may_update_tables=True)
+    return read_adapter_folder(folder, linear_names=names, tables=tables, may_change_base=True)
 
 
 def target(*tables: str, **fields: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def moved_by_peft(cache: NF4Cache, **fields: Any) -> Any:
 
 def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
     names, tables = list(model.linears), base_tables_of(model)
-    return read_adapter_folder(folder, linear_names=names, tables=tables, may_update_tables=True)
+    return read_adapter_folder(folder, linear_names=names, tables=tables, may_change_base=True)
 
 
 def bias_gradients(wrapped: Any) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from qlora_trainer.cli.app import main
 from qlora_trainer.config.schema import RunConfig
@@ -52,6 +53,13 @@ def peft_folder(folder: Path, base: Path, *tables: str, **fields: Any) -> Path:
     return folder
 
 
+def peft_logits(base: Path, adapter: Path | None) -> Tensor:
+    """Of PEFT's adapter, if any, over our cache of the base."""
+    oracle = load_oracle(prepare_nf4_cache(resolve_base(str(base)), double_quant=True).folder, torch.float32)
+    with torch.no_grad():
+        return logits(oracle if adapter is None else load_adapter(oracle, adapter), tiny_documents(20))
+
+
 def begun_with(tmp_path: Path, base: Path, folder: Path, *options: str) -> RunConfig:
     """As `tiny_config`, but the rank is left open; nothing is learned."""
     config = tiny_config(tmp_path, base, f"lora.init_from={folder}", "training.learning_rate=1e-30", *options)
@@ -69,13 +77,7 @@ def test_a_run_begins_with_what_peft_has_trained(variant: str, tmp_path: Path, b
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "run" / "adapter", folder))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
-    documents = tiny_documents(20)
-    with torch.no_grad():
-        found, expected = (
-            logits(load_adapter(load_oracle(cache.folder, torch.float32), path), documents)
-            for path in (tmp_path / "run" / "adapter", folder)
-        )
+    found, expected = (peft_logits(base, path) for path in (tmp_path / "run" / "adapter", folder))
     assert torch.equal(found, expected)
 
 
@@ -114,14 +116,8 @@ def test_a_run_begins_with_whole_tables_where_peft_has_trained_parts(
     config = begun_with(tmp_path, base, folder, *options)
     run_until_step(config, 1)
     run_to_end(config, resume="auto")
-    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
-    documents = tiny_documents(20)
-    with torch.no_grad():
-        found, expected = (
-            logits(load_adapter(load_oracle(cache.folder, torch.float32), path), documents)
-            for path in (tmp_path / "run" / "adapter", folder)
-        )
-        assert relative_error(logits(load_oracle(cache.folder, torch.float32), documents), expected) > 1e-3
+    found, expected = (peft_logits(base, path) for path in (tmp_path / "run" / "adapter", folder))
+    assert relative_error(peft_logits(base, None), expected) > 1e-3
     assert relative_error(found, expected) <= 1e-5
 
 
@@ -162,13 +158,7 @@ def test_a_run_trains_the_biases_on_that_peft_has_trained(
     records = run_to_end(begun_with(tmp_path, base, folder, *options))
     told = f", and with the {8 if wanted == 'all' else 2} biases that it has trained"
     assert any(isinstance(one, Preparing) and one.what.endswith(told) for one in records)
-    cache = prepare_nf4_cache(resolve_base(str(base)), double_quant=True)
-    documents = tiny_documents(20)
-    with torch.no_grad():
-        found, expected = (
-            logits(load_adapter(load_oracle(cache.folder, torch.float32), path), documents)
-            for path in (tmp_path / "run" / "adapter", folder)
-        )
+    found, expected = (peft_logits(base, path) for path in (tmp_path / "run" / "adapter", folder))
     assert relative_error(found, expected) <= 1e-5
     options = (*options, "training.learning_rate=5e-3", f"output.dir={tmp_path / 'whole'}")
     run_to_end(begun_with(tmp_path, base, folder, *options))
