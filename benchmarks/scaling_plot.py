@@ -75,7 +75,7 @@ def _draw(axes: Axes, sweep: str, found: Sequence[Point], figure_of: Callable[[P
     axes.set_xticks(list(ticks), list(ticks.values()))
     axes.xaxis.set_minor_locator(NullLocator())
     if sweep != "model":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * max(map(figure_of, found)))
     axes.set_xlabel(LABELS[sweep], fontsize=11, color=_INK)
     axes.set_ylabel(label, fontsize=11, color=_INK)
     axes.tick_params(length=0, labelsize=10, labelcolor=_FAINT_INK)
