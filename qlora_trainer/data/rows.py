@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.data.formats import Format, detect_format, format_named, read_content, rename_columns
@@ -58,10 +58,11 @@ class Row:
     @property
     def num_tokenized_characters(self) -> int:
         """About how many are tokenised: all of them, and all before each answer once more."""
-        before = num_characters = 0
+        before, num_characters = len(self.tools), 0
         for message in self.messages:
             num_characters += before if message.role == "assistant" else 0
             before += len(message.content) + len(message.reasoning)
+            before += sum(len(call.arguments) for call in message.tool_calls)
         return len(self.text) + before + num_characters
 
     @property
@@ -78,11 +79,13 @@ class Reading:
         path: the file.
         num_rows: good ones, of all files so far.
         share: of this file's bytes or rows, 0 to 1.
+        doing: what is done with them now.
     """
 
     path: str
     num_rows: int
     share: float
+    doing: Literal["checking", "tokenising"] = "checking"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from qlora_trainer.data.rows import (
     iter_files,
     read_rows,
 )
+from qlora_trainer.data.tool_calls import ToolCall
 from qlora_trainer.errors import DataError
 
 GOOD = b'{"prompt": "Hi", "completion": "Hello"}'
@@ -222,6 +224,9 @@ def test_batches_end_with_the_file_or_when_they_are_full(monkeypatch: pytest.Mon
     ]
     conversation = Row("a", 7, 8, messages)
     assert conversation.num_tokenized_characters == 32 + 20 + 31
+    asked = replace(messages[1], tool_calls=(ToolCall("add", "{" + " " * 20 + "}"),))
+    with_tools = replace(conversation, messages=(messages[0], asked, *messages[2:]), tools="[{}]")
+    assert with_tools.num_tokenized_characters == (4 + 32 + 22) + (4 + 20) + (4 + 31 + 22)
     end = FileRead("a", "text", 8, 0, ())
     read = [*read[:2], Reading("a", 2, 0.5), *read[2:], conversation, end, Row("b", 8, 1, (), text="y"), end]
     batches = [[row.index for row in item] for item in in_batches(read) if isinstance(item, list)]

@@ -20,6 +20,7 @@ from qlora_trainer.run import prepare
 from qlora_trainer.run.plan_command import plan_on
 from qlora_trainer.run.records import Prepared, Record, StepDone
 from tests.run.tiny_run import SIZES, run_to_end, tiny_config, write_base
+from tests.run.told import train_command
 
 # Before any test runs: autograd's engine counts the devices once, at the first backward of the process.
 python_accelerator()
@@ -57,6 +58,22 @@ def test_it_is_told_and_learns_what_padded_rows_learn(
     monkeypatch.setattr(prepare, "fetch_weights", lambda found: replace(found, can_pack=True))
     packed = run_to_end(tiny_config(tmp_path, base, f"output.dir={tmp_path / 'packed'}"))
     assert losses(packed) != pytest.approx(losses(padded), rel=1e-4)
+
+
+def test_the_command_says_that_it_does_not_pack(
+    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packing is asked for (the default), and given only to a base whose documents stay apart: before step 1."""
+    monkeypatch.setenv("COLUMNS", "120")
+    llama = write_base(tmp_path / "llama")
+    said = {}
+    for name, folder in (("stablelm", base), ("llama", llama)):
+        options = ("training.max_steps=1", "data.eval_fraction=0", f"output.dir={tmp_path / f'run of {name}'}")
+        assert train_command(tiny_config(tmp_path, folder, *options)) == 0
+        before_step_1, _, _ = capsys.readouterr().out.partition("step 1/1")
+        said[name] = [line.strip() for line in before_step_1.splitlines() if "one document each" in line]
+    why = "packed ones would read each other in this architecture"
+    assert said == {"stablelm": [f"rows       one document each, padded; {why}"], "llama": []}
 
 
 def test_its_plan_is_one_of_padded_rows(tmp_path: Path, base: Path) -> None:
