@@ -77,7 +77,7 @@ class LoraSection(Section):
     target_modules: TargetModules = Field(
         "all-linear",
         description="Linears with an adapter: all-linear (every one but lm_head), a list of module name endings, "
-        "or one regular expression that matches whole module names.",
+        "or one regular expression that matches whole module names; [] trains modules_to_save or biases alone.",
     )
     layers_to_transform: Layers | None = Field(
         None, description="Layers whose linears get an adapter, such as [0, 1]; null = all."
@@ -110,6 +110,11 @@ class LoraSection(Section):
         "none",
         description="Biases of the base that are trained as well, in float32: those of the linears with an adapter "
         "(lora_only) or of every linear but lm_head (all); Qwen 2's q, k and v have some, Llama and Qwen 3 none.",
+    )
+    lora_bias: bool = Field(
+        False,
+        description="Train a bias of each adapter's B as well, in float32, scaled as B is; the linear needs none "
+        "of its own. Not with use_dora. PEFT computes it, other readers of adapters do not.",
     )
     init_from: PathText | None = Field(
         None,
@@ -310,6 +315,7 @@ class RunConfig(Section):
         if self.memory.embedding_residency == "host" and self.lora.modules_to_save:
             expected = "auto or device, since lora.modules_to_save trains a table, which stays where it is trained"
             raise _disagreement("memory.embedding_residency", "host", expected)
+        _require_trainable(self.lora)
         _require_one_residency(self.training.optimizer, self.memory.optimizer_residency)
         patience = self.training.early_stopping_patience
         if patience is not None and self.data.eval is None and self.data.eval_fraction == 0:
@@ -319,6 +325,17 @@ class RunConfig(Section):
                 "null, or a data.eval or data.eval_fraction to evaluate on",
             )
         return self
+
+
+def _require_trainable(lora: LoraSection) -> None:
+    if lora.use_dora and lora.lora_bias:
+        raise _disagreement(
+            "lora.lora_bias", True, "false beside lora.use_dora, as in PEFT, which does not define both"
+        )
+    # What an adapter to begin with has, its folder says.
+    if not (lora.target_modules or lora.modules_to_save or lora.bias == "all" or lora.init_from):
+        expected = "some linears, unless lora.modules_to_save or lora.bias: all name what is trained without LoRA"
+        raise _disagreement("lora.target_modules", list(lora.target_modules), expected)
 
 
 def _require_one_residency(optimizer: str, residency: str) -> None:

@@ -100,7 +100,7 @@ def _target_modules(value: object) -> str | tuple[str, ...]:
             re.compile(value)
         except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"{expected} ({error})") from error
-    if not value or not isinstance(value, (str, list, tuple)):
+    if value == "" or not isinstance(value, (str, list, tuple)):
         raise ValueError(expected)
     return value if isinstance(value, str) else _names(value)
 

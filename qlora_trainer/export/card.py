@@ -76,6 +76,8 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
         facts.append(("trained whole", ", ".join(map(_code, settings.modules_to_save))))
     if settings.biases:
         facts.append(("trained biases", f"{len(settings.biases)} linears"))
+    if settings.lora_bias:
+        facts.append(("biases of B", f"`lora_bias`, {len(settings.targets)} linears"))
     if portable:
         facts.append(("scale", "folded into the weights: `lora_alpha = r`, for readers that know no other"))
     return facts

@@ -96,7 +96,6 @@ def measure(
         source.settings,
         dict(source.weights),
         source.updates,
-        source.bias_additions,
     )
     adapters.add("trained", with_updated_tables(quantized, adapter))
     adapters.activate("trained")

@@ -19,6 +19,7 @@ import torch
 
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.export.added_biases import added_bias_fields, with_fields
 from qlora_trainer.export.compare import is_worse
 from qlora_trainer.export.held_out import HeldOut, measured_on, read_documents
 from qlora_trainer.export.measure import Measured, MergeBase, measure
@@ -35,6 +36,7 @@ from qlora_trainer.export.new_folder import new_folder
 from qlora_trainer.export.source import Source, read_source
 from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
+from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage, check_free_space
 from qlora_trainer.run.fingerprints import require_same_base
 from qlora_trainer.run.records import Preparing
@@ -87,12 +89,17 @@ def merge(
         storage: where to write.
 
     Raises:
-        ConfigError: no adapter in `target`, one that does not fit its base, a base that has changed since, nothing to
-            measure on, or a merged model that is worse than base and adapter; nothing is left then.
+        ConfigError: no adapter in `target`, one that does not fit its base or that its architecture has no place for, a
+            base that has changed since, nothing to measure on, or a merged model that is worse than base and adapter;
+            nothing is left then.
         StorageError: the disk refused, or what is read back is not what was written; nothing is left.
     """
     merged_dtype = _DTYPES[dtype]
     source = read_source(target, model=model, may_change_base=True)
+    added_fields = added_bias_fields(source.base.config, source.parts, source.settings, where=source.folder)
+    skeleton = source.skeleton
+    if added_fields:
+        skeleton = build_skeleton(with_fields(source.base.config, added_fields), with_buffers=False)
     read_tokenizer(source.base.folder)  # it goes along: a base without one is told now
     held_out = yield from _held_out(target, source, data, max_tokens=max_tokens, force=force)
     yield Preparing(what=f"finding the base {source.base_name}")
@@ -105,7 +112,7 @@ def merge(
         cache = prepare_nf4_cache(fetched, double_quant=double_quant, nf4_head=nf4_head)
         if model is None and source.run is not None:
             require_same_base(source.run, cache.key, base_name=source.base_name)
-    shapes = merged_shapes(source.skeleton, source.parts, source.settings, merged_dtype)
+    shapes = merged_shapes(skeleton, find_parts(skeleton), source.settings, merged_dtype)
     shards = plan_shards(shapes)
     num_bytes = sum(tensor.nbytes for tensor in shapes.values())
     is_bad = False
@@ -119,11 +126,10 @@ def merge(
             shapes,
             source.parts,
             source.updates,
-            source.bias_additions,
         )
         yield from write_weights(temporary, weights, shards, storage)
         unties = unties_head(source.parts, source.settings)
-        write_beside(temporary, source, dtype=merged_dtype, unties=unties, storage=storage)
+        write_beside(temporary, source, dtype=merged_dtype, unties=unties, added_fields=added_fields, storage=storage)
         if held_out is not None and cache is not None:
             measured = yield from measure(
                 temporary, source, fetched, cache, held_out, base_kind=base, dtype=merged_dtype

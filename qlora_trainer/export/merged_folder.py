@@ -80,7 +80,15 @@ def write_weights(
         raise differs(folder, "other weights than were written")
 
 
-def write_beside(folder: Path, source: Source, *, dtype: torch.dtype, unties: bool, storage: Storage) -> None:
+def write_beside(
+    folder: Path,
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    unties: bool,
+    added_fields: Mapping[str, bool],
+    storage: Storage,
+) -> None:
     """Write config, generation config, tokenizer and template.
 
     Args:
@@ -88,6 +96,7 @@ def write_beside(folder: Path, source: Source, *, dtype: torch.dtype, unties: bo
         source: whose base they are of, and whose template they get.
         dtype: of the weights.
         unties: whether the head has become its own.
+        added_fields: of the config, for biases that the base has none of (see `export.added_biases`).
         storage: where to write.
 
     Raises:
@@ -96,14 +105,14 @@ def write_beside(folder: Path, source: Source, *, dtype: torch.dtype, unties: bo
         OSError: the disk refused.
     """
     base = source.base.folder
-    config = merged_config(decode(read_capped(base / "config.json")), dtype=dtype, unties=unties)
+    config = {**merged_config(decode(read_capped(base / "config.json")), dtype=dtype, unties=unties), **added_fields}
     write_checked(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode(), storage)
     for name in _COPIED:
         if (base / name).is_file() and not (name == CHAT_TEMPLATE_FILE and source.chat_template is not None):
             write_checked(folder / name, _copied(base / name, source), storage)
     if source.chat_template is not None:
         write_checked(folder / CHAT_TEMPLATE_FILE, source.chat_template.encode(), storage)
-    _require_same(folder, source)
+    _require_same(folder, source, added_fields)
 
 
 def merged_config(config: Mapping[str, Any], *, dtype: torch.dtype, unties: bool) -> dict[str, Any]:
@@ -139,9 +148,9 @@ def _copied(path: Path, source: Source) -> bytes:
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
-def _require_same(folder: Path, source: Source) -> None:
+def _require_same(folder: Path, source: Source, added_fields: Mapping[str, bool]) -> None:
     """Read the folder as transformers does."""
-    found, expected = read_config(folder).to_dict(), source.base.config.to_dict()
+    found, expected = read_config(folder).to_dict(), {**source.base.config.to_dict(), **added_fields}
     if any(found.get(key) != expected.get(key) for key in found.keys() | expected.keys() if key not in _CHANGED):
         raise differs(folder / "config.json", "another config than the base's")
     tokenizer = read_tokenizer(source.base.folder)

@@ -92,7 +92,6 @@ class MergedWeights(Mapping[str, Tensor]):
         shapes: of the result, as `merged_shapes` gives them.
         parts: of the base.
         updates: by the full name of a table that the adapter has no weight of.
-        bias_additions: by the full name of a linear whose bias the adapter does not have, [O].
     """
 
     def __init__(
@@ -103,10 +102,10 @@ class MergedWeights(Mapping[str, Tensor]):
         shapes: Mapping[str, Tensor],
         parts: Parts,
         updates: Mapping[str, TableUpdate] | None = None,
-        bias_additions: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._updates = updates or {}
-        self._added_to = {f"{name}.bias": added_O for name, added_O in (bias_additions or {}).items()}
+        self._biases = {f"{name}.bias": name for name in parts.linears}
+        self._dense = set(parts.dense_parameters)
         self._base, self._adapter, self._settings, self._shapes = base, adapter, settings, shapes
         self._targets = {f"{name}.weight": name for name in settings.targets}
         self._linears = {f"{name}.weight" for name in parts.linears}
@@ -119,10 +118,10 @@ class MergedWeights(Mapping[str, Tensor]):
             merged = self._merged(self._targets[name], self._base.linear(name), like.dtype)
         elif name.rpartition(".")[0] in self._updates:
             merged = self._updated(name, like)
+        elif name in self._biases:
+            merged = self._bias(name, like)
         elif name in self._adapter:
             merged = self._adapter[name].to(like.dtype)
-        elif name in self._added_to:
-            merged = (self._base.dense(name).float() + self._added_to[name]).to(like.dtype)
         else:
             stored = self._base.linear(name) if name in self._linears else self._base.dense(self._tied.get(name, name))
             merged = stored.to(like.dtype)
@@ -138,6 +137,18 @@ class MergedWeights(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+    def _bias(self, name: str, like: Tensor) -> Tensor:
+        """Of a linear: its own, trained or not, or none, and with `lora_bias` that of its B."""
+        linear = self._biases[name]
+        of_B_O = self._adapter.get(f"{linear}.lora_B_bias")
+        if name in self._adapter or name in self._dense:
+            own_O = self._adapter[name] if name in self._adapter else self._base.dense(name)
+        else:
+            own_O = torch.zeros(like.shape)
+        if of_B_O is None or own_O.shape != like.shape:  # which is refused by whoever asked
+            return own_O.to(like.dtype)
+        return torch.add(own_O.float(), of_B_O.float(), alpha=self._settings.scale_of(linear)).to(like.dtype)
 
     def _updated(self, name: str, like: Tensor) -> Tensor:
         update, stored = self._updates[name.rpartition(".")[0]], self._base.dense(self._tied.get(name, name))
@@ -179,6 +190,7 @@ def merged_shapes(
 ) -> dict[str, Tensor]:
     """Name -> tensor on meta, of every parameter of the merged model, in the order of the model.
 
+    A linear has a bias where the skeleton gives it one: that of the base, or one with biases that a merge adds.
     A tied head is no longer tied where it or its embedding was trained on its own; see `unties_head`.
     """
     kept = {f"{name}.weight" for name in parts.linears} | set(parts.dense_parameters)

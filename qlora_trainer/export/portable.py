@@ -27,7 +27,7 @@ def require_portable(settings: LoraSettings, where: Path) -> None:
         ConfigError: it has DoRA's magnitudes, trained biases, or modules that were trained whole.
     """
     found = ["DoRA's magnitudes"] if settings.use_dora else []
-    found += ["trained biases"] if settings.biases else []
+    found += ["trained biases"] if settings.biases or settings.lora_bias else []
     found += [f"modules that were trained whole ({', '.join(settings.modules_to_save)})"] * bool(
         settings.modules_to_save
     )

@@ -40,7 +40,6 @@ class Source:
         weights: by our names, see `model.adapter_folder.adapter_tensors`.
         chat_template: where it is not the base's own.
         updates: of tables whose weights are to be made (see `model.table_updates`).
-        bias_additions: to biases of the base, by the name of their linear (see `model.adapter_biases`).
     """
 
     folder: Path
@@ -55,7 +54,6 @@ class Source:
     weights: Mapping[str, Tensor]
     chat_template: str | None
     updates: Mapping[str, TableUpdate] = field(default_factory=dict)
-    bias_additions: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tables(self) -> BaseTables:
@@ -105,7 +103,6 @@ def read_source(target: Path, *, model: str | None, may_change_base: bool = Fals
         weights=adapter.weights,
         chat_template=read_chat_template(str(template)) if template.is_file() else None,
         updates=adapter.updates,
-        bias_additions=adapter.bias_additions,
     )
 
 

@@ -66,6 +66,8 @@ def adapter_config(
         "use_rslora": settings.use_rslora,
         "use_dora": settings.use_dora,
     }
+    if settings.lora_bias:
+        fields["lora_bias"] = True  # since PEFT 0.14; without it, the biases of the file are passed over
     if settings.tied_head is not None:
         fields["ensure_weight_tying"] = True  # since PEFT 0.18; without it, two tables would be trained on
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
@@ -160,6 +162,7 @@ def settings_of(
         alpha_pattern=tuple((fields.get("alpha_pattern") or {}).items()),
         modules_to_save=modules_to_save,
         tied_head=tied_head,
+        lora_bias=bool(fields.get("lora_bias")),
     )
 
 
@@ -237,15 +240,22 @@ def wrong_adapter(where: Path, found: str, expected: str) -> ConfigError:
     return ConfigError(where=str(where), found=found, expected=expected, fix="Point to another adapter folder.")
 
 
+def _check_switches(path: Path, fields: Mapping[str, Any]) -> None:
+    for name in ("use_dora", "use_rslora", "lora_bias"):
+        if type(fields.get(name) or False) is not bool:
+            raise wrong_adapter(path, f"{name} = {fields[name]!r}", "true or false")
+    if fields.get("lora_bias") and fields.get("use_dora"):
+        found = "lora_bias and use_dora, of which PEFT's LoraConfig refuses to be both, so that nothing defines the sum"
+        raise wrong_adapter(path, found, "one of them")
+
+
 def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
     name, revision = fields.get("base_model_name_or_path"), fields.get("revision") or None
     if not (name is None or isinstance(name, str)):
         raise wrong_adapter(path, f"base_model_name_or_path = {name!r}", "the name of a base")
     if not (revision is None or (isinstance(revision, str) and is_revision(revision))):
         raise wrong_adapter(path, f"revision = {revision!r}", "a branch, a tag or a commit")
-    for name in ("use_dora", "use_rslora", "lora_bias"):
-        if type(fields.get(name) or False) is not bool:
-            raise wrong_adapter(path, f"{name} = {fields[name]!r}", "true or false")
+    _check_switches(path, fields)
     for name, is_right in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
         pattern = fields.get(name)
         if pattern is None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlora_trainer.model.adapter_biases import require_own_biases
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.lora_settings import LoraSettings
@@ -27,10 +24,6 @@ def linears_with_bias(parts: Parts) -> tuple[str, ...]:
     return tuple(name for name in parts.linears if f"{name}.bias" in dense)
 
 
-def _biased_in(skeleton: PreTrainedModel, names: Iterable[str]) -> list[str]:
-    return [name for name in names if getattr(skeleton.get_submodule(name), "bias", None) is not None]
-
-
 def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every weight of an adapter with these settings on this base."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -41,6 +34,8 @@ def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[s
         shapes[f"{name}.lora_B"] = (linear.out_features, settings.rank_of(name))
         if settings.use_dora:
             shapes[f"{name}.lora_magnitude_vector"] = (linear.out_features,)
+        if settings.lora_bias:
+            shapes[f"{name}.lora_B_bias"] = (linear.out_features,)
     for name in settings.biases:
         for leaf, parameter in skeleton.get_submodule(name).named_parameters():
             if leaf == "bias":
@@ -60,15 +55,12 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
         where: what to call it in an error.
 
     Raises:
-        ConfigError: names or shapes differ; the first five are named, or the first of an update of a table, or of the
-            biases of a B whose linear has none.
+        ConfigError: names or shapes differ; the first five are named, or the first of an update of a table.
     """
-    require_own_biases(adapter.bias_additions, _biased_in(skeleton, adapter.bias_additions), where=where)
     shapes = expected_shapes(skeleton, adapter.settings)
     scaled = {name for name in adapter.updates if hasattr(skeleton.get_submodule(name), "embed_scale")}
     require_unscaled(adapter.updates, scaled, where=where)
     require_updates_fit(adapter.updates, shapes, where=where)
     to_be_made = {f"{name}.{leaf}" for name in adapter.updates for leaf in ("weight", "bias")}
     expected = {name: shape for name, shape in shapes.items() if name not in to_be_made}
-    added = {f"{name}.bias": added_O for name, added_O in adapter.bias_additions.items()}
-    require_shapes(expected, {**adapter.weights, **added}, where=where)
+    require_shapes(expected, adapter.weights, where=where)

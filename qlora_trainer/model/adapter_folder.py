@@ -41,8 +41,6 @@ class AdapterFolder:
         weights: by our names, see `adapter_tensors`.
         updates: what becomes of tables that are in `settings.modules_to_save`, but not in `weights` (see
             `model.table_updates`); only where it was asked for.
-        bias_additions: by the full name of a linear in `settings.biases`, what is to be added to the base's bias, [O],
-            where `weights` has no other; likewise.
     """
 
     base_name: str
@@ -50,7 +48,6 @@ class AdapterFolder:
     settings: LoraSettings
     weights: dict[str, Tensor]
     updates: Mapping[str, TableUpdate] = field(default_factory=dict)
-    bias_additions: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
@@ -58,14 +55,15 @@ def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> di
 
     Args:
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; `{target}.lora_magnitude_vector` [O] of DoRA;
-            `{linear}.bias` [O] of trained biases; `{module}.weight` [V, H] and `{module}.bias` [V] of modules that are
-            trained whole.
+            `{target}.lora_B_bias` [O] of `lora_bias`; `{linear}.bias` [O] of trained biases; `{module}.weight` [V, H]
+            and `{module}.bias` [V] of modules that are trained whole.
         settings: what the adapter is. A table that serves embedding and head is in the file twice, as with PEFT.
     """
     whole = {}
     if settings.tied_head is not None:
         whole[f"{settings.tied_head}.weight"] = weights[f"{settings.modules_to_save[0]}.weight"]
     biases = {f"{name}.bias": f"{name}.base_layer.bias" for name in settings.targets}  # PEFT wraps targets alone
+    biases |= {f"{name}.lora_B_bias": f"{name}.lora_B.bias" for name in settings.targets}
     return {
         f"{_PREFIX}{biases.get(name, name)}{'.weight' if name.endswith(_MATRICES) else ''}": own
         for name, own in {**weights, **whole}.items()
@@ -141,8 +139,8 @@ def read_adapter_folder(
         folder: where it lies.
         linear_names: the linears of its base.
         tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
-        may_change_base: the caller makes whole tables of LoRA on embedding or head, and of trained rows, and adds
-            `bias_additions` to biases; else such an adapter is refused.
+        may_change_base: the caller makes whole tables of LoRA on embedding or head, and of trained rows; else such an
+            adapter is refused.
 
     Raises:
         ConfigError: see `read_adapter_fields`; or the weights file is broken or not safetensors, or holds what is no
@@ -166,38 +164,34 @@ def read_adapter_folder(
     if tables is not None:
         asked = asked_updates(fields, linear_names=linear_names, tables=tables)
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
-    scales = {name: settings.scale_of(name) for name in settings.targets}
-    biases, additions = take_biases(
+    biases = take_biases(
         weights,
-        scales,
-        use_dora=settings.use_dora,
+        lora_bias=settings.lora_bias,
         linear_names=linear_names,
         tables=tables,
         where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
-    found = AdapterFolder(name, revision, settings, weights, updates, additions)
+    found = AdapterFolder(name, revision, settings, weights, updates)
     if not may_change_base:
         require_whole(found, folder)
     return found
 
 
 def require_whole(adapter: AdapterFolder, folder: Path) -> None:
-    """Refuse one that changes a table or a bias of the base other than by having it whole.
+    """Refuse one that changes a table of the base other than by having it whole.
 
     Raises:
         ConfigError: it does.
     """
-    changed = [*adapter.updates, *(f"the bias of {name}" for name in adapter.bias_additions)]
-    if not changed:
+    if not adapter.updates:
         return
-    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     merge = "erge it into its base (qlora-trainer merge)."
     raise ConfigError(
         where=str(folder),
-        found=f"an adapter that changes {', '.join(changed[:3])}{more} other than as a whole",
-        expected="LoRA on linears inside the layers, biases of their own, and tables in modules_to_save",
+        found=f"an adapter that changes {', '.join(adapter.updates)} other than as a whole",
+        expected="LoRA on linears inside the layers, and tables in modules_to_save",
         # A run trains LoRA on linears: one with none is nothing to train on from.
         fix=f"Train on from it (lora.init_from), or m{merge}" if adapter.settings.targets else f"M{merge}",
     )

@@ -21,6 +21,7 @@ from qlora_trainer.model.trained_biases import bias_parameters, bias_weights, tr
 from qlora_trainer.model.trained_tables import table_parameters, table_shapes, table_weights, train_tables
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT calls it
+BIAS_OF_B = "lora_B_bias"
 
 
 def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype: torch.dtype, seed: int) -> None:
@@ -46,6 +47,8 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
             magnitude_O = torch.empty(linear.out_features, dtype=torch.float32, device=model.device)
             set_row_norms_(magnitude_O, linear, of_zeros=0.0)
             weights[f"{name}.{MAGNITUDE}"] = magnitude_O
+        if settings.lora_bias:
+            weights[f"{name}.{BIAS_OF_B}"] = torch.zeros(linear.out_features)
     return weights | bias_weights(model, settings) | table_weights(model, settings)
 
 
@@ -70,9 +73,10 @@ def build_adapters(
         model: whose linears they are for.
         settings: which linears, and the scale.
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R], with DoRA `{target}.lora_magnitude_vector` [O],
-            and what else is trained (see `model.trained_biases`, `model.trained_tables`); exactly these names. They
-            are copied.
-        dtype: what the matrices are held in; magnitudes are fp32. Gradients are accumulated in fp32 whatever it is.
+            with `lora_bias` `{target}.lora_B_bias` [O], and what else is trained (see `model.trained_biases`,
+            `model.trained_tables`); exactly these names. They are copied.
+        dtype: what the matrices are held in; magnitudes and biases are fp32. Gradients are accumulated in fp32
+            whatever it is.
 
     Raises:
         ConfigError: names or shapes differ from what the model and the settings ask for; the first five are named.
@@ -83,10 +87,10 @@ def build_adapters(
         a_RI, b_OR = (
             weights[f"{name}.{leaf}"].to(device=model.device, dtype=dtype, copy=True) for leaf in ("lora_A", "lora_B")
         )
-        magnitude_O = None
-        if settings.use_dora:
-            given_O = weights[f"{name}.{MAGNITUDE}"]
-            magnitude_O = given_O.to(device=model.device, dtype=torch.float32, copy=True)
+        magnitude_O, bias_O = (
+            weights[f"{name}.{leaf}"].to(device=model.device, dtype=torch.float32, copy=True) if is_there else None
+            for leaf, is_there in ((MAGNITUDE, settings.use_dora), (BIAS_OF_B, settings.lora_bias))
+        )
         adapters[name] = LoraAdapter(
             a_RI,
             b_OR,
@@ -95,6 +99,7 @@ def build_adapters(
             layer_key=key32("dropout", name),
             keys=model.dropout_keys,
             magnitude_O=magnitude_O,
+            lora_B_bias_O=bias_O,
         )
         norm_O = adapters[name].norm_O
         if norm_O is not None:
@@ -122,7 +127,8 @@ def detach_adapters(model: QuantizedModel) -> None:
 
 
 def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
-    """`{target}.lora_A`, `{target}.lora_B` and with DoRA `{target}.lora_magnitude_vector`, in model order.
+    """`{target}.lora_A`, `{target}.lora_B`, and `{target}.lora_magnitude_vector` or `{target}.lora_B_bias` where there
+    are such, in model order.
 
     Behind them the biases that are trained, then the tables that are trained whole.
     """
@@ -145,6 +151,8 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
             shapes[f"{name}.lora_B"] = (linear.out_features, rank)
             if settings.use_dora:
                 shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
+            if settings.lora_bias:
+                shapes[f"{name}.{BIAS_OF_B}"] = (linear.out_features,)
     biases = {name: tuple(bias_O.shape) for name, bias_O in bias_weights(model, settings).items()}
     return shapes | biases | table_shapes(model, settings)
 

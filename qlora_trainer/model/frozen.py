@@ -122,6 +122,11 @@ class FrozenHead(nn.Module):
             setattr(self, name, getattr(scales, name, None))
 
     @property
+    def is_trained(self) -> bool:
+        """Whether its weight or its bias is trained."""
+        return any(parameter.requires_grad for parameter in self.parameters(recurse=False))
+
+    @property
     def scales(self) -> nf4.BlockScales | None:
         """Those of the blocks of `weight`; None where that is dense, also in the place of one in NF4."""
         if self.weight.dtype != torch.uint8:

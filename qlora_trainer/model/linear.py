@@ -1,6 +1,7 @@
-"""Frozen NF4 linear layers with an optional LoRA adapter: out = x W^T + bias + scale * drop(x) A^T B^T.
+"""Frozen NF4 linear layers with an optional LoRA adapter: out = x W^T + bias + scale * (drop(x) A^T B^T + bias of B).
 
-A bias is frozen, too, unless it is a parameter (`model.trained_biases`).
+A bias is frozen, too, unless it is a parameter (`model.trained_biases`). Few adapters have a bias of B (PEFT's
+`lora_bias`); it is added where the linear's own is, or would be.
 
 Forward and backward each unpack a weight and drop it again: nothing dense is saved, and autograd's context holds the
 layer, not its packed tensors, so a buffer that is refilled between forward and backward is read anew.
@@ -75,6 +76,14 @@ class NF4Linear(nn.Module):
         bias_O = self.bias
         return bias_O if isinstance(bias_O, nn.Parameter) else None
 
+    def whole_bias(self, dtype: torch.dtype) -> Tensor | None:
+        """All that is added to each row of the product [O], summed in fp32; None for nothing."""
+        own_O, adapter = self.bias, self.adapter
+        if adapter is None or adapter.lora_B_bias is None:
+            return None if own_O is None else own_O.to(dtype)
+        of_B_O = adapter.lora_B_bias.detach() * adapter.scale
+        return (of_B_O if own_O is None else of_B_O.add_(own_O)).to(dtype)
+
     @property
     def weight(self) -> nf4.NF4Weight:
         """To be used at once and not kept: where layers are streamed, another one's weight takes its place."""
@@ -137,25 +146,25 @@ def unpacked_once(linears: Sequence[NF4Linear]) -> Iterator[None]:
 
 
 def adapter_parameters(linears: Iterable[NF4Linear]) -> list[Tensor | None]:
-    """A, B, magnitude and trained bias of each, None for what is not there: so autograd functions take and answer
-    them."""
+    """A, B, magnitude, bias of B and trained bias of each, None for what is not there: so autograd functions take and
+    answer them."""
     found: list[Tensor | None] = []
     for linear in linears:
-        adapter = linear.adapter
-        found += [None] * 3 if adapter is None else [adapter.lora_A, adapter.lora_B, adapter.lora_magnitude_vector]
+        own = linear.adapter
+        found += [None] * 4 if own is None else [own.lora_A, own.lora_B, own.lora_magnitude_vector, own.lora_B_bias]
         found.append(linear.trained_bias)
     return found
 
 
 def no_parameter_gradients(linears: Sequence[NF4Linear]) -> list[Tensor | None]:
     """In the order of `adapter_parameters`."""
-    return [None] * (4 * len(linears))
+    return [None] * (5 * len(linears))
 
 
 def bias_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) -> list[Tensor | None]:
     """Those of linears of which none has an adapter, in the order of `adapter_parameters`."""
     found = no_parameter_gradients(linears)
-    found[3::4] = [_gradient_of_bias(linear, grad_TO) for linear, grad_TO in zip(linears, grads, strict=True)]
+    found[4::5] = [_gradients_of_biases(linear, grad_TO)[1] for linear, grad_TO in zip(linears, grads, strict=True)]
     return found
 
 
@@ -180,7 +189,7 @@ def multiply(
 def _multiply_one(linear: NF4Linear, x_TI: Tensor, added_TO: Tensor | None) -> Tensor:
     linear.make_room(x_TI.shape[0], x_TI.itemsize)
     weight_OI = _scaled_weight(linear, x_TI.dtype)
-    bias_O = None if linear.bias is None else linear.bias.to(x_TI.dtype)
+    bias_O = linear.whole_bias(x_TI.dtype)
     if added_TO is None:
         # On a CPU `linear` takes a transposed bf16 weight up to 1.8 times faster than `mm` (torch 2.13, AMX).
         out_TO = nn.functional.linear(x_TI, weight_OI, bias_O)
@@ -256,7 +265,7 @@ def parameter_gradients(
     low_ranks: Sequence[Tensor],
     low_grads_TS: Tensor | None,
 ) -> list[Tensor | None]:
-    """Gradients of A, B, magnitude and bias of each, in the order of `adapter_parameters`."""
+    """Gradients of A, B, magnitude and biases of each, in the order of `adapter_parameters`."""
     adapted = _adapted(linears, grads)
     if low_grads_TS is None:
         return bias_gradients(linears, grads)
@@ -279,12 +288,18 @@ def parameter_gradients(
             grad_A, own, low_TR = next(rest)
             grad_B = _gradient_of_B(linear.adapter, grad_TO, low_TR)
             found += [grad_A, grad_B, _gradient_of_magnitude(linear, x_TI, own, grad_TO, low_TR)]
-        found.append(_gradient_of_bias(linear, grad_TO))
+        found += _gradients_of_biases(linear, grad_TO)
     return found
 
 
-def _gradient_of_bias(linear: NF4Linear, grad_TO: Tensor) -> Tensor | None:
-    return None if linear.trained_bias is None else column_sums(grad_TO)
+def _gradients_of_biases(linear: NF4Linear, grad_TO: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of the bias of B and of the linear's own, where they are trained."""
+    adapter = linear.adapter
+    scale = None if adapter is None or adapter.lora_B_bias is None else adapter.scale
+    if scale is None and linear.trained_bias is None:
+        return None, None
+    grad_O = column_sums(grad_TO)
+    return None if scale is None else grad_O * scale, None if linear.trained_bias is None else grad_O
 
 
 def _gradient_of_B(adapter: LoraAdapter, grad_TO: Tensor, low_TR: Tensor) -> Tensor:

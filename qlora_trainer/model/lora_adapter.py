@@ -27,7 +27,7 @@ class DropoutKeys:
 
 
 class LoraAdapter(nn.Module):
-    """The two trained matrices of one linear layer, and with DoRA the length of each row of what they make of it.
+    """The two trained matrices of one linear layer, with DoRA the length of each row of the sum, or else a bias.
 
     Args:
         lora_A_RI: down projection.
@@ -37,6 +37,7 @@ class LoraAdapter(nn.Module):
         layer_key: which layer this is, for the dropout draws.
         keys: shared by all adapters of the model.
         magnitude_O: fp32, of DoRA; None for none.
+        lora_B_bias_O: fp32, PEFT's `lora_bias`: a bias of the up projection, scaled as that is; None for none.
 
     Attributes:
         norm_O: with DoRA, the norms of the rows of W + scale B A, fp32 (see `model.dora`), which are no parameter.
@@ -54,11 +55,13 @@ class LoraAdapter(nn.Module):
         layer_key: int = 0,
         keys: DropoutKeys | None = None,
         magnitude_O: Tensor | None = None,
+        lora_B_bias_O: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(lora_A_RI)
         self.lora_B = nn.Parameter(lora_B_OR)
         self.lora_magnitude_vector = None if magnitude_O is None else nn.Parameter(magnitude_O)
+        self.lora_B_bias = None if lora_B_bias_O is None else nn.Parameter(lora_B_bias_O)
         self.register_buffer("norm_O", None if magnitude_O is None else magnitude_O.clone(), persistent=False)
         self.scale = scale
         self.dropout = dropout

@@ -35,6 +35,7 @@ class LoraSettings:
         modules_to_save: full names of the modules that are trained whole (embedding, head), in model order.
         tied_head: full name of the head that uses the trained table of the embedding, of a base that ties both.
         biases: full names of the linears whose bias is trained, in model order.
+        lora_bias: a trained bias of each B, scaled as B is, whether the linear has one of its own or not.
     """
 
     rank: int
@@ -48,6 +49,7 @@ class LoraSettings:
     modules_to_save: tuple[str, ...] = ()
     tied_head: str | None = None
     biases: tuple[str, ...] = ()
+    lora_bias: bool = False
 
     def rank_of(self, name: str) -> int:
         """R of the adapter on the linear of that full name."""
@@ -96,6 +98,7 @@ def asked_settings(
         modules_to_save=modules_to_save,
         tied_head=tied_head,
         biases=asked_biases(section.bias, targets=targets, biased=biased),
+        lora_bias=section.lora_bias,
     )
 
 

@@ -12,8 +12,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_biases import require_own_biases
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 
@@ -62,31 +60,3 @@ def held_biases(
 ) -> dict[tuple[str, str], Tensor]:
     """(linear, "bias") -> a copy of each bias that an adapter has in the place of the base's, in the dtype it is in."""
     return {(name, "bias"): weights[f"{name}.bias"].to(device=model.device, copy=True) for name in settings.biases}
-
-
-def with_additions(
-    biases: Mapping[str, Tensor], additions: Mapping[str, Tensor], *, where: str = "adapter"
-) -> dict[str, Tensor]:
-    """`{linear}.bias` [O], fp32, of the linears in `additions`: what was there, and what is added.
-
-    Args:
-        biases: `{linear}.bias` of the base.
-        additions: by the linear's full name, [O].
-        where: what to call the adapter in an error.
-
-    Raises:
-        ConfigError: they are of another base, or a linear has no bias in this one.
-    """
-    found = {}
-    require_own_biases(additions, [name.removesuffix(".bias") for name in biases], where=where)
-    for name, added_O in additions.items():
-        own_O = biases[f"{name}.bias"]
-        if own_O.shape != added_O.shape:
-            raise ConfigError(
-                where=where,
-                found=f"{name}.lora_B.bias of {tuple(added_O.shape)}",
-                expected=f"{tuple(own_O.shape)}, as the base has it",
-                fix="Use the base that the adapter was trained on.",
-            )
-        found[f"{name}.bias"] = own_O.float() + added_O.to(own_O.device, torch.float32)
-    return found

@@ -20,7 +20,6 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import CausalModel, QuantizedModel
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import require_unscaled, require_updates_fit, update_table_
-from qlora_trainer.model.trained_biases import bias_weights, with_additions
 
 Table = FrozenEmbedding | FrozenHead
 _LEAVES = ("weight", "bias")
@@ -114,7 +113,7 @@ def held_tables(
 
 
 def updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> dict[str, Tensor]:
-    """`{module}.weight` and `{module}.bias` of the tables that an adapter updates, `{linear}.bias` of such biases.
+    """`{module}.weight` and `{module}.bias` of the tables that an adapter updates.
 
     Args:
         model: which trains them, and has those of the base there still: they are changed in place.
@@ -125,18 +124,18 @@ def updated_tables(model: QuantizedModel, adapter: AdapterFolder) -> dict[str, T
     }
     for name, update in adapter.updates.items():
         update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
-    return made | with_additions(bias_weights(model, adapter.settings), adapter.bias_additions)
+    return made
 
 
 def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder, *, where: str = "adapter") -> AdapterFolder:
-    """The adapter with copies of those tables among its weights, in the compute dtype, and with those biases.
+    """The adapter with copies of those tables among its weights, in the compute dtype.
 
     The model is left as it is; an error calls the adapter `where`.
 
     Raises:
-        ConfigError: an update or a bias of another base.
+        ConfigError: an update of another base.
     """
-    tables, biases = table_weights(model, adapter.settings), bias_weights(model, adapter.settings)
+    tables = table_weights(model, adapter.settings)
     scaled = {name for name, table in tables_of(model).items() if getattr(table, "scale", None) is not None}
     require_unscaled(adapter.updates, scaled, where=where)
     require_updates_fit(adapter.updates, {name: tuple(own.shape) for name, own in tables.items()}, where=where)
@@ -147,8 +146,7 @@ def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder, *, where:
     }
     for name, update in adapter.updates.items():
         update_table_(made[f"{name}.weight"], made.get(f"{name}.bias"), update)
-    biases = with_additions(biases, adapter.bias_additions, where=where)
-    return replace(adapter, weights=adapter.weights | made | biases, updates={}, bias_additions={})
+    return replace(adapter, weights=adapter.weights | made, updates={})
 
 
 def _owner(name: str) -> str:

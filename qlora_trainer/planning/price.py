@@ -201,7 +201,7 @@ def usage(resident: Mapping[str, int], load_peak_bytes: int, levels: Mapping[str
     peaks = {"load": load_peak_bytes}
     for phase, level in {**levels, **state.levels}.items():
         peaks[phase] = resident_bytes + level.peak_bytes
-    phases = {phase: peaks[phase] for phase in PHASES}
+    phases = {phase: peaks.get(phase, resident_bytes) for phase in PHASES}  # no backward, where a head alone is trained
     peak_phase = max(phases, key=lambda phase: phases[phase])
     above = {**levels, **state.levels}.get(peak_phase)
     breakdown = {name: resident.get(name, 0) + (above.at_peak[name] if above is not None else 0) for name in CATEGORIES}

@@ -33,6 +33,7 @@ REFUSED_KEYS = frozenset(
         "lora.alpha_pattern",
         "lora.modules_to_save",
         "lora.bias",
+        "lora.lora_bias",
         "data.train",
         "data.eval",
         "data.eval_fraction",

@@ -24,7 +24,6 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
-from qlora_trainer.model.adapter_biases import require_own_biases
 from qlora_trainer.model.adapter_fit import base_tables, linears_with_bias, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
@@ -36,7 +35,7 @@ from qlora_trainer.model.adapter_folder import (
     trains_biases,
 )
 from qlora_trainer.model.base import Base, resolve_base
-from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
+from qlora_trainer.model.lora_settings import LoraSettings, asked_settings, pattern_fits
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.model.table_names import means
 from qlora_trainer.run.folder import find_adapter
@@ -56,6 +55,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "alpha_pattern": ("alpha_pattern", {}),
     "modules_to_save": ("modules_to_save", ()),
     "bias": ("bias", "none"),
+    "lora_bias": ("lora_bias", False),
 }
 
 
@@ -77,11 +77,13 @@ def filled_in(config: RunConfig) -> RunConfig:
         fields |= _beside_linears(config, folder, fields)
     else:
         fields["bias"] = "none"  # whatever it was to be, there is none
+        fields |= _fitting_patterns(fields, lora_modules(folder))
         if isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
             fields["target_modules"] = _naming(fields["target_modules"], lora_modules(folder))
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
+    values["target_modules"] = _as_config(fields["target_modules"]) or ()  # of none too, where tables alone are trained
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
-    for key in ("rank", "alpha", "use_rslora", "use_dora", "bias"):
+    for key in ("rank", "alpha", "use_rslora", "use_dora", "bias", "lora_bias"):
         if asked.get(key, "auto") not in ("auto", values[key]):
             raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it")
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
@@ -102,20 +104,13 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     trained whole here, which takes memory that nobody has asked for: these the config must name.
 
     Raises:
-        ConfigError: it does not, or has no LoRA on a linear; embedding and head of a base that ties them have become
+        ConfigError: it does not; embedding and head of a base that ties them have become
             two tables; or only some of the biases were trained that are trained together here.
     """
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
     parts = find_parts(build_skeleton(base.config, with_buffers=False))
     tables = base_tables(parts)
     adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_change_base=True)
-    if not adapter.settings.targets:
-        raise ConfigError(
-            where=str(folder),
-            found="an adapter without LoRA on any linear",
-            expected="one that has some, beside what it has of tables: a run trains it",
-            fix="Merge it into its base (qlora-trainer merge), and train a new adapter on that.",
-        )
     tied = () if adapter.settings.tied_head is None else (adapter.settings.tied_head,)
     whole = (*adapter.settings.modules_to_save, *tied)
     if adapter.updates:
@@ -136,12 +131,13 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
                 expected="these tables trained whole, from what the adapter makes of them; the plan prices it",
                 fix=f"Write {key}: [{', '.join(leaves)}], or choose another adapter.",
             )
-    wanted = fields["target_modules"]
-    if not isinstance(wanted, str):  # an expression is looked for in names of linears only
+    wanted = fields["target_modules"] if adapter.settings.targets else []
+    if wanted and not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
-    require_own_biases(adapter.bias_additions, linears_with_bias(parts), where=str(folder))
     bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, linears_with_bias(parts), folder)
-    return {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias}
+    layers = fields.get("layers_to_transform") if adapter.settings.targets else None
+    found = {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias, "layers_to_transform": layers}
+    return found | _fitting_patterns(fields, adapter.settings.targets)
 
 
 def _as_bias(words: Sequence[Any], settings: LoraSettings, biased: Sequence[str], folder: Path) -> str:
@@ -159,6 +155,18 @@ def _as_bias(words: Sequence[Any], settings: LoraSettings, biased: Sequence[str]
         expected=f"those of all {len(biased)} that have one in this base, of all of them with LoRA, or none",
         fix="Merge it into its base (qlora-trainer merge), and train on that.",
     )
+
+
+def _fitting_patterns(fields: Mapping[str, Any], targets: Sequence[str]) -> dict[str, Any]:
+    """Without keys that mean no linear with LoRA: a table, or nothing, which PEFT passes over."""
+    return {
+        name: {
+            key: value
+            for key, value in (fields.get(name) or {}).items()
+            if any(pattern_fits(key, own) for own in targets)
+        }
+        for name in ("rank_pattern", "alpha_pattern")
+    }
 
 
 def _naming(entries: Sequence[str], modules: Sequence[str]) -> list[str]:
@@ -237,7 +245,8 @@ def initial_told(config: RunConfig, initial: AdapterFolder | None) -> Iterator[P
     """What the user should know of the weights that the run begins with."""
     if initial is not None:
         base = initial.base_name or "a base that it does not name"
-        biases = len(initial.settings.biases)
+        settings = initial.settings
+        biases = len(settings.biases) + len(settings.targets) * settings.lora_bias
         more = f", and with the {biases} biases that it has trained" if biases else ""
         yield Preparing(what=f"beginning with the adapter {config.lora.init_from}, trained on {base}{more}")
 

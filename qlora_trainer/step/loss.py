@@ -41,7 +41,7 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum of the cross-entropies of all N positions, in nats: a 0-dim fp32 tensor, differentiable in `hidden_NH`.
 
-    With gradients enabled, those of a trained head are added to its `.grad` here.
+    With gradients enabled, those of a trained head are added to its `.grad` here, also where it alone is trained.
 
     Args:
         hidden_NH: what the head sees at each supervised position, in the compute dtype.
@@ -53,7 +53,7 @@ def chunked_cross_entropy(
             0-dim fp32, on the same device. None for 1.
         total: what the sum begins with, 0-dim fp32, so that positions one call after the other add up as in one.
     """
-    needs_gradient = torch.is_grad_enabled() and hidden_NH.requires_grad
+    needs_gradient = torch.is_grad_enabled() and (hidden_NH.requires_grad or head.is_trained)
     scales = head.scales
     loss: Tensor = _ChunkedLoss.apply(  # type: ignore[no-untyped-call]
         hidden_NH,

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
 from qlora_trainer.hardware.side_stream import SideStream
-from qlora_trainer.model.adapters import MAGNITUDE
+from qlora_trainer.model.adapters import BIAS_OF_B, MAGNITUDE
 
+_BIASES = (".bias", f".{BIAS_OF_B}")  # of linears, norms and a head, and of a B
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
 # bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB. The CUDA
 # kernel makes none, but a piece's state is copied before: 96 MiB in 32 bits, while no activations are there.
@@ -388,11 +389,11 @@ def _terms_of(name: str, settings: OptimizerSettings) -> tuple[float, float]:
 
 
 def _has_own_rate(name: str) -> bool:
-    return name.endswith((".lora_B", MAGNITUDE, ".bias"))
+    return name.endswith((".lora_B", MAGNITUDE, *_BIASES))
 
 
 def _decays(name: str) -> bool:
-    return not name.endswith(".bias")
+    return not name.endswith(_BIASES)
 
 
 def _padded(num_elements: int) -> int:

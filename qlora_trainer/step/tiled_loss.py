@@ -43,9 +43,11 @@ def tiled_cross_entropy(
         head, logit_shape, chunk_tokens, gradient_scale: see `step.loss.chunked_cross_entropy`.
         tile_tokens: positions at a time.
     """
+    takes_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head.is_trained)
     loss: Tensor = _TiledLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_TH, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens, gradient_scale
-    )
+        hidden_TH, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens, gradient_scale,
+        takes_gradient,
+    )  # fmt: skip
     return loss
 
 
@@ -64,13 +66,13 @@ class _TiledLoss(torch.autograd.Function):
         tile_tokens: int,
         chunk_tokens: int,
         gradient_scale: Tensor | None,
+        takes_gradient: bool,
     ) -> Tensor:
         total = hidden_TH.new_zeros((), dtype=torch.float32)
-        needs_gradient = ctx.needs_input_grad[0]
-        grad_TH = torch.zeros_like(hidden_TH) if needs_gradient else None
+        grad_TH = torch.zeros_like(hidden_TH) if takes_gradient and ctx.needs_input_grad[0] else None
         for tile in tiles(positions_N.numel(), tile_tokens):
-            rows_NH = hidden_TH.detach().index_select(0, positions_N[tile]).requires_grad_(needs_gradient)
-            with torch.set_grad_enabled(needs_gradient):
+            rows_NH = hidden_TH.detach().index_select(0, positions_N[tile]).requires_grad_(grad_TH is not None)
+            with torch.set_grad_enabled(takes_gradient):
                 loss = chunked_cross_entropy(
                     norm.apply_to(rows_NH),
                     targets_N[tile],
@@ -93,4 +95,4 @@ class _TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_TH, ctx.grad_TH = ctx.grad_TH, None  # given away: multiplied in place, and gone with who gets it
         assert grad_TH is not None
-        return (grad_TH.mul_(grad_outputs[0].to(grad_TH.dtype)), *[None] * 8)
+        return (grad_TH.mul_(grad_outputs[0].to(grad_TH.dtype)), *[None] * 9)

@@ -39,7 +39,7 @@ def accumulate_gradients(
     refresh_norms(model)  # once for all micro-batches: no weight changes between them
     total = torch.zeros((), dtype=torch.float32, device=model.device)
     gradient_scale = None if loss_scale is None else loss_scale / num_supervised_tokens
-    if gradient_scale is None and model.head.weight.requires_grad:  # the gradient of a head does not wait for backward
+    if gradient_scale is None and model.head.is_trained:  # the gradient of a head does not wait for backward
         gradient_scale = torch.full_like(total, 1.0 / num_supervised_tokens)
     for micro_batch in micro_batches:
         loss_sum = summed_loss(
@@ -50,7 +50,8 @@ def accumulate_gradients(
         )
         loss = loss_sum / num_supervised_tokens
         # With a scale both factors are in the gradient already, before it was rounded.
-        (loss if gradient_scale is None else loss_sum).backward()
+        if loss_sum.requires_grad:  # else nothing but the head is trained, which has its gradient
+            (loss if gradient_scale is None else loss_sum).backward()
         total += loss.detach()
     return total
 

@@ -41,6 +41,7 @@ def test_defaults() -> None:
             "alpha_pattern": (),
             "modules_to_save": (),
             "bias": "none",
+            "lora_bias": False,
             "init_from": None,
         },
         "data": {
@@ -135,7 +136,7 @@ def test_accepts(dotted: str, value: object) -> None:
         ("lora.alpha", [0, -2, "double", float("nan"), float("inf"), True]),
         ("lora.dropout", [1, -0.1, "0"]),
         ("lora.dtype", ["float16"]),
-        ("lora.target_modules", ["", "[", [], ["q", "q"], ["q", 3], [" "], 3, None, {"q": 1}]),
+        ("lora.target_modules", ["", "[", ["q", "q"], ["q", 3], [" "], 3, None, {"q": 1}]),
         ("lora.layers_to_transform", [[], 0, [-1], [0, 0], ["0"], [True], [1.0], "0"]),
         ("lora.use_rslora", ["true", 1, None]),
         ("lora.use_dora", ["true", 1, None]),

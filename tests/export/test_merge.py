@@ -106,6 +106,40 @@ def test_weights_and_logits_are_those_of_pefts_merge(
     assert relative_error(before_TV, expected_TV) > 1e-2  # the adapter does something
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
+@pytest.mark.parametrize(
+    "name, targets, fields",
+    [
+        ("llama", ["q_proj", "up_proj"], {"attention_bias", "mlp_bias"}),
+        ("qwen3", ["q_proj"], {"attention_bias"}),
+        ("qwen2", ["q_proj"], set()),
+    ],
+)
+def test_a_bias_of_b_gets_a_place_where_the_config_has_one(
+    name: str, targets: list[str], fields: set[str], base: Path, tmp_path: Path
+) -> None:
+    """PEFT refuses to merge it: the oracle is its unmerged model. Mutation tried: the scale left out."""
+    base = base_with_tokenizer(tmp_path / "base", small_config(name), base)
+    make_adapter(tmp_path / "adapter", base, lora_bias=True, target_modules=targets)
+    folder = unmeasured(tmp_path / "adapter", tmp_path / "to")
+    expected_TV = peft_logits(base, tmp_path / "adapter", DOCUMENTS)
+    assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
+    assert relative_error(model_logits(base, DOCUMENTS), expected_TV) > 1e-2
+    before, after = (json.loads((own / "config.json").read_text()) for own in (base, folder))
+    assert {key for key in fields if not before[key] and after[key]} == fields
+    assert {key for key in after if "bias" in key and after[key] != before.get(key)} == fields
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
+def test_a_bias_of_b_that_the_architecture_has_no_place_for_is_refused(base: Path, tmp_path: Path) -> None:
+    base = base_with_tokenizer(tmp_path / "base", small_config("qwen3"), base)
+    make_adapter(tmp_path / "adapter", base, lora_bias=True, target_modules=["q_proj", "up_proj"])
+    found = r"2 biases of B .*a model of type 'qwen3', such as model\.layers\.0\.mlp\.up_proj; .*Use it beside its base"
+    with pytest.raises(ConfigError, match=found):
+        unmeasured(tmp_path / "adapter", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
 def test_a_row_of_zeros_stays_zero_with_dora(base: Path, tmp_path: Path) -> None:
     """It has no direction; 0 / 0 in PEFT. Mutation tried: the norm as it is, which refuses the model as NaN."""
 
@@ -280,7 +314,7 @@ def test_what_only_begins_or_trains_otherwise_is_merged(fields: dict[str, Any], 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # its head becomes its own
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias of B for a shard
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
 @pytest.mark.parametrize("name", [*(name for name in VARIANTS if name != "rows"), *BIASES])  # of a base that ties both
 def test_every_variant_is_measured_as_it_was_trained(
     name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -288,7 +322,7 @@ def test_every_variant_is_measured_as_it_was_trained(
     """In its own base and in fp32 a merged model is base and adapter; this is how a wrong reference would show."""
     monkeypatch.setattr(measuring, "choose_compute_dtype", lambda device: "float32")
     if name == "biases of B":
-        base = base_with_tokenizer(tmp_path / "base", small_config("qwen2", vocab_size=384), base)
+        base = base_with_tokenizer(tmp_path / "base", small_config("llama", vocab_size=384), base)
     make_adapter(tmp_path / "adapter", base, **{**VARIANTS, **BIASES}[name])
     rows = str(write_rows(tmp_path / "rows.jsonl", 9))
     merging = merge(

@@ -117,8 +117,10 @@ def test_bf16_stays_where_the_scale_rounds_nothing(tmp_path: Path) -> None:
         ({"use_dora": True}, "DoRA's magnitudes"),
         ({"modules_to_save": ["lm_head"]}, "trained whole (lm_head)"),
         ({"bias": "lora_only"}, "an adapter with trained biases"),
+        ({"lora_bias": True}, "an adapter with trained biases"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
 @pytest.mark.parametrize("gguf", [False, True])
 def test_what_plain_lora_cannot_hold_is_refused(fields: dict[str, Any], found: str, gguf: bool, tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", CONFIGS["qwen2" if "bias" in fields else "llama"])

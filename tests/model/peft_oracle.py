@@ -71,6 +71,17 @@ def wrap(oracle: Any, config: peft.PeftConfig) -> Any:
         return peft.get_peft_model(oracle, config, autocast_adapter_dtype=False)
 
 
+def moved_by_peft(nf4_folder: Path, **fields: Any) -> Any:
+    """An adapter of rank 3 on q and v, unless `fields` say otherwise; every trained weight of it is moved."""
+    asked: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], **fields}
+    wrapped = wrap(load_oracle(nf4_folder, torch.float32), peft.LoraConfig(task_type="CAUSAL_LM", **asked))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return wrapped.train()
+
+
 def load_adapter(oracle: Any, folder: Path) -> Any:
     """`PeftModel.from_pretrained`, in train mode (see `load_oracle`)."""
     with _known_warnings():
@@ -90,6 +101,7 @@ def adapter_parameters(wrapped: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name.removeprefix(PEFT_PREFIX)
         .replace(".modules_to_save.default", "")
+        .replace(".lora_B.default.bias", ".lora_B_bias")
         .removesuffix(".default.weight"): parameter
         for name, parameter in wrapped.named_parameters()
         if ".lora_" in name or ".modules_to_save." in name

@@ -1,4 +1,4 @@
-"""Biases that an adapter has trained: PEFT's gradients and logits, in both directions, and those of a B."""
+"""Biases of the base that an adapter has trained: PEFT's gradients and logits, in both directions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,9 +23,9 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.trained_biases import biased_linears
-from qlora_trainer.model.trained_tables import base_tables_of, with_updated_tables
+from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.run.export import export_adapter
-from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, oracle_step, wrap
+from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, moved_by_peft, oracle_step
 from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import (
     load_for_training,
@@ -64,17 +63,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return made
 
 
-def moved_by_peft(cache: NF4Cache, **fields: Any) -> Any:
-    """PEFT's model, every trained weight of it moved."""
-    asked: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], **fields}
-    wrapped = wrap(load_oracle(cache.folder, torch.float32), peft.LoraConfig(task_type="CAUSAL_LM", **asked))
-    generator = torch.Generator().manual_seed(0)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return wrapped.train()
-
-
 def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
     names, tables = list(model.linears), base_tables_of(model)
     return read_adapter_folder(folder, linear_names=names, tables=tables, may_change_base=True)
@@ -94,7 +82,7 @@ def test_logits_and_gradients_are_those_of_peft(
 ) -> None:
     """Mutations tried: no gradient where a linear has no adapter; the biases of the base."""
     base, cache = prepared[name]
-    wrapped = moved_by_peft(cache, **fields)
+    wrapped = moved_by_peft(cache.folder, **fields)
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
     without_TV = packed_logits(model, DOCUMENTS)
@@ -122,7 +110,7 @@ def test_peft_reads_ours_and_gives_our_logits(
 ) -> None:
     """Under the names that PEFT itself writes, and with the field that lets it train on."""
     base, cache = prepared[name]
-    moved_by_peft(cache, **fields).save_pretrained(tmp_path / "theirs")
+    moved_by_peft(cache.folder, **fields).save_pretrained(tmp_path / "theirs")
     model = load_for_training(base, cache)
     settings = read(tmp_path / "theirs", model).settings
     weights = random_adapter(model, settings, b_size=0.1)
@@ -142,29 +130,10 @@ def test_peft_reads_ours_and_gives_our_logits(
     assert all(torch.equal(again.weights[key], weights[key]) for key in weights)
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias of B for a shard
-@pytest.mark.parametrize("fields", [{}, {"bias": "lora_only"}, {"use_rslora": True, "bias": "all"}], ids=str)
-def test_a_bias_of_b_becomes_part_of_the_linears(fields: dict[str, Any], prepared: Prepared, tmp_path: Path) -> None:
-    """Mutation tried: without the scale."""
-    base, cache = prepared["qwen2"]
-    wrapped = moved_by_peft(cache, lora_bias=True, **fields)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    with torch.no_grad():
-        theirs_TV = logits(wrapped, DOCUMENTS)
-    model = load_for_training(base, cache)
-    adapter = with_updated_tables(model, read(tmp_path / "adapter", model))
-    assert not any("lora_B.bias" in name for name in adapter.weights)
-    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
-    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
-    if not fields:
-        with pytest.raises(ConfigError, match=r"the bias of model\.layers\.0.* other than as a whole.*lora\.init_from"):
-            read_adapter_folder(tmp_path / "adapter", linear_names=list(model.linears))
-
-
 def test_the_file_decides_and_an_older_peft_named_them_otherwise(prepared: Prepared, tmp_path: Path) -> None:
     """PEFT loads the biases of a file whatever `bias` says."""
     base, cache = prepared["qwen2"]
-    moved_by_peft(cache, bias="lora_only").save_pretrained(tmp_path / "adapter")
+    moved_by_peft(cache.folder, bias="lora_only").save_pretrained(tmp_path / "adapter")
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"bias": "none"}))
     with torch.no_grad():
@@ -209,12 +178,12 @@ def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
 def test_what_is_no_bias_of_a_linear_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     """PEFT's `all` takes those of layer norms as well; and one of a linear that has none here."""
     base, cache = prepared["phi"]
-    moved_by_peft(cache, bias="all").save_pretrained(tmp_path / "adapter")
+    moved_by_peft(cache.folder, bias="all").save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
     with pytest.raises(ConfigError, match=r"layernorm\.bias, of no linear of this base.*merge_and_unload"):
         read(tmp_path / "adapter", model)
     base, cache = prepared["qwen2"]
-    moved_by_peft(cache).save_pretrained(tmp_path / "other")
+    moved_by_peft(cache.folder).save_pretrained(tmp_path / "other")
     path = tmp_path / "other" / WEIGHTS_FILE
     extra = {"base_model.model.model.layers.0.mlp.up_proj.bias": torch.ones(96)}
     save_file(load_file(path) | extra, path)
@@ -228,27 +197,6 @@ def test_what_is_no_bias_of_a_linear_is_refused(prepared: Prepared, tmp_path: Pa
     save_file(load_file(path) | twice, path)
     with pytest.raises(ConfigError, match=r"q_proj\.bias twice"):
         read(tmp_path / "other", model)
-
-
-def test_a_bias_of_b_beside_dora_is_refused_as_by_peft(prepared: Prepared, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="lora_bias"):
-        peft.LoraConfig(use_dora=True, lora_bias=True)
-    base, cache = prepared["qwen2"]
-    moved_by_peft(cache, use_dora=True).save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / WEIGHTS_FILE
-    extra = {"base_model.model.model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(64)}
-    save_file(load_file(path) | extra, path)
-    with pytest.raises(ConfigError, match=r"q_proj\.lora_B\.bias, and use_dora; expected one of them"):
-        read(tmp_path / "adapter", load_for_training(base, cache))
-
-
-@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
-def test_a_bias_of_b_on_a_linear_without_one_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    base, cache = prepared["qwen2"]
-    moved_by_peft(cache, lora_bias=True, target_modules=["q_proj", "o_proj"]).save_pretrained(tmp_path / "adapter")
-    model = load_for_training(base, cache)
-    with pytest.raises(ConfigError, match=r"2 biases of B .* have none in this base, such as .*layers\.0\..*o_proj; "):
-        with_updated_tables(model, read(tmp_path / "adapter", model))
 
 
 def test_only_what_has_one_can_be_asked_for() -> None:

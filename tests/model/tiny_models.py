@@ -75,6 +75,8 @@ def random_adapter(model: QuantizedModel, settings: LoraSettings, *, b_size: flo
         weights[f"{name}.lora_B"] = b_size * b_OR
         if settings.use_dora:
             weights[f"{name}.lora_magnitude_vector"] = 0.5 + torch.rand(linear.out_features, generator=generator)
+        if settings.lora_bias:
+            weights[f"{name}.lora_B_bias"] = b_size * torch.randn(linear.out_features, generator=generator)
     for name, own in {**bias_weights(model, settings), **table_weights(model, settings)}.items():
         weights[name] = own.float() + b_size * torch.randn(own.shape, generator=generator)
     return {name: tensor.bfloat16().float() for name, tensor in weights.items()}

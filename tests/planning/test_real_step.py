@@ -64,12 +64,13 @@ class Case:
     tables: tuple[str, ...] = ()
     tied_head: str | None = None
     biases: bool = False
+    lora_bias: bool = False
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
-        policy += "-tables" * bool(self.tables) + "-biases" * self.biases
+        policy += "-tables" * bool(self.tables) + "-biases" * self.biases + "-lora_bias" * self.lora_bias
         policy += "".join(f"-{name}={value}" for name, value in self.pulled.items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
 
@@ -122,6 +123,8 @@ FAST = [
     # Gradients of 16 bits are added up in fp32. DoRA: 3.7 % low where that makes a copy that is not seen.
     Case("llama-biases", 4, 0.0, BF16, 512, dora=True),
     Case("llama-biases", 4, 0.0, BF16, 512, biases=True),
+    Case("llama", 0, 0.1, BF16, 128, lora_bias=True),
+    Case("llama", 4, 0.0, FP32, 512, lora_bias=True, levers=Levers(tile_tokens=64)),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -191,6 +194,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
         modules_to_save=case.tables,
         tied_head=case.tied_head,
         biases=biased_linears(model) if case.biases else (),
+        lora_bias=case.lora_bias,
     )
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)
     optimizer_settings = OptimizerSettings(bits=32, residency="device", weight_decay=0.0, paging_folder=Path())

@@ -30,6 +30,7 @@ VARIANTS = {
     "dora": ["lora.use_dora=true"],
     "dora-all": ["lora.use_dora=true", "lora.rank_pattern={q_proj: 64, down_proj: 3}", "lora.dropout=0.1"],
     "biases": ["lora.bias=all", "lora.target_modules=[q_proj, up_proj]"],
+    "lora_bias": ["lora.lora_bias=true", "lora.target_modules=[q_proj, up_proj]"],
     "layers": ["lora.layers_to_transform=[1, 4]"],
     "head": ["lora.modules_to_save=[lm_head]"],
     "tables": ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.layers_to_transform=[1, 4]"],
@@ -85,6 +86,18 @@ def test_magnitudes_are_fp32_and_have_a_norm_beside_them(dtype: str, item_bytes:
     padded = 256 * sum(-(-size // 256) for size in NUM_LAYERS * [64, 32, 32, 256, 512, 512, 256])
     assert resident["dora"]["gradient"] - resident["plain"]["gradient"] == 4 * padded
     assert resident["dora"]["optimizer"] - resident["plain"]["optimizer"] == 12 * padded
+
+
+def test_a_bias_of_b_is_fp32_and_priced_whole() -> None:
+    resident = {}
+    for with_it in ("false", "true"):
+        planner = make_planner("llama", CPU, f"lora.lora_bias={with_it}", "lora.target_modules=[k_proj, up_proj]")
+        layout = layout_of(planner.space(RANK, 256), 256, 64, NUM_LAYERS)
+        resident[with_it] = planner.price(layout, "adamw_32bit").resident
+    rows = NUM_LAYERS * (256 + 512)  # of up to 256 elements each in the optimizer
+    added = {key: resident["true"][key] - resident["false"][key] for key in ("gradient", "optimizer")}
+    assert added == {"gradient": 4 * rows, "optimizer": 12 * rows}
+    assert resident["true"]["adapter"] == resident["false"]["adapter"]  # its own master, as a magnitude is
 
 
 def test_a_table_that_is_trained_takes_the_place_of_the_frozen_one(planners: Callable[[str, str], Planner]) -> None:

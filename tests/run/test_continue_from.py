@@ -132,31 +132,65 @@ def test_tables_that_an_adapter_has_untied_are_refused(
     assert "Merge it into its base" in message
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
-def test_tables_alone_are_refused(tmp_path: Path, bases: dict[bool, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    folder = peft_folder(tmp_path / "theirs", bases[False], target_modules=["lm_head", "embed_tokens"])
-    options = "lora.modules_to_save=[embed_tokens, lm_head]"
-    message = refusal(begun_with(tmp_path, bases[False], folder, options), capsys)
-    assert "an adapter without LoRA on any linear" in message
-    assert "qlora-trainer merge" in message
+NO_LINEAR: list[tuple[bool, dict[str, Any], str]] = [
+    (False, {"target_modules": ["lm_head", "embed_tokens"], "rank_pattern": {"lm_head": 2}}, "embed_tokens, lm_head"),
+    (False, {"target_modules": ["lm_head"]}, "lm_head"),
+    (False, {"target_modules": "dummy-target-modules", "modules_to_save": ["embed_tokens"]}, "embed_tokens"),
+    (True, {"target_modules": "dummy-target-modules", "trainable_token_indices": [3, 7]}, "embed_tokens, lm_head"),
+]
 
 
-@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes a bias of B for a shard
-@pytest.mark.parametrize("fields", [{"bias": "all"}, {"target_modules": ["q_proj"], "lora_bias": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("is_tied, fields, whole", NO_LINEAR, ids=str)
+def test_a_run_goes_on_with_tables_alone(
+    is_tied: bool, fields: dict[str, Any], whole: str, tmp_path: Path, bases: dict[bool, Path]
+) -> None:
+    """No LoRA on a linear; of a head alone, no gradient goes through any layer. A resume of it is the same."""
+    base = bases[is_tied]
+    folder = peft_folder(tmp_path / "theirs", base, **fields)
+    options = ("lora.dtype=float32", f"lora.modules_to_save=[{whole}]", "training.max_steps=3")
+    run_to_end(begun_with(tmp_path, base, folder, *options))
+    expected, found = (peft_logits(base, path) for path in (folder, tmp_path / "run" / "adapter"))
+    assert relative_error(peft_logits(base, None), expected) > 1e-3
+    assert relative_error(found, expected) <= 1e-5
+    learning = (*options, "training.learning_rate=5e-3")
+    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'whole'}"))
+    run_until_step(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), 1)
+    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), resume="auto")
+    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    before, after = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+# By the fields of a PEFT adapter of a base whose attention has biases: how many are in its file.
+BIASES: list[tuple[dict[str, Any], int]] = [
+    ({"bias": "all"}, 8),
+    ({"target_modules": ["q_proj", "up_proj"], "lora_bias": True}, 4),
+    ({"target_modules": ["q_proj", "up_proj"], "lora_bias": True, "bias": "lora_only"}, 6),
+]
+
+
+# PEFT takes a bias of B for a shard, and says that it cannot be merged without one of the linear.
+@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
+@pytest.mark.parametrize("fields, num_biases", BIASES, ids=str)
 def test_a_run_trains_the_biases_on_that_peft_has_trained(
-    fields: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fields: dict[str, Any], num_biases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Mutation tried: biases that begin with the base's."""
     base = write_base(tmp_path / "base", has_biases=True)
     folder = peft_folder(tmp_path / "theirs", base, **fields)
-    wanted = fields.get("bias", "lora_only")
+    wanted = fields.get("bias", "none")
+    assert filled_in(begun_with(tmp_path, base, folder)).lora.lora_bias is fields.get("lora_bias", False)
     assert filled_in(begun_with(tmp_path, base, folder)).lora.bias == wanted
     other = "lora_only" if wanted == "all" else "all"
     message = refusal(begun_with(tmp_path, base, folder, f"lora.bias={other}"), capsys)
     assert f"lora.bias: found '{other}'; expected '{wanted}', as " in message
     options: tuple[str, ...] = ("lora.dtype=float32", "training.max_steps=2")
     records = run_to_end(begun_with(tmp_path, base, folder, *options))
-    told = f", and with the {8 if wanted == 'all' else 2} biases that it has trained"
+    told = f", and with the {num_biases} biases that it has trained"
     assert any(isinstance(one, Preparing) and one.what.endswith(told) for one in records)
     found, expected = (peft_logits(base, path) for path in (tmp_path / "run" / "adapter", folder))
     assert relative_error(found, expected) <= 1e-5
@@ -167,7 +201,7 @@ def test_a_run_trains_the_biases_on_that_peft_has_trained(
     assert course(tmp_path / "cut") == course(tmp_path / "whole")
     before, after = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
     biases = [name for name in before if name.endswith(".bias")]
-    assert len(biases) == (8 if wanted == "all" else 2)
+    assert len(biases) == num_biases
     assert all(not torch.equal(before[name], after[name]) for name in biases)
 
 
@@ -182,23 +216,6 @@ def test_two_words_for_the_same_biases_are_both_taken(tmp_path: Path) -> None:
             assert filled_in(begun_with(tmp_path, base, folder, f"lora.bias={asked}")).lora.bias == asked
         with pytest.raises(ConfigError, match=r"lora\.bias: found 'none'; expected"):
             filled_in(begun_with(tmp_path, base, folder, "lora.bias=none"))
-
-
-@pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
-def test_a_bias_of_b_on_a_linear_without_one_is_refused_alike(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By every verb, and with nothing to do about it that would be refused in turn: PEFT cannot merge it either."""
-    folder = peft_folder(tmp_path / "theirs", base, lora_bias=True)
-    messages = [refusal(begun_with(tmp_path, base, folder), capsys)]
-    for verb in ("export", "merge"):
-        command = [verb, str(folder), "--to", str(tmp_path / "out")]
-        assert main([*command, "--model", str(base)]) != 0
-        messages.append(complaint(capsys))
-    for message in messages:
-        assert "6 biases of B (lora_bias) on linears that have none in this base, such as model.layers.0." in message
-        assert "qlora-trainer merge" not in message
-        assert "init_from" not in message
 
 
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -67,8 +68,8 @@ def test_a_state_goes_from_one_ratio_to_another(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [32, 8])
 def test_trained_biases_do_not_decay_and_all_else_does(tmp_path: Path, bits: int, ratio: float) -> None:
     """A bias among the others, as in a model; a pretrained bias is lost where it is pulled to 0."""
-    shapes = {"q.lora_A": (4, 300), "q.bias": (257,), **ALL_SHAPES, "lm_head.bias": (3,)}
-    biases = {"q.bias", "lm_head.bias"}
+    shapes = {"q.lora_A": (4, 300), "q.bias": (257,), **ALL_SHAPES, "q.lora_B_bias": (5,), "lm_head.bias": (3,)}
+    biases = {"q.bias", "q.lora_B_bias", "lm_head.bias"}
     found = {}
     for decay in (0.0, 0.5):
         parameters = make_parameters(torch.float32, shapes)
@@ -82,7 +83,8 @@ def test_trained_biases_do_not_decay_and_all_else_does(tmp_path: Path, bits: int
     assert set(differing(found[0.5], begun)) == shapes.keys()
 
 
-def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft() -> None:
+@pytest.mark.parametrize("variant", ["use_dora", "lora_bias"])
+def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft(variant: str) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -93,9 +95,9 @@ def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft() -> None:
             out: Tensor = self.lm_head(self.up(x))
             return out
 
-    wrapped = peft.get_peft_model(
-        Model(), peft.LoraConfig(target_modules=["up"], modules_to_save=["lm_head"], use_dora=True, bias="lora_only")
-    )
+    asked: dict[str, Any] = {"target_modules": ["up"], "modules_to_save": ["lm_head"], "bias": "lora_only"}
+    asked[variant] = True
+    wrapped = peft.get_peft_model(Model(), peft.LoraConfig(**asked))
     theirs = create_loraplus_optimizer(
         wrapped,
         optimizer_cls=torch.optim.AdamW,
@@ -110,5 +112,7 @@ def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft() -> None:
     assert len(names) == 6
     settings = make_settings(weight_decay=DECAY, rate_ratio=RATIO)
     for name, parameter in names.items():
-        ours = optimizer_module._terms_of(name.removesuffix(".default.weight"), settings)
+        ours = optimizer_module._terms_of(
+            name.removesuffix(".default.weight").replace(".lora_B.default.bias", ".lora_B_bias"), settings
+        )
         assert ours == pytest.approx(terms[id(parameter)]), name
