@@ -33,7 +33,7 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import asked_settings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.offload import keep_least
-from qlora_trainer.model.trained_biases import biased_linears
+from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.planning.budget import cpu_budget
 from qlora_trainer.planning.make_plan import make_plan
@@ -95,7 +95,7 @@ def run(spec: StepSpec) -> dict[str, Any]:
     cache = NF4Cache(Path(spec.cache), "random", was_built=False, defects=())
     model = load_quantized(base, cache, compute_dtype=DTYPES["float32"], device=CPU, levers=knobs.levers)
     lora = asked_settings(
-        config.lora, knobs.rank, list(model.linears), base_tables_of(model), biased=biased_linears(model)
+        config.lora, knobs.rank, list(model.linears), base_tables_of(model), biased=biased_modules(model)
     )
     attach_new_adapters(model, lora, dtype=torch.bfloat16, seed=0)
     keep_least(model, knobs.num_recomputed, knobs.activation_offload_layers, input_store(CPU, Path(spec.cache).parent))

@@ -109,7 +109,7 @@ class LoraSection(Section):
     bias: Literal["none", "lora_only", "all"] = Field(
         "none",
         description="Biases of the base that are trained as well, in float32: those of the linears with an adapter "
-        "(lora_only) or of every linear but lm_head (all); Qwen 2's q, k and v have some, Llama and Qwen 3 none.",
+        "(lora_only) or every one, of norms and head too (all); Qwen 2's q, k and v have some, Llama and Qwen 3 none.",
     )
     lora_bias: bool = Field(
         False,

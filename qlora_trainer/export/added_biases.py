@@ -13,7 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_fit import linears_with_bias
+from qlora_trainer.model.adapter_fit import modules_with_bias
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
 
@@ -32,11 +32,11 @@ def added_bias_fields(
     Raises:
         ConfigError: no field gives one to some of them.
     """
-    missing = set(settings.targets) - set(linears_with_bias(parts)) if settings.lora_bias else set()
+    missing = set(settings.targets) - set(modules_with_bias(parts)) if settings.lora_bias else set()
     fields: dict[str, bool] = {}
     for name in _switches(config) if missing else ():
         given = set(
-            linears_with_bias(find_parts(build_skeleton(with_fields(config, {name: True}), with_buffers=False)))
+            modules_with_bias(find_parts(build_skeleton(with_fields(config, {name: True}), with_buffers=False)))
         )
         if given & missing:
             fields[name] = True

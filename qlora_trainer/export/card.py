@@ -75,7 +75,7 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
     if settings.modules_to_save:
         facts.append(("trained whole", ", ".join(map(_code, settings.modules_to_save))))
     if settings.biases:
-        facts.append(("trained biases", f"{len(settings.biases)} linears"))
+        facts.append(("trained biases", f"{len(settings.biases)} modules"))
     if settings.lora_bias:
         facts.append(("biases of B", f"`lora_bias`, {len(settings.targets)} linears"))
     if portable:

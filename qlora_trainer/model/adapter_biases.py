@@ -18,16 +18,15 @@ from qlora_trainer.model.table_names import BaseTables
 
 _KEY = "lora.bias"
 _OWN, _OWN_OF_TARGET, _OF_B, _OUR_OF_B = ".bias", ".base_layer.bias", ".lora_B.bias", ".lora_B_bias"
-_MERGE = "Merge it into its base with PEFT (merge_and_unload), which keeps them, and take that as the base."
 
 
 def asked_biases(wanted: str, *, targets: Collection[str], biased: Sequence[str]) -> tuple[str, ...]:
-    """The linears whose bias is trained.
+    """The modules whose bias is trained.
 
     Args:
-        wanted: "none", "lora_only" (those of the targets) or "all" (those of every linear but the head).
+        wanted: "none", "lora_only" (those of the targets) or "all" (every one, as in PEFT).
         targets: full names of the linears with an adapter.
-        biased: full names of the linears with a bias, in model order.
+        biased: full names of the modules with a bias of their own, in the order of `in_order`.
 
     Raises:
         ConfigError: some are asked for, and there are none.
@@ -36,14 +35,21 @@ def asked_biases(wanted: str, *, targets: Collection[str], biased: Sequence[str]
         return ()
     found = tuple(name for name in biased if wanted == "all" or name in targets)
     if not found:
-        whose = "linear of lora.target_modules" if biased else "linear of this base"
+        whose = "linear of lora.target_modules" if biased else "module of this base"
         raise ConfigError(
             where=_KEY,
             found=f"{wanted}, and no {whose} with a bias",
-            expected="none, or a linear whose bias can be trained",
+            expected="none, or a module whose bias can be trained",
             fix=f"Leave {_KEY} out.",
         )
     return found
+
+
+def in_order(names: Collection[str], linear_names: Sequence[str], head: str | None) -> tuple[str, ...]:
+    """Modules whose bias is trained: linears in model order, others by name, the head last."""
+    others = sorted(set(names) - {*linear_names, head})
+    last = [head] if head is not None and head in names else []
+    return (*(name for name in linear_names if name in names), *others, *last)
 
 
 def has_biases(names: Collection[str]) -> bool:
@@ -57,6 +63,7 @@ def take_biases(
     lora_bias: bool,
     linear_names: Sequence[str],
     tables: BaseTables | None,
+    whole: Collection[str],
     where: Path,
 ) -> tuple[str, ...]:
     """Bring the biases in an adapter's weights into our names.
@@ -66,16 +73,17 @@ def take_biases(
             `{linear}.lora_B_bias`.
         lora_bias: whether the config says that each B has one.
         linear_names: of the base.
-        tables: of the base, whose own biases are left as they are.
+        tables: of the base: of these, only a head's bias is looked at, where nothing else of it was trained.
+        whole: full names of the tables that are trained whole, their biases too.
         where: the file, for errors.
 
     Returns:
-        The linears that have a bias of their own, in model order.
+        The modules that have a bias of their own, see `in_order`; whether the base has them there is not asked.
 
     Raises:
-        ConfigError: a bias twice, one of what is neither a linear nor a table, or of a B that is to have none.
+        ConfigError: a bias twice, or one of a B that is to have none.
     """
-    known = set(linear_names)
+    found: set[str] = set()
     for name in [name for name in weights if name.endswith(_OWN)]:
         leaf = next(leaf for leaf in (_OF_B, _OWN_OF_TARGET, _OWN) if name.endswith(leaf))
         owner = name.removesuffix(leaf)
@@ -87,14 +95,9 @@ def take_biases(
                     expected="such biases on linears inside the layers only",
                     fix="Use it with PEFT, which merges it where the head has a bias.",
                 )
+            if owner == tables.head and owner not in whole:
+                found.add(owner)
             continue
-        if owner not in known:
-            raise ConfigError(
-                where=str(where),
-                found=f"the bias {name}, of no linear of this base",
-                expected="biases of linears",
-                fix=_MERGE,
-            )
         if leaf == _OF_B and not lora_bias:
             raise ConfigError(
                 where=str(where),
@@ -108,4 +111,6 @@ def take_biases(
                 where=str(where), found=f"{ours} twice", expected="each weight once", fix="Save it again."
             )
         weights[ours] = weights.pop(name)
-    return tuple(name for name in linear_names if f"{name}{_OWN}" in weights)
+        if leaf != _OF_B:
+            found.add(owner)
+    return in_order(found, linear_names, None if tables is None else tables.head)

@@ -138,9 +138,10 @@ def settings_of(
     targets, on_tables = _targets(fields, linear_names, tables, where)
     saved = fields.get("modules_to_save") or []
     rows = fields.get("trainable_token_indices")
-    if not (targets or on_tables or saved or rows or fields.get(_LAYERS)):
+    has_biases = fields.get("bias", "none") != "none"
+    if not (targets or on_tables or saved or rows or has_biases or fields.get(_LAYERS)):
         found = f"target_modules = {fields['target_modules']!r}, exclude_modules = {fields.get('exclude_modules')!r}"
-        raise wrong_adapter(where, found, "LoRA on some linear, or a table that was trained")
+        raise wrong_adapter(where, found, "LoRA on some linear, or a table or biases that were trained")
     if (saved or rows) and tables is None:
         raise ConfigError(
             where=str(where),

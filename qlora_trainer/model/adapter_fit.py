@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_trainer.model.adapter_biases import in_order
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import require_unscaled, require_updates_fit
+from qlora_trainer.model.trained_biases import require_trainable_biases
 
 
 def base_tables(parts: Parts) -> BaseTables:
@@ -18,10 +20,10 @@ def base_tables(parts: Parts) -> BaseTables:
     return BaseTables(parts.embeddings, parts.head, parts.is_tied)
 
 
-def linears_with_bias(parts: Parts) -> tuple[str, ...]:
-    """Full names of the linears that have a bias, in model order."""
-    dense = set(parts.dense_parameters)
-    return tuple(name for name in parts.linears if f"{name}.bias" in dense)
+def modules_with_bias(parts: Parts) -> tuple[str, ...]:
+    """Full names of the modules that have a bias: linears in model order, others by name, the head last."""
+    names = {name.removesuffix(".bias") for name in parts.dense_parameters if name.endswith(".bias")}
+    return in_order(names, parts.linears, parts.head)
 
 
 def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -36,10 +38,10 @@ def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[s
             shapes[f"{name}.lora_magnitude_vector"] = (linear.out_features,)
         if settings.lora_bias:
             shapes[f"{name}.lora_B_bias"] = (linear.out_features,)
+    by_name = dict(skeleton.named_parameters())
     for name in settings.biases:
-        for leaf, parameter in skeleton.get_submodule(name).named_parameters():
-            if leaf == "bias":
-                shapes[f"{name}.bias"] = tuple(parameter.shape)
+        if (bias := by_name.get(f"{name}.bias")) is not None:
+            shapes[f"{name}.bias"] = tuple(bias.shape)
     for name in settings.modules_to_save:
         for leaf, parameter in skeleton.get_submodule(name).named_parameters():
             shapes[f"{name}.{leaf}"] = tuple(parameter.shape)
@@ -57,6 +59,7 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
     Raises:
         ConfigError: names or shapes differ; the first five are named, or the first of an update of a table.
     """
+    require_trainable_biases(skeleton, adapter.settings)
     shapes = expected_shapes(skeleton, adapter.settings)
     scaled = {name for name in adapter.updates if hasattr(skeleton.get_submodule(name), "embed_scale")}
     require_unscaled(adapter.updates, scaled, where=where)

@@ -169,6 +169,7 @@ def read_adapter_folder(
         lora_bias=settings.lora_bias,
         linear_names=linear_names,
         tables=tables,
+        whole=settings.modules_to_save,
         where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)

@@ -23,7 +23,7 @@ from qlora_trainer.model.adapters import build_adapters, detach_adapters, put_ad
 from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.trained_biases import held_biases
-from qlora_trainer.model.trained_tables import base_tables, held_tables, set_tables
+from qlora_trainer.model.trained_tables import held_tables, put_tensors, tensors_at
 
 _HELD_AS_STORED = (torch.float32, torch.bfloat16, torch.float16)
 _MATRICES = (".lora_A", ".lora_B")
@@ -73,8 +73,10 @@ class AdapterSet:
         self._model = model
         self._adapters: dict[str, dict[str, _Held]] = {}
         self._modules: dict[tuple[str, tuple[str, ...]], LoraAdapter] = {}  # by linear and kind
-        self._tables: dict[str, dict[tuple[str, str], Tensor]] = {}  # and biases; by adapter, then module and leaf
-        self._base_tables: dict[tuple[str, str], Tensor] = {}  # of the base, where an adapter has its own
+        self._in_place: dict[
+            str, dict[tuple[str, str], Tensor]
+        ] = {}  # tables, biases; by adapter, then module and leaf
+        self._replaced: dict[tuple[str, str], Tensor] = {}  # of the base, where an adapter has its own
         self._active: str | None = None
         detach_adapters(model)
 
@@ -113,13 +115,13 @@ class AdapterSet:
             raise ConfigError(
                 where=f"adapter {name}", found=error.found, expected=error.expected, fix=error.fix
             ) from error
-        tables = held_biases(self._model, adapter.settings, adapter.weights)
-        tables |= held_tables(self._model, adapter.settings, adapter.weights)
-        self._base_tables = base_tables(self._model, tables) | self._base_tables
+        in_place = held_biases(self._model, adapter.settings, adapter.weights)
+        in_place |= held_tables(self._model, adapter.settings, adapter.weights)
+        self._replaced = tensors_at(self._model, in_place) | self._replaced
         held = {linear: _Held.of(module) for linear, module in built.items()}
         for linear, module in built.items():
             self._modules.setdefault((linear, held[linear].kind), module)
-        self._adapters[name], self._tables[name] = held, tables
+        self._adapters[name], self._in_place[name] = held, in_place
 
     def activate(self, name: str | None) -> None:
         """Put one adapter on the model in place of the one that is there: 0.8 ms for the 210 linears of SmolLM2-135M.
@@ -144,7 +146,7 @@ class AdapterSet:
                 expected=f"one of {', '.join((BASE, *self._adapters))}",
                 fix=closest(name, (BASE, *self._adapters)) or "Name one that is there.",
             )
-        set_tables(self._model, self._base_tables | self._tables.get(name or "", {}))
+        put_tensors(self._model, self._replaced | self._in_place.get(name or "", {}))
         self._active = name
 
 

@@ -25,6 +25,8 @@ class FinalNorm(nn.Module):
         tile_tokens: rows that the loss norms at a time; 0 where all of them are normed here.
     """
 
+    bias: nn.Parameter  # of a norm that has one
+
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         for name, parameter in norm.named_parameters(recurse=False):
@@ -33,13 +35,30 @@ class FinalNorm(nn.Module):
         self.is_deferred = False
         self.tile_tokens = 0
 
+    @property
+    def norm(self) -> nn.Module:
+        """What it stands for."""
+        own: nn.Module = self.__dict__["_norm"]
+        return own
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """The bias [H] where it is trained."""
+        bias_H = self._parameters.get("bias")
+        return bias_H if bias_H is not None and bias_H.requires_grad else None
+
+    def hold_bias(self, bias_H: nn.Parameter) -> None:
+        """Take another bias in the place of the one that is there."""
+        for part in (self, self.norm):
+            part.register_parameter("bias", bias_H)
+
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
         return hidden if self.is_deferred else self.apply_to(hidden)
 
     def apply_to(self, hidden: Tensor) -> Tensor:
         """The norm of each row."""
-        normed: Tensor = self.__dict__["_norm"](hidden)
+        normed: Tensor = self.norm(hidden)
         return normed
 
 

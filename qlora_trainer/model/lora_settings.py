@@ -34,7 +34,8 @@ class LoraSettings:
         rank_pattern, alpha_pattern: (regular expression, value); the first that fits the end of a name decides.
         modules_to_save: full names of the modules that are trained whole (embedding, head), in model order.
         tied_head: full name of the head that uses the trained table of the embedding, of a base that ties both.
-        biases: full names of the linears whose bias is trained, in model order.
+        biases: full names of the modules whose own bias is trained, in the order of `adapter_biases.in_order`; not of
+            those that are trained whole.
         lora_bias: a trained bias of each B, scaled as B is, whether the linear has one of its own or not.
     """
 
@@ -75,7 +76,7 @@ def asked_settings(
         rank: that was decided.
         linear_names: full names of every linear but the head.
         tables: embeddings and head.
-        biased: full names of those of the linears that have a bias.
+        biased: full names of the modules that have a bias.
 
     Raises:
         ConfigError: a target, a layer, a pattern, a table or a bias means nothing there.
@@ -97,7 +98,9 @@ def asked_settings(
         alpha_pattern=section.alpha_pattern,
         modules_to_save=modules_to_save,
         tied_head=tied_head,
-        biases=asked_biases(section.bias, targets=targets, biased=biased),
+        biases=asked_biases(
+            section.bias, targets=targets, biased=[own for own in biased if own not in modules_to_save]
+        ),
         lora_bias=section.lora_bias,
     )
 

@@ -110,6 +110,10 @@ def take_updates(
     for name in tables.names:
         is_whole = name in settings.modules_to_save or name == settings.tied_head
         leaves = [leaf for leaf in _LEAVES if f"{name}.{leaf}" in weights and not (is_whole and leaf in _PLAIN)]
+        if (
+            leaves == ["bias"] and name not in targets and name not in token_ids
+        ):  # alone, as any other (`adapter_biases`)
+            continue
         parts = {leaf: weights.pop(f"{name}.{leaf}") for leaf in leaves}
         if is_one and name == head and name not in token_ids and _ROWS in parts:  # `save_embedding_layers` repeats them
             rows_NH, first_NH = parts.pop(_ROWS), updates[embedding].token_rows_NH

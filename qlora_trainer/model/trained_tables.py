@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.model.adapter_folder import AdapterFolder
+from qlora_trainer.model.biased_norm import BiasedNorm
+from qlora_trainer.model.final_norm import FinalNorm
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import CausalModel, QuantizedModel
@@ -40,7 +42,7 @@ def base_tables_of(model: CausalModel) -> BaseTables:
 
 
 def table_shapes(model: CausalModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of what `settings.modules_to_save` trains: a weight [V, H] each, and a head's bias [V]."""
+    """Name -> shape of what is trained of tables: a weight [V, H] of each that is trained whole, a head's bias [V]."""
     return {name: tuple(tensor.shape) for name, tensor in table_weights(model, settings).items()}
 
 
@@ -49,8 +51,7 @@ def table_weights(model: CausalModel, settings: LoraSettings) -> dict[str, Tenso
     found = tables_of(model)
     return {
         f"{name}.{leaf}": tensor.detach()
-        for name in settings.modules_to_save
-        for leaf in _LEAVES
+        for name, leaf in _trained_leaves(found, settings)
         if (tensor := getattr(found[name], leaf, None)) is not None
     }
 
@@ -67,13 +68,12 @@ def train_tables(
         dtype: what a weight is held in; a bias is fp32. Gradients are fp32 whatever it is.
     """
     found = tables_of(model)
-    for name in settings.modules_to_save:
-        for leaf in _LEAVES:
-            if (given := weights.get(f"{name}.{leaf}")) is not None:
-                own_dtype = dtype if leaf == "weight" else torch.float32
-                parameter = nn.Parameter(given.to(device=model.device, dtype=own_dtype, copy=True))
-                parameter.grad_dtype = torch.float32
-                put(found[name], leaf, parameter)
+    for name, leaf in _trained_leaves(found, settings):
+        if (given := weights.get(f"{name}.{leaf}")) is not None:
+            own_dtype = dtype if leaf == "weight" else torch.float32
+            parameter = nn.Parameter(given.to(device=model.device, dtype=own_dtype, copy=True))
+            parameter.grad_dtype = torch.float32
+            put(found[name], leaf, parameter)
     if settings.tied_head is not None:
         put(found[settings.tied_head], "weight", found[settings.modules_to_save[0]].weight)
 
@@ -103,8 +103,7 @@ def held_tables(
     """(module, leaf) -> a copy of each table that an adapter has in the place of the base's, in the dtype it is in."""
     tables = {
         (name, leaf): weights[f"{name}.{leaf}"].to(device=model.device, copy=True)
-        for name in settings.modules_to_save
-        for leaf in _LEAVES
+        for name, leaf in _trained_leaves(tables_of(model), settings)
         if f"{name}.{leaf}" in weights
     }
     if settings.tied_head is not None:
@@ -149,18 +148,28 @@ def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder, *, where:
     return replace(adapter, weights=adapter.weights | made, updates={})
 
 
+def _trained_leaves(found: Mapping[str, Table], settings: LoraSettings) -> list[tuple[str, str]]:
+    """(table, leaf) of what is trained; whether a head has a bias is not asked."""
+    whole = [(name, leaf) for name in settings.modules_to_save for leaf in _LEAVES]
+    return [*whole, *((name, "bias") for name in settings.biases if name in found)]
+
+
 def _owner(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def base_tables(model: CausalModel, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Tensor]:
+def tensors_at(model: CausalModel, places: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Tensor]:
     """(module, leaf) -> what is there now."""
     return {(name, leaf): getattr(model.module.get_submodule(name), leaf) for name, leaf in places}
 
 
-def set_tables(model: CausalModel, tables: Mapping[tuple[str, str], Tensor]) -> None:
-    """Put tables, not to be trained, where they belong; no weight is copied."""
-    for (name, leaf), tensor in tables.items():
-        table = model.module.get_submodule(name)
-        if getattr(table, leaf) is not tensor:
-            setattr(table, leaf, tensor)
+def put_tensors(model: CausalModel, tensors: Mapping[tuple[str, str], Tensor]) -> None:
+    """Put tables and biases, not to be trained, where they belong; no weight is copied."""
+    for (name, leaf), tensor in tensors.items():
+        part = model.module.get_submodule(name)
+        if getattr(part, leaf) is tensor:
+            continue
+        if isinstance(part, BiasedNorm | FinalNorm) and isinstance(tensor, nn.Parameter):
+            part.hold_bias(tensor)
+        else:
+            setattr(part, leaf, tensor)

@@ -24,7 +24,7 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
-from qlora_trainer.model.adapter_fit import base_tables, linears_with_bias, require_adapter_fits
+from qlora_trainer.model.adapter_fit import base_tables, modules_with_bias, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
@@ -134,7 +134,8 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     wanted = fields["target_modules"] if adapter.settings.targets else []
     if wanted and not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
-    bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, linears_with_bias(parts), folder)
+    alone = [name for name in modules_with_bias(parts) if name not in whole]
+    bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, alone, folder)
     layers = fields.get("layers_to_transform") if adapter.settings.targets else None
     found = {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias, "layers_to_transform": layers}
     return found | _fitting_patterns(fields, adapter.settings.targets)
@@ -144,14 +145,14 @@ def _as_bias(words: Sequence[Any], settings: LoraSettings, biased: Sequence[str]
     """What `lora.bias` is called that means the adapter's biases: one of `words` if it does, the first of them."""
     if not settings.biases:
         return "none"
-    known = ("lora_only", "all")  # which mean the same where every linear with a bias has LoRA
+    known = ("lora_only", "all")  # which mean the same where all that has a bias has LoRA
     for wanted in (*(str(word) for word in words if word in known), *known):
         meant = tuple(name for name in biased if wanted == "all" or name in settings.targets)
         if meant == settings.biases:
             return wanted
     raise ConfigError(
         where=str(folder),
-        found=f"biases of {len(settings.biases)} linears, such as {settings.biases[0]}",
+        found=f"biases of {len(settings.biases)} modules, such as {settings.biases[0]}",
         expected=f"those of all {len(biased)} that have one in this base, of all of them with LoRA, or none",
         fix="Merge it into its base (qlora-trainer merge), and train on that.",
     )
@@ -236,7 +237,7 @@ def read_initial(config: RunConfig, base: Base, rank: int) -> AdapterFolder | No
     tables = base_tables(parts)
     adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_change_base=True)
     require_adapter_fits(skeleton, adapter, where=f"{_KEY} {folder}")
-    asked = asked_settings(config.lora, rank, parts.linears, tables, biased=linears_with_bias(parts))
+    asked = asked_settings(config.lora, rank, parts.linears, tables, biased=modules_with_bias(parts))
     _require_equal(asked, adapter.settings, folder)
     return adapter
 
@@ -267,7 +268,7 @@ def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> No
         found = f"{len(asked.targets)} linears, {len(only)} of them or of the adapter's not in both, such as {only[0]}"
         raise _mismatch("lora.target_modules", found, f"the {len(given.targets)} linears of {folder}")
     if asked.biases != given.biases:
-        found = f"biases of {len(asked.biases)} linears"
+        found = f"biases of {len(asked.biases)} modules"
         raise _mismatch("lora.bias", found, f"those of {len(given.biases)}, as {folder} has them")
     for name in given.targets:
         for key, ours, theirs in (

@@ -30,7 +30,7 @@ from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import biased_linears
+from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of, updated_tables
 from qlora_trainer.planning.plan import Plan, PlanKnobs, is_paged
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
@@ -243,7 +243,7 @@ def _require_disk_space(folder: RunFolder, model: QuantizedModel, optimizer: Ada
 
 def _lora_settings(config: RunConfig, model: QuantizedModel, knobs: Knobs) -> LoraSettings:
     linears, tables = list(model.linears), base_tables_of(model)
-    return asked_settings(config.lora, knobs.plan.rank, linears, tables, biased=biased_linears(model))
+    return asked_settings(config.lora, knobs.plan.rank, linears, tables, biased=biased_modules(model))
 
 
 def _batches(config: RunConfig, data: Data, loaded: Loaded | None) -> StoredBatches | StreamedBatches:

@@ -33,7 +33,7 @@ def tiled_cross_entropy(
     chunk_tokens: int,
     gradient_scale: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies, 0-dim fp32, differentiable once in `hidden_TH`.
+    """Sum of the cross-entropies, 0-dim fp32, differentiable once in `hidden_TH` and in a trained bias of the norm.
 
     Args:
         hidden_TH: the last layer's output, not normed, in the compute dtype.
@@ -43,10 +43,11 @@ def tiled_cross_entropy(
         head, logit_shape, chunk_tokens, gradient_scale: see `step.loss.chunked_cross_entropy`.
         tile_tokens: positions at a time.
     """
-    takes_gradient = torch.is_grad_enabled() and (hidden_TH.requires_grad or head.is_trained)
+    is_any_trained = hidden_TH.requires_grad or norm.trained_bias is not None or head.is_trained
+    takes_gradient = torch.is_grad_enabled() and is_any_trained
     loss: Tensor = _TiledLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_TH, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens, gradient_scale,
-        takes_gradient,
+        hidden_TH, norm.trained_bias, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens,
+        gradient_scale, takes_gradient,
     )  # fmt: skip
     return loss
 
@@ -58,6 +59,7 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TH: Tensor,
+        bias_H: Tensor | None,
         positions_N: Tensor,
         targets_N: Tensor,
         norm: FinalNorm,
@@ -70,6 +72,7 @@ class _TiledLoss(torch.autograd.Function):
     ) -> Tensor:
         total = hidden_TH.new_zeros((), dtype=torch.float32)
         grad_TH = torch.zeros_like(hidden_TH) if takes_gradient and ctx.needs_input_grad[0] else None
+        grad_H = None if bias_H is None or not takes_gradient else torch.zeros_like(bias_H)
         for tile in tiles(positions_N.numel(), tile_tokens):
             rows_NH = hidden_TH.detach().index_select(0, positions_N[tile]).requires_grad_(grad_TH is not None)
             with torch.set_grad_enabled(takes_gradient):
@@ -83,16 +86,21 @@ class _TiledLoss(torch.autograd.Function):
                     total=total,
                 )
             total = loss.detach()
+            trained = [
+                own for own, grad in ((rows_NH, grad_TH), (bias_H, grad_H)) if own is not None and grad is not None
+            ]
+            found = list(torch.autograd.grad(loss, trained)) if trained else []
+            if grad_H is not None:
+                grad_H += found.pop()
             if grad_TH is not None:
-                (grad_rows_NH,) = torch.autograd.grad(loss, rows_NH)
-                grad_TH.index_copy_(0, positions_N[tile], grad_rows_NH)
-                del grad_rows_NH
+                grad_TH.index_copy_(0, positions_N[tile], found.pop())
+            del found, trained
             del rows_NH, loss
-        ctx.grad_TH = grad_TH
+        ctx.grad_TH, ctx.grad_H = grad_TH, grad_H
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_TH, ctx.grad_TH = ctx.grad_TH, None  # given away: multiplied in place, and gone with who gets it
-        assert grad_TH is not None
-        return (grad_TH.mul_(grad_outputs[0].to(grad_TH.dtype)), *[None] * 9)
+        (grad_TH, grad_H), ctx.grad_TH, ctx.grad_H = (ctx.grad_TH, ctx.grad_H), None, None
+        scaled = [None if own is None else own.mul_(grad_outputs[0].to(own.dtype)) for own in (grad_TH, grad_H)]
+        return (*scaled, *[None] * 9)  # given away: multiplied in place, and gone with who gets it

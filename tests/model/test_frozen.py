@@ -21,7 +21,7 @@ from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.pull_levers import pull_levers
 from qlora_trainer.model.quantized import LogitShape
 from qlora_trainer.model.table_names import require_nf4_head
-from qlora_trainer.model.trained_tables import base_tables, set_tables
+from qlora_trainer.model.trained_tables import put_tensors, tensors_at
 from qlora_trainer.step.loss import chunked_cross_entropy
 from tests.model.test_tables import results
 from tests.model.tiny_bases import CONFIGS, small_config, write_base
@@ -113,11 +113,11 @@ def test_a_head_of_an_adapter_takes_its_place_and_gives_it_back(prepared: Prepar
     model = load_for_training(*prepared("llama"))
     hidden_NH = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     before_NV = model.head(hidden_NH)
-    own = base_tables(model, [("lm_head", "weight")])
+    own = tensors_at(model, [("lm_head", "weight")])
     weight_VH = torch.ones(VOCABULARY, 64)
-    set_tables(model, {("lm_head", "weight"): weight_VH})
+    put_tensors(model, {("lm_head", "weight"): weight_VH})
     torch.testing.assert_close(model.head(hidden_NH), hidden_NH @ weight_VH.t())
-    set_tables(model, own)
+    put_tensors(model, own)
     assert torch.equal(model.head(hidden_NH), before_NV)
 
 

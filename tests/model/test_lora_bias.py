@@ -21,7 +21,7 @@ from qlora_trainer.model.adapters import attach_adapters, initial_weights
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import biased_linears
+from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.run.export import export_adapter
 from tests.model.peft_oracle import (
@@ -167,7 +167,7 @@ def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
     adapters = AdapterSet(model)
     for seed, name in enumerate(("plain", "of B", "both")):
         settings = replace(lora_settings(model, ["q_proj", "o_proj"]), lora_bias=name != "plain")
-        settings = replace(settings, biases=biased_linears(model)[:2] if name == "both" else ())
+        settings = replace(settings, biases=biased_modules(model)[:2] if name == "both" else ())
         weights = random_adapter(model, settings, b_size=0.2, seed=seed)
         adapters.add(name.replace(" ", "-"), AdapterFolder("base", None, settings, weights))
         own = load_for_training(base, cache)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activation_policy import tile_layers
@@ -22,7 +22,7 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import biased_linears
+from qlora_trainer.model.trained_biases import bias_weights, biased_modules, require_trainable_biases
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.run.export import export_adapter
 from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, moved_by_peft, oracle_step
@@ -41,7 +41,7 @@ DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5
 Prepared = dict[str, tuple[Base, NF4Cache]]
 # Fused halves with a bias everywhere; q, k and v alone; and layers that are not fused.
-BASES = ("llama-biases", "qwen2", "phi")
+BASES = ("llama-biases", "qwen2", "phi", "persimmon")
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama-biases", {"bias": "all"}),
     ("llama-biases", {"bias": "lora_only", "use_dora": True}),
@@ -49,6 +49,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {"bias": "all"}),
     ("qwen2", {"bias": "lora_only"}),
     ("phi", {"bias": "lora_only"}),
+    ("phi", {"bias": "all"}),  # of norms and of the head as well
+    ("persimmon", {"bias": "all", "target_modules": ["dense"], "layers_to_transform": [1]}),
 ]
 
 
@@ -104,7 +106,11 @@ def test_logits_and_gradients_are_those_of_peft(
     assert relative_error(without_TV, theirs_TV) > 1e-2
 
 
-@pytest.mark.parametrize("name, fields", [("qwen2", {"bias": "lora_only"}), ("llama-biases", {"bias": "all"})], ids=str)
+@pytest.mark.parametrize(
+    "name, fields",
+    [("qwen2", {"bias": "lora_only"}), ("llama-biases", {"bias": "all"}), ("phi", {"bias": "all"})],
+    ids=str,
+)
 def test_peft_reads_ours_and_gives_our_logits(
     name: str, fields: dict[str, Any], prepared: Prepared, tmp_path: Path
 ) -> None:
@@ -149,9 +155,10 @@ def test_the_file_decides_and_an_older_peft_named_them_otherwise(prepared: Prepa
         assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
 
 
-def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
+@pytest.mark.parametrize("name_of_base", ["qwen2", "phi"])
+def test_each_adapter_of_a_set_has_its_own(name_of_base: str, prepared: Prepared) -> None:
     """To the bit those of a fresh load, and the base's once it is alone."""
-    base, cache = prepared["qwen2"]
+    base, cache = prepared[name_of_base]
     alone = load_for_training(base, cache)
     alone.module.eval()
     fresh_TV: dict[str | None, Tensor] = {None: packed_logits(alone, DOCUMENTS)}
@@ -161,7 +168,7 @@ def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
     for seed, name in enumerate(("plain", "biases", "others")):
         chosen = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("model.layers.0.self_attn.q_proj",))
         if name != "plain":
-            chosen = replace(chosen, biases=biased_linears(model)[seed:])
+            chosen = replace(chosen, biases=biased_modules(model)[seed:])
         weights = random_adapter(model, chosen, b_size=0.2, seed=seed)
         adapters.add(name, AdapterFolder("base", None, chosen, weights))
         own = load_for_training(base, cache)
@@ -175,13 +182,7 @@ def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
     assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
 
 
-def test_what_is_no_bias_of_a_linear_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    """PEFT's `all` takes those of layer norms as well; and one of a linear that has none here."""
-    base, cache = prepared["phi"]
-    moved_by_peft(cache.folder, bias="all").save_pretrained(tmp_path / "adapter")
-    model = load_for_training(base, cache)
-    with pytest.raises(ConfigError, match=r"layernorm\.bias, of no linear of this base.*merge_and_unload"):
-        read(tmp_path / "adapter", model)
+def test_a_bias_of_what_has_none_here_is_refused(prepared: Prepared, tmp_path: Path) -> None:
     base, cache = prepared["qwen2"]
     moved_by_peft(cache.folder).save_pretrained(tmp_path / "other")
     path = tmp_path / "other" / WEIGHTS_FILE
@@ -205,20 +206,53 @@ def test_only_what_has_one_can_be_asked_for() -> None:
     assert asked_biases("all", targets=["c"], biased=("a", "b")) == ("a", "b")
     with pytest.raises(ConfigError, match=r"lora\.bias: found lora_only, and no linear of lora\.target_modules with a"):
         asked_biases("lora_only", targets=["c"], biased=("a",))
-    with pytest.raises(ConfigError, match="all, and no linear of this base with a bias"):
+    with pytest.raises(ConfigError, match="all, and no module of this base with a bias"):
         asked_biases("all", targets=["c"], biased=())
 
 
-def test_tiles_add_their_gradients_up(prepared: Prepared) -> None:
-    """Of layers with and without an adapter."""
-    base, cache = prepared["llama-biases"]
+@pytest.mark.parametrize("name, targets", [("llama-biases", "up_proj"), ("phi", "fc1"), ("phi", None)])
+def test_tiles_add_their_gradients_up(name: str, targets: str | None, prepared: Prepared) -> None:
+    """Of layers with and without an adapter; of the last norm, which the loss takes in tiles, and of biases alone."""
+    base, cache = prepared[name]
     found = {}
     for tile_tokens in (0, 16):
         model = load_for_training(base, cache)
-        chosen = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("model.layers.1.mlp.up_proj",))
-        chosen = replace(chosen, biases=biased_linears(model))
+        chosen = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=())
+        chosen = replace(chosen, biases=biased_modules(model))
+        if targets is not None:
+            chosen = replace(chosen, targets=(f"model.layers.1.mlp.{targets}",))
         weights = random_adapter(model, chosen, b_size=0.1)
         tile_layers(model, tile_tokens)
         found[tile_tokens] = our_step(model, chosen, weights, DOCUMENTS).gradients
     assert found[0].keys() == found[16].keys()
+    assert ("model.final_layernorm.bias" in found[0]) == (name == "phi")
     assert all(relative_error(found[16][name], found[0][name]) <= TOLERANCE for name in found[0])
+
+
+def test_a_bias_of_a_norm_is_added_in_the_dtype_that_is_normed(prepared: Prepared) -> None:
+    """In fp32 while it is trained, also where 16 bits are computed in: torch's LayerNorm takes one dtype only."""
+    base, cache = prepared["phi"]
+    model = load_for_training(base, cache, torch.bfloat16)
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=(), biases=biased_modules(model))
+    before_TV = packed_logits(model, DOCUMENTS)
+    gradients = our_step(model, settings, bias_weights(model, settings) | head_bias(model), DOCUMENTS).gradients
+    norms = [name for name in gradients if "layernorm" in name]
+    assert len(norms) == 3
+    assert all(gradients[name].dtype == torch.float32 and gradients[name].any() for name in norms)
+    assert torch.equal(packed_logits(model, DOCUMENTS), before_TV)
+
+
+def head_bias(model: QuantizedModel) -> dict[str, Tensor]:
+    assert model.head.bias is not None
+    return {"lm_head.bias": model.head.bias.detach()}
+
+
+def test_a_norm_that_computes_with_its_bias_in_its_own_way_is_refused() -> None:
+    class OwnNorm(nn.LayerNorm):
+        pass
+
+    model: Any = nn.Sequential(nn.Linear(4, 4), OwnNorm(4))
+    settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=(), biases=("0", "1"))
+    with pytest.raises(ConfigError, match=r"that of 1, a OwnNorm; .*lora\.bias to none or lora_only"):
+        require_trainable_biases(model, settings)
+    require_trainable_biases(model, replace(settings, biases=("0", "2")))

@@ -23,7 +23,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.pull_levers import pull_levers
-from qlora_trainer.model.trained_biases import biased_linears
+from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.price import Layout, Prices, evaluation_level
@@ -65,12 +65,14 @@ class Case:
     tied_head: str | None = None
     biases: bool = False
     lora_bias: bool = False
+    has_lora: bool = True
 
     def __str__(self) -> str:
         rows = "row" if self.packing else "rows"
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
         policy += "-tables" * bool(self.tables) + "-biases" * self.biases + "-lora_bias" * self.lora_bias
+        policy += "-no_lora" * (not self.has_lora)
         policy += "".join(f"-{name}={value}" for name, value in self.pulled.items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
 
@@ -125,6 +127,12 @@ FAST = [
     Case("llama-biases", 4, 0.0, BF16, 512, biases=True),
     Case("llama", 0, 0.1, BF16, 128, lora_bias=True),
     Case("llama", 4, 0.0, FP32, 512, lora_bias=True, levers=Levers(tile_tokens=64)),
+    # Tables and biases alone; of a head alone no gradient goes through any layer. Biases of norms.
+    Case("llama", 4, 0.0, FP32, 512, tables=("lm_head",), has_lora=False),
+    Case("llama", 2, 0.0, BF16, 128, tables=("lm_head",), has_lora=False, levers=Levers(tile_tokens=128)),
+    Case("llama", 2, 0.0, FP32, 128, tables=("model.embed_tokens",), has_lora=False),
+    Case("phi", 2, 0.0, FP32, 512, biases=True),
+    Case("phi", 4, 0.0, BF16, 128, biases=True, has_lora=False, levers=Levers(tile_tokens=128)),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -189,11 +197,11 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
         8,
         16.0,
         case.dropout,
-        tuple(model.linears),
+        tuple(model.linears) if case.has_lora else (),
         use_dora=case.dora,
         modules_to_save=case.tables,
         tied_head=case.tied_head,
-        biases=biased_linears(model) if case.biases else (),
+        biases=biased_modules(model) if case.biases else (),
         lora_bias=case.lora_bias,
     )
     attach_new_adapters(model, settings, dtype=torch.bfloat16, seed=0)

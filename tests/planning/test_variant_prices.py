@@ -34,13 +34,16 @@ VARIANTS = {
     "layers": ["lora.layers_to_transform=[1, 4]"],
     "head": ["lora.modules_to_save=[lm_head]"],
     "tables": ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.layers_to_transform=[1, 4]"],
+    "head alone": ["lora.target_modules=[]", "lora.modules_to_save=[lm_head]"],
+    "biases of norms": ["lora.bias=all", "lora.target_modules=[q_proj]", "lora.layers_to_transform=[4]"],
+    "biases alone": ["lora.bias=all", "lora.target_modules=[]"],
 }
 
 
 @pytest.fixture(scope="module")
 def planners() -> Callable[[str, str], Planner]:
     """One of each, traced once."""
-    bases = {"biases": "llama-biases"}
+    bases = {"biases": "llama-biases", "biases of norms": "phi", "biases alone": "phi"}
     return cache(lambda variant, device: make_planner(bases.get(variant, "llama"), BUDGETS[device], *VARIANTS[variant]))
 
 
@@ -131,7 +134,7 @@ def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], P
     [
         ("lora.rank_pattern={w_proj: 4}", "lora.rank_pattern", "which means no linear with an adapter"),
         ("lora.alpha_pattern={lm_head: 4}", "lora.alpha_pattern", "which means no linear with an adapter"),
-        ("lora.bias=all", "lora.bias", "no linear of this base with a bias"),
+        ("lora.bias=all", "lora.bias", "no module of this base with a bias"),
         ("lora.layers_to_transform=[0, 6]", "lora.layers_to_transform", "6, a layer without"),
     ],
 )

@@ -23,7 +23,9 @@ from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.run import continue_from
 from qlora_trainer.run.continue_from import filled_in, initial_folder
 from qlora_trainer.run.records import Preparing
+from tests.export.made_adapters import base_with_tokenizer
 from tests.model.peft_oracle import load_adapter, load_oracle, logits, wrap
+from tests.model.tiny_bases import small_config
 from tests.model.tiny_models import relative_error, tiny_documents
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_base
 from tests.run.told import complaint
@@ -171,16 +173,25 @@ BIASES: list[tuple[dict[str, Any], int]] = [
     ({"target_modules": ["q_proj", "up_proj"], "lora_bias": True}, 4),
     ({"target_modules": ["q_proj", "up_proj"], "lora_bias": True, "bias": "lora_only"}, 6),
 ]
+# Of a base whose norms and head have biases: all of them, with LoRA on some linear and on none.
+PHI_BIASES: list[tuple[dict[str, Any], int]] = [
+    ({"target_modules": ["q_proj", "fc1"], "bias": "all"}, 16),
+    ({"target_modules": "dummy-target-modules", "bias": "all"}, 16),
+]
 
 
 # PEFT takes a bias of B for a shard, and says that it cannot be merged without one of the linear.
 @pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
-@pytest.mark.parametrize("fields, num_biases", BIASES, ids=str)
+@pytest.mark.parametrize(
+    "is_phi, fields, num_biases", [*((False, *own) for own in BIASES), *((True, *own) for own in PHI_BIASES)], ids=str
+)
 def test_a_run_trains_the_biases_on_that_peft_has_trained(
-    fields: dict[str, Any], num_biases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    is_phi: bool, fields: dict[str, Any], num_biases: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Mutation tried: biases that begin with the base's."""
     base = write_base(tmp_path / "base", has_biases=True)
+    if is_phi:
+        base = base_with_tokenizer(tmp_path / "phi", small_config("phi", vocab_size=320), base)
     folder = peft_folder(tmp_path / "theirs", base, **fields)
     wanted = fields.get("bias", "none")
     assert filled_in(begun_with(tmp_path, base, folder)).lora.lora_bias is fields.get("lora_bias", False)
