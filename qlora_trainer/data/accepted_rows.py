@@ -15,7 +15,7 @@ mapped file while it is read, whose pages are given back.
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import IO, TYPE_CHECKING, Any
@@ -74,7 +74,7 @@ def write_accepted(
     return tuple(files)
 
 
-def iter_accepted(file: IO[bytes], files: Iterable[FileRead]) -> Iterator[Row | Reading | FileRead]:
+def iter_accepted(file: IO[bytes], files: Sequence[FileRead]) -> Iterator[Row | Reading | FileRead]:
     """Yields again what was written: the very rows, and after those of a file what was found in it.
 
     Args:
@@ -84,7 +84,7 @@ def iter_accepted(file: IO[bytes], files: Iterable[FileRead]) -> Iterator[Row | 
     Raises:
         StorageError: what is read is not what was written.
     """
-    columns = _iter_columns(file)
+    columns = _iter_columns(file, num_rows=sum(found.num_rows for found in files))
     index = 0
     for found in files:
         for number, values in enumerate(islice(columns, found.num_rows), start=1):
@@ -132,7 +132,7 @@ def accepted_schema() -> pa.Schema:
     )
 
 
-def _iter_columns(file: IO[bytes]) -> Iterator[dict[str, Any]]:
+def _iter_columns(file: IO[bytes], *, num_rows: int) -> Iterator[dict[str, Any]]:
     """The rows by column, out of the mapped file. The library is imported only here: that takes most of a second."""
     from datasets import Dataset
     from pyarrow import ArrowException
@@ -140,6 +140,8 @@ def _iter_columns(file: IO[bytes]) -> Iterator[dict[str, Any]]:
     try:
         # The name of an open file that has none; mapped, whatever the environment says.
         dataset = Dataset.from_file(f"/proc/self/fd/{file.fileno()}", in_memory=False).with_format("arrow")
+        if len(dataset) != num_rows:
+            raise _not_what_was_written(f"{len(dataset):,} of {num_rows:,}")
         spans = _spans_of(dataset.data.to_batches())
         give_back(spans)  # the library has looked at the head of each batch
         num_bytes = 0
@@ -152,12 +154,16 @@ def _iter_columns(file: IO[bytes]) -> Iterator[dict[str, Any]]:
                     give_back(spans)
                     num_bytes = 0
     except ArrowException as error:
-        raise StorageError(
-            where="the accepted rows in the cache folder",
-            found=f"rows that are not those that were written ({error})",
-            expected="a disk that keeps what is written to it",
-            fix="Check the disk, or set XDG_CACHE_HOME to a folder on another one.",
-        ) from error
+        raise _not_what_was_written(str(error)) from error
+
+
+def _not_what_was_written(reason: str) -> StorageError:
+    return StorageError(
+        where="the accepted rows in the cache folder",
+        found=f"rows that are not those that were written ({reason})",
+        expected="a disk that keeps what is written to it",
+        fix="Check the disk, or set XDG_CACHE_HOME to a folder on another one.",
+    )
 
 
 def _spans_of(batches: Iterable[pa.RecordBatch]) -> tuple[Span, ...]:

@@ -189,8 +189,10 @@ def is_mapped(file: IO[bytes]) -> bool:
 
 
 def test_what_the_disk_has_changed_is_told(file: IO[bytes]) -> None:
-    """Offsets that point beyond the text would be followed."""
+    """A file that ends early would be read as far as it goes, offsets that point beyond the text would be followed."""
     files = written(in_files(texts([9] * 40)), file)
+    with pytest.raises(StorageError, match=r"found rows that are not those that were written \(40 of 41\)"):
+        list(iter_accepted(file, [replace(files[0], num_rows=41)]))
     raw = os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0)
     offsets = b"".join((9 * number).to_bytes(8, "little") for number in range(41))
     assert raw.count(offsets) == 1
