@@ -14,9 +14,10 @@ from qlora_trainer.export.gguf_adapter import gguf_architecture, write_gguf
 from qlora_trainer.export.modelfile import MODELFILE_NAME, write_modelfile
 from qlora_trainer.export.new_folder import differs, digest_of, new_folder, write_checked, write_tensors_checked
 from qlora_trainer.export.portable import portable_adapter, require_portable
-from qlora_trainer.export.source import Source, read_source
+from qlora_trainer.export.source import Source, read_source, with_plain_lora
 from qlora_trainer.model.adapter_config import adapter_config
 from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, adapter_tensors, read_adapter_folder
+from qlora_trainer.model.base import fetch_weights
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.run.checkpoint.storage import LOCAL, Storage
 
@@ -62,6 +63,8 @@ def export(
         StorageError: the disk refused, or what is read back is not what was written; nothing of that form is left.
     """
     source = read_source(target, model=model)
+    if source.start is not None:
+        source = with_plain_lora(source, fetch_weights(source.base))
     settings, weights = source.settings, source.weights
     plain = None
     if portable or gguf is not None:

@@ -33,7 +33,7 @@ from qlora_trainer.export.merged_weights import (
     unties_head,
 )
 from qlora_trainer.export.new_folder import new_folder
-from qlora_trainer.export.source import Source, read_source
+from qlora_trainer.export.source import Source, read_source, with_plain_lora
 from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
@@ -104,6 +104,7 @@ def merge(
     held_out = yield from _held_out(target, source, data, max_tokens=max_tokens, force=force)
     yield Preparing(what=f"finding the base {source.base_name}")
     fetched = fetch_weights(source.base)
+    source = with_plain_lora(source, fetched)
     double_quant = source.config is None or source.config.quantization.double_quant
     nf4_head = source.config is not None and source.config.quantization.head == "nf4"
     cache = None

@@ -11,7 +11,7 @@ from typing import Any
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_fields import require_plain_lora
+from qlora_trainer.model.adapter_fields import of_twice_the_rank, require_plain_lora, taken_start
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,
@@ -91,7 +91,7 @@ def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) ->
 
 
 def read_config_fields(path: Path) -> dict[str, Any]:
-    """The checked fields of an `adapter_config.json`.
+    """The checked fields of an `adapter_config.json`; those of plain LoRA where there was a `taken_start`.
 
     Raises:
         ConfigError: no config of a LoRA adapter, or a variant that this version does not compute.
@@ -114,7 +114,7 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     layers = fields.get("layers_to_transform")
     one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
     one_form |= {"layers_to_transform": [layers]} if isinstance(layers, int) else {}
-    return dict(fields) | one_form
+    return dict(fields) | one_form | (of_twice_the_rank(fields) if taken_start(fields) else {})
 
 
 def settings_of(

@@ -7,6 +7,7 @@ in every adapter).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ UNUSED = frozenset(
         "lorap_lr_ratio",
     }
 )
+STARTS = ("pissa", "olora")  # whose change of the base can be found again there: see `model.taken_start`
 _MERGE = "Merge it into its base with PEFT (merge_and_unload), and take that as the base."
 _CONVERT = (
-    "Make plain LoRA of it with PEFT (save_pretrained with path_initial_model_for_weight_conversion), or merge it into "
-    "its base (merge_and_unload), and take that as the base."
+    "PEFT cannot load it over its base alone either. Where it was trained, make plain LoRA of it (save_pretrained with "
+    "path_initial_model_for_weight_conversion), or merge it (merge_and_unload) and take that as the base."
 )
 # Field -> the values that are plain LoRA on the base as it is, and what to do with an adapter that has another.
 PLAIN: dict[str, tuple[tuple[object, ...], str]] = {
@@ -71,9 +73,13 @@ PLAIN: dict[str, tuple[tuple[object, ...], str]] = {
     "bias": (("none", "all", "lora_only"), _MERGE),  # trained ones are seen in the weights
     "arrow_config": ((None,), "Use it with PEFT: its router cannot be merged. Or take one of its adapters."),
     "enable_lora": ((None, []), _MERGE),  # of PEFT 0.2, for joined linears
-    "init_lora_weights": ((True, False, None, "gaussian", "eva", "mica", "orthogonal"), _CONVERT),
+    "init_lora_weights": ((True, False, None, "gaussian", "eva", "mica", "orthogonal", *STARTS), _CONVERT),
     "kasa_config": ((None,), _MERGE),
-    "layer_replication": ((None, []), _MERGE),
+    "layer_replication": (
+        (None, []),
+        "Write its base out with each repeated layer as one of its own, delete the field and take that as the base: "
+        "PEFT's merge_and_unload adds what belongs to several copies to the weights that they share.",
+    ),
     "monteclora_config": ((None,), _MERGE),
     "target_parameters": ((None, []), _MERGE),
     "use_bdlora": ((None, False), _MERGE),
@@ -108,14 +114,33 @@ def require_plain_lora(path: Path, fields: Mapping[str, Any]) -> None:
             )
 
 
+def taken_start(fields: Mapping[str, Any]) -> str | None:
+    """The one of `STARTS` that an adapter had; None for any other."""
+    start = _folded(fields.get("init_lora_weights"))
+    return start if isinstance(start, str) and start in STARTS else None
+
+
+def of_twice_the_rank(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the plain LoRA that an adapter with one of `STARTS` is: twice the rank, and the same scale."""
+    of_alpha = math.sqrt(2.0) if fields.get("use_rslora") else 2
+    ranks, alphas = (fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    return {
+        "r": 2 * fields["r"],
+        "lora_alpha": of_alpha * fields["lora_alpha"],
+        "rank_pattern": {name: 2 * rank for name, rank in ranks.items()},
+        "alpha_pattern": {name: of_alpha * alpha for name, alpha in alphas.items()},
+    }
+
+
 def _folded(value: object) -> object:
     """PEFT takes the names of most starts in any case."""
-    return value.lower() if isinstance(value, str) and value != "LORA" else value
+    is_as_it_is = not isinstance(value, str) or value == "LORA" or value.lower().startswith("pissa")
+    return value if is_as_it_is else str(value).lower()
 
 
 def _shown(name: str, allowed: tuple[object, ...]) -> str:
     if name == "bias":
         return "none, all or lora_only"
     if name == "init_lora_weights":
-        return f"{allowed[0]!r}, or a start that has left the base as it was"
+        return f"{allowed[0]!r}, or a start that has left the base as it was, or changed it so that it can be undone"
     return repr(allowed[0])

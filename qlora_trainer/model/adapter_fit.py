@@ -61,6 +61,9 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
     """
     require_trainable_biases(skeleton, adapter.settings)
     shapes = expected_shapes(skeleton, adapter.settings)
+    if adapter.start is not None:  # half of what they will be
+        shapes |= {name: (own[0] // 2, own[1]) for name, own in shapes.items() if name.endswith(".lora_A")}
+        shapes |= {name: (own[0], own[1] // 2) for name, own in shapes.items() if name.endswith(".lora_B")}
     scaled = {name for name in adapter.updates if hasattr(skeleton.get_submodule(name), "embed_scale")}
     require_unscaled(adapter.updates, scaled, where=where)
     require_updates_fit(adapter.updates, shapes, where=where)

@@ -17,6 +17,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import has_biases, take_biases
 from qlora_trainer.model.adapter_config import asked_updates, read_config_fields, settings_of, wrong_adapter
+from qlora_trainer.model.adapter_fields import taken_start
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
@@ -41,6 +42,8 @@ class AdapterFolder:
         weights: by our names, see `adapter_tensors`.
         updates: what becomes of tables that are in `settings.modules_to_save`, but not in `weights` (see
             `model.table_updates`); only where it was asked for.
+        start: "pissa" or "olora": `weights` have half the ranks of `settings`, until `model.taken_start` has found the
+            other half in the base; None for plain LoRA.
     """
 
     base_name: str
@@ -48,6 +51,7 @@ class AdapterFolder:
     settings: LoraSettings
     weights: dict[str, Tensor]
     updates: Mapping[str, TableUpdate] = field(default_factory=dict)
+    start: str | None = None
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
@@ -161,8 +165,12 @@ def read_adapter_folder(
     if settings.tied_head is not None:
         _forget_second_table(weights, settings, folder / WEIGHTS_FILE)
     updates: Mapping[str, TableUpdate] = {}
+    start = taken_start(fields)
     if tables is not None:
         asked = asked_updates(fields, linear_names=linear_names, tables=tables)
+        if start is not None and asked.targets:
+            both = f"init_lora_weights = {start!r}, and LoRA on {', '.join(asked.targets)}"
+            raise wrong_adapter(folder / ADAPTER_CONFIG_FILE, both, "such a start on linears inside the layers only")
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
     biases = take_biases(
         weights,
@@ -174,7 +182,7 @@ def read_adapter_folder(
     )
     settings = replace(settings, biases=biases)
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
-    found = AdapterFolder(name, revision, settings, weights, updates)
+    found = AdapterFolder(name, revision, settings, weights, updates, start)
     if not may_change_base:
         require_whole(found, folder)
     return found
@@ -188,13 +196,11 @@ def require_whole(adapter: AdapterFolder, folder: Path) -> None:
     """
     if not adapter.updates:
         return
-    merge = "erge it into its base (qlora-trainer merge)."
     raise ConfigError(
         where=str(folder),
         found=f"an adapter that changes {', '.join(adapter.updates)} other than as a whole",
         expected="LoRA on linears inside the layers, and tables in modules_to_save",
-        # A run trains LoRA on linears: one with none is nothing to train on from.
-        fix=f"Train on from it (lora.init_from), or m{merge}" if adapter.settings.targets else f"M{merge}",
+        fix="Train on from it (lora.init_from), or merge it into its base (qlora-trainer merge).",
     )
 
 

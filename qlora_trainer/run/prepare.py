@@ -24,12 +24,13 @@ from qlora_trainer.hardware.input_store import input_store
 from qlora_trainer.hardware.memory import OutOfMemoryError, cap_device_memory, forget_peak, memory_errors_as_ours
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import attach_new_adapters, trainable_parameters
-from qlora_trainer.model.base import fetch_weights
+from qlora_trainer.model.base import Base, fetch_weights
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.taken_start import as_plain_lora
 from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of, updated_tables
 from qlora_trainer.planning.plan import Plan, PlanKnobs, is_paged
@@ -105,7 +106,7 @@ def prepare(
     if plan is not None:
         yield Planned(plan=plan)
     yield Preparing(what="quantizing the base to NF4 (once; the result is kept)")
-    base = fetch_weights(inputs.base)
+    base, initial = yield from _fetched(inputs.base, None if loaded is not None else initial)
     quantization = config.quantization
     cache = prepare_nf4_cache(base, double_quant=quantization.double_quant, nf4_head=quantization.head == "nf4")
     yield from (Preparing(what=f"the cached NF4 base was damaged and is made again: {why}") for why in cache.defects)
@@ -158,6 +159,17 @@ def prepare(
         resumed=loaded,
         preparing_peak_bytes=preparing_peak_bytes,
     )
+
+
+def _fetched(
+    base: Base, initial: AdapterFolder | None
+) -> Generator[Preparing, None, tuple[Base, AdapterFolder | None]]:
+    """The base with its weights, and the adapter to begin with as plain LoRA on it."""
+    base = fetch_weights(base)
+    if initial is None or initial.start is None:
+        return base, initial
+    yield Preparing(what=f"finding in the base what {initial.start} has taken from it")
+    return base, as_plain_lora(initial, base.folder)
 
 
 def _settled_machine(config: RunConfig, device: torch.device, loaded: Loaded | None) -> MachineKnobs:

@@ -69,6 +69,19 @@ def test_peft_reads_it_and_gives_the_same_logits(fields: dict[str, Any], tmp_pat
     assert all(torch.equal(given[key], found[key]) for key in given)
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_took_a_part_of_the_base_is_written_as_plain_lora(start: str, tmp_path: Path) -> None:
+    """On the base as it was published; portable, too. Mutation tried: the rank doubled, not the alpha."""
+    base = write_base(tmp_path / "base", CONFIGS["llama"])
+    make_adapter(tmp_path / "given", base, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    export_to(tmp_path / "given", tmp_path / "to")
+    export(tmp_path / "given", to=tmp_path / "portable", portable=True, gguf=None, ollama=False, model=None)
+    given_TV, *found = (peft_logits(base, tmp_path / name, DOCUMENTS) for name in ("given", "to", "portable"))
+    assert all(relative_error(found_TV, given_TV) <= 1e-5 for found_TV in found)
+    config = json.loads((tmp_path / "to" / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"], config["lora_alpha"]) == (True, 6, 10)
+
+
 def test_a_run_is_exported_as_it_lies_there(finished: Path, tmp_path: Path) -> None:
     assert main(["export", str(finished), "--to", str(tmp_path / "to")]) == 0
     assert sorted(os.listdir(tmp_path / "to")) == FILES

@@ -84,6 +84,8 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         *((name, fields) for name in ("llama", "qwen2", "phi3") for fields in VARIANTS.values()),
         ("qwen2", {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
         ("phi", {"bias": "all", "target_modules": ["q_proj", "fc1"]}),
+        ("llama", {"init_lora_weights": "pissa", "use_dora": True}),
+        ("qwen2", {"init_lora_weights": "olora", "use_rslora": True}),
         ("qwen2", {"lora_bias": True, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}),
     ],
     ids=str,

@@ -88,6 +88,12 @@ def load_adapter(oracle: Any, folder: Path) -> Any:
         return peft.PeftModel.from_pretrained(oracle, folder).train()
 
 
+def save_converted(wrapped: Any, folder: Path, begun: Path) -> None:
+    """As plain LoRA: what `begun` holds, the same adapter as it was made, is taken from it."""
+    with _known_warnings():
+        wrapped.save_pretrained(folder, path_initial_model_for_weight_conversion=str(begun))
+
+
 @contextmanager
 def _known_warnings() -> Iterator[None]:
     with warnings.catch_warnings():

@@ -21,12 +21,14 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.base import resolve_base
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.run import continue_from
+from qlora_trainer.run.adapted_base import find_adapters, load_adapters
 from qlora_trainer.run.continue_from import filled_in, initial_folder
 from qlora_trainer.run.records import Preparing
-from tests.export.made_adapters import base_with_tokenizer
+from tests.export.made_adapters import base_with_tokenizer, make_adapter, model_logits
+from tests.export.made_adapters import peft_logits as made_logits
 from tests.model.peft_oracle import load_adapter, load_oracle, logits, wrap
 from tests.model.tiny_bases import small_config
-from tests.model.tiny_models import relative_error, tiny_documents
+from tests.model.tiny_models import packed_logits, relative_error, tiny_documents
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config, write_base
 from tests.run.told import complaint
 
@@ -229,6 +231,32 @@ def test_two_words_for_the_same_biases_are_both_taken(tmp_path: Path) -> None:
             filled_in(begun_with(tmp_path, base, folder, "lora.bias=none"))
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_run_goes_on_from_a_start_that_took_a_part_of_the_base(start: str, tmp_path: Path, base: Path) -> None:
+    """As LoRA of twice the rank, with PEFT's logits over the base as it was published; `chat` has the same ones."""
+    folder = tmp_path / "theirs"
+    make_adapter(folder, base, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+    options = ("lora.dtype=float32", "training.max_steps=2")
+    records = run_to_end(begun_with(tmp_path, base, folder, *options))
+    assert any(isinstance(one, Preparing) and one.what.endswith(f"what {start} has taken from it") for one in records)
+    found, expected = (made_logits(base, path, tiny_documents(20)) for path in (tmp_path / "run" / "adapter", folder))
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
+    targets = {"run": tmp_path / "run" / "adapter", "theirs": folder}
+    adapters = load_adapters(find_adapters(targets, base=str(base)), compute_dtype="float32")
+    used = {}
+    for name in targets:
+        adapters.activate(name)
+        used[name] = packed_logits(adapters.model, tiny_documents(20))
+    assert relative_error(used["run"], used["theirs"]) <= 1e-5
+    learning = (*options, "training.learning_rate=5e-3")
+    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'whole'}"))
+    run_until_step(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), 1)
+    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), resume="auto")
+    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+    assert filled_in(begun_with(tmp_path, base, folder)).lora.rank == 6
+
+
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:
     folder = peft_folder(tmp_path / "theirs", base, "W_pack")
     assert run_to_end(begun_with(tmp_path, base, folder, "training.max_steps=1"))
@@ -337,7 +365,7 @@ def damaged(folder: Path, how: str, canary: Path) -> None:
         weights.write_bytes(pickle.dumps(_Canary(canary)))
     elif how in ("saved", "negative"):
         config = folder / "adapter_config.json"
-        change = {"init_lora_weights": "pissa"} if how == "saved" else {"lora_alpha": -4}
+        change = {"init_lora_weights": "corda"} if how == "saved" else {"lora_alpha": -4}
         config.write_text(json.dumps(json.loads(config.read_text()) | change))
 
 
@@ -359,7 +387,7 @@ class _Canary:
         ("infinite", "that is not finite"),
         ("pickle", "only adapter_model.bin, a pickle, which is never read"),
         ("renamed", "no safetensors file"),
-        ("saved", "init_lora_weights = 'pissa'"),
+        ("saved", "init_lora_weights = 'corda'"),
         ("negative", "lora_alpha = -4"),
     ],
 )
