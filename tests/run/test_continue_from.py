@@ -139,7 +139,6 @@ def test_tables_that_an_adapter_has_untied_are_refused(
 NO_LINEAR: list[tuple[bool, dict[str, Any], str]] = [
     (False, {"target_modules": ["lm_head", "embed_tokens"], "rank_pattern": {"lm_head": 2}}, "embed_tokens, lm_head"),
     (False, {"target_modules": ["lm_head"]}, "lm_head"),
-    (False, {"target_modules": "dummy-target-modules", "modules_to_save": ["embed_tokens"]}, "embed_tokens"),
     (True, {"target_modules": "dummy-target-modules", "trainable_token_indices": [3, 7]}, "embed_tokens, lm_head"),
 ]
 
@@ -149,7 +148,7 @@ NO_LINEAR: list[tuple[bool, dict[str, Any], str]] = [
 def test_a_run_goes_on_with_tables_alone(
     is_tied: bool, fields: dict[str, Any], whole: str, tmp_path: Path, bases: dict[bool, Path]
 ) -> None:
-    """No LoRA on a linear; of a head alone, no gradient goes through any layer. A resume of it is the same."""
+    """No LoRA on a linear. Of a head alone, no gradient goes through any layer: it learns, and a resume is the same."""
     base = bases[is_tied]
     folder = peft_folder(tmp_path / "theirs", base, **fields)
     options = ("lora.dtype=float32", f"lora.modules_to_save=[{whole}]", "training.max_steps=3")
@@ -157,6 +156,8 @@ def test_a_run_goes_on_with_tables_alone(
     expected, found = (peft_logits(base, path) for path in (folder, tmp_path / "run" / "adapter"))
     assert relative_error(peft_logits(base, None), expected) > 1e-3
     assert relative_error(found, expected) <= 1e-5
+    if whole != "lm_head":
+        return
     learning = (*options, "training.learning_rate=5e-3")
     run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'whole'}"))
     run_until_step(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), 1)
@@ -172,14 +173,10 @@ def test_a_run_goes_on_with_tables_alone(
 # By the fields of a PEFT adapter of a base whose attention has biases: how many are in its file.
 BIASES: list[tuple[dict[str, Any], int]] = [
     ({"bias": "all"}, 8),
-    ({"target_modules": ["q_proj", "up_proj"], "lora_bias": True}, 4),
     ({"target_modules": ["q_proj", "up_proj"], "lora_bias": True, "bias": "lora_only"}, 6),
 ]
-# Of a base whose norms and head have biases: all of them, with LoRA on some linear and on none.
-PHI_BIASES: list[tuple[dict[str, Any], int]] = [
-    ({"target_modules": ["q_proj", "fc1"], "bias": "all"}, 16),
-    ({"target_modules": "dummy-target-modules", "bias": "all"}, 16),
-]
+# Of a base whose norms and head have biases: all of them, with LoRA on no linear.
+PHI_BIASES: list[tuple[dict[str, Any], int]] = [({"target_modules": "dummy-target-modules", "bias": "all"}, 16)]
 
 
 # PEFT takes a bias of B for a shard, and says that it cannot be merged without one of the linear.
@@ -249,12 +246,14 @@ def test_a_run_goes_on_from_a_start_that_took_a_part_of_the_base(start: str, tmp
         adapters.activate(name)
         used[name] = packed_logits(adapters.model, tiny_documents(20))
     assert relative_error(used["run"], used["theirs"]) <= 1e-5
+    assert filled_in(begun_with(tmp_path, base, folder)).lora.rank == 6
+    if start != "pissa":
+        return
     learning = (*options, "training.learning_rate=5e-3")
     run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'whole'}"))
     run_until_step(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), 1)
     run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), resume="auto")
     assert course(tmp_path / "cut") == course(tmp_path / "whole")
-    assert filled_in(begun_with(tmp_path, base, folder)).lora.rank == 6
 
 
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:
