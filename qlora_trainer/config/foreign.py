@@ -97,7 +97,7 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
         Counterpart(("lora.modules_to_save",), "it takes the embedding and the head, no other module"),
         "lora_modules_to_save additional_target unfreeze_lm_head unfrozen_parameters",
     ),
-    (Counterpart(("lora.bias",)), "lora_bias lora_bias_trainable peft_bias"),
+    (Counterpart(("lora.bias",)), "lora_bias_trainable peft_bias"),
     (Counterpart(("training.schedule",)), "lr_scheduler lr_scheduler_type scheduler lr_schedule"),
     (
         Counterpart(("training.warmup_ratio",), "it is a share of all steps, 0 to 1"),

@@ -24,7 +24,7 @@ READ = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
-        "lora_bias",  # of each B; seen in the weights
+        "lora_bias",  # of each B
         "lora_dropout",
         "modules_to_save",
         "r",

@@ -13,6 +13,7 @@ import torch
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
@@ -137,6 +138,8 @@ def test_what_cannot_be_found_is_refused(prepared: tuple[Base, NF4Cache], tmp_pa
     adapter = read(tmp_path / "trained", base)
     with pytest.raises(ConfigError, match="8 weights that do not fit the base"):  # half of them is still to be found
         attach_adapters(load_for_training(base, cache), adapter.settings, adapter.weights, dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"adapter a: found a start \(olora\) that has taken .*as_plain_lora"):
+        AdapterSet(load_for_training(base, cache)).add("a", adapter)
     other, _ = prepare(tmp_path / "other", CONFIGS["qwen3"])
     with pytest.raises(ConfigError, match=r"q_proj\.weight: found \(128, 64\); expected \(64, 64\): what this adapter"):
         as_plain_lora(adapter, other.folder)
