@@ -332,6 +332,8 @@ def _require_trainable(lora: LoraSection) -> None:
         raise _disagreement(
             "lora.lora_bias", True, "false beside lora.use_dora, as in PEFT, which does not define both"
         )
+    if lora.lora_bias and not (lora.target_modules or lora.init_from):
+        raise _disagreement("lora.lora_bias", True, "false without lora.target_modules: only a B has such a bias")
     # What an adapter to begin with has, its folder says.
     if not (lora.target_modules or lora.modules_to_save or lora.bias == "all" or lora.init_from):
         expected = "some linears, unless lora.modules_to_save or lora.bias: all name what is trained without LoRA"

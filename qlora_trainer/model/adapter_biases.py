@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
@@ -82,6 +83,9 @@ def take_biases(
 
     Raises:
         ConfigError: a bias twice, or one of a B that is to have none.
+
+    Of a table in `modules_to_save` that has a bias, PEFT writes that three times under `bias: all`: as the table's, as
+    its wrapper's copy, and the base's own.
     """
     found: set[str] = set()
     for name in [name for name in weights if name.endswith(_OWN)]:
@@ -97,6 +101,10 @@ def take_biases(
                 )
             if owner == tables.head and owner not in whole:
                 found.add(owner)
+            elif owner in (f"{own}.original_module" for own in whole):
+                del weights[name]  # of the base, beside the table that PEFT computes with
+            elif owner in (f"{own}.modules_to_save" for own in whole):
+                _forget_second(weights, name, f"{owner.removesuffix('.modules_to_save')}.bias", where)
             continue
         if leaf == _OF_B and not lora_bias:
             raise ConfigError(
@@ -114,3 +122,14 @@ def take_biases(
         if leaf != _OF_B:
             found.add(owner)
     return in_order(found, linear_names, None if tables is None else tables.head)
+
+
+def _forget_second(weights: dict[str, Tensor], second: str, first: str, where: Path) -> None:
+    copy = weights.pop(second)
+    if not torch.equal(weights.setdefault(first, copy), copy):
+        raise ConfigError(
+            where=str(where),
+            found=f"{first} and {second}, which differ",
+            expected="the same numbers in both",
+            fix="Save it again.",
+        )

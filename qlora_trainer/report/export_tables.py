@@ -24,7 +24,11 @@ def exported_lines(exported: Exported) -> RenderableType:
     kind = "DoRA" if settings.use_dora else "rsLoRA" if settings.use_rslora else "LoRA"
     about = f"{kind} of rank {settings.rank}, alpha {settings.alpha:g}, on {counted(len(settings.targets), 'linear')}"
     if not settings.targets:
-        about = f"{', '.join(settings.modules_to_save) or 'biases'} trained whole, no LoRA on a linear"
+        about = "no LoRA on a linear"
+    for name in settings.modules_to_save:
+        about += f", {name} whole"
+    if num_biases := len(settings.biases) + len(settings.targets) * settings.lora_bias:
+        about += f", {counted(num_biases, 'bias vector')}"
     lines = [Text(f"wrote {path}") for path in exported.paths]
     return Group(*lines, Text(f"{about}; {format_bytes(exported.num_bytes)}, read back and compared", style="dim"))
 

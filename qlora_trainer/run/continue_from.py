@@ -78,7 +78,9 @@ def filled_in(config: RunConfig) -> RunConfig:
     else:
         fields["bias"] = "none"  # whatever it was to be, there is none
         fields |= _fitting_patterns(fields, lora_modules(folder))
-        if isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
+        if fields.get("exclude_modules"):
+            fields["target_modules"] = lora_modules(folder)
+        elif isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
             fields["target_modules"] = _naming(fields["target_modules"], lora_modules(folder))
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     values["target_modules"] = _as_config(fields["target_modules"]) or ()  # of none too, where tables alone are trained
@@ -132,7 +134,9 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
                 fix=f"Write {key}: [{', '.join(leaves)}], or choose another adapter.",
             )
     wanted = fields["target_modules"] if adapter.settings.targets else []
-    if wanted and not isinstance(wanted, str):  # an expression is looked for in names of linears only
+    if fields.get("exclude_modules"):  # which a config does not have
+        wanted = list(adapter.settings.targets)
+    elif wanted and not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
     alone = [name for name in modules_with_bias(parts) if name not in whole]
     bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, alone, folder)

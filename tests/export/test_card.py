@@ -61,7 +61,7 @@ def test_an_adapter_of_tables_alone_has_no_rank_and_no_linears(finished: Path) -
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(exported_lines(Exported((finished,), 2048, settings)))
     told = console.export_text()
-    assert "lm_head trained whole, no LoRA on a linear; " in told
+    assert "no LoRA on a linear, lm_head whole; " in told
     assert "of rank" not in told
 
 

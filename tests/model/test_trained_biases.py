@@ -155,6 +155,25 @@ def test_the_file_decides_and_an_older_peft_named_them_otherwise(prepared: Prepa
         assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
 
 
+def test_a_whole_head_with_a_bias_is_written_three_times(prepared: Prepared, tmp_path: Path) -> None:
+    """By PEFT: the table's own bias, its wrapper's copy, and the base's, with which nothing is computed."""
+    base, cache = prepared["phi"]
+    whole = {"modules_to_save": ["lm_head"], "bias": "all", "target_modules": ["q_proj"]}
+    moved_by_peft(cache.folder, **whole).save_pretrained(tmp_path / "adapter")
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS_FILE)
+    assert len([name for name in tensors if "lm_head" in name and name.endswith("bias")]) == 3
+    with torch.no_grad():
+        theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "adapter"), DOCUMENTS)
+    model = load_for_training(base, cache)
+    adapter = read(tmp_path / "adapter", model)
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+    copy = next(name for name in tensors if name.endswith("modules_to_save.bias"))
+    save_file(tensors | {copy: tensors[copy] + 1}, tmp_path / "adapter" / WEIGHTS_FILE)
+    with pytest.raises(ConfigError, match=r"lm_head\.bias and lm_head\.modules_to_save\.bias, which differ"):
+        read(tmp_path / "adapter", model)
+
+
 @pytest.mark.parametrize("name_of_base", ["qwen2", "phi"])
 def test_each_adapter_of_a_set_has_its_own(name_of_base: str, prepared: Prepared) -> None:
     """To the bit those of a fresh load, and the base's once it is alone."""

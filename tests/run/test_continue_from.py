@@ -256,6 +256,22 @@ def test_a_run_goes_on_from_a_start_that_took_a_part_of_the_base(start: str, tmp
     assert course(tmp_path / "cut") == course(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("excluded", [["layers.0.self_attn.q_proj"], ["v_proj"], r".*layers\.1\..*"], ids=str)
+@pytest.mark.parametrize("beside", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+def test_what_peft_was_to_leave_out_stays_out(
+    beside: dict[str, Any], excluded: str | list[str], tmp_path: Path, bases: dict[bool, Path]
+) -> None:
+    """The config has no such key: the linears that were left are named."""
+    base = bases[False]
+    folder = peft_folder(
+        tmp_path / "theirs", base, target_modules=["q_proj", "v_proj"], exclude_modules=excluded, **beside
+    )
+    assert run_to_end(begun_with(tmp_path, base, folder, "lora.dtype=float32", "training.max_steps=1"))
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "run" / "adapter", folder))
+    assert {name for name in ours if ".lora_" in name} == {name for name in theirs if ".lora_" in name}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_names_of_other_bases_among_the_targets_are_passed_over(tmp_path: Path, base: Path) -> None:
     folder = peft_folder(tmp_path / "theirs", base, "W_pack")
     assert run_to_end(begun_with(tmp_path, base, folder, "training.max_steps=1"))
