@@ -260,3 +260,28 @@ def test_a_table_that_is_trained_stays_on_the_device() -> None:
     RunConfig.model_validate(sections | {"memory": {"embedding_residency": "device"}})
     with pytest.raises(ValidationError, match=r"auto or device, since lora\.modules_to_save trains a table"):
         RunConfig.model_validate(sections | {"memory": {"embedding_residency": "host"}})
+
+
+@pytest.mark.parametrize(
+    "lora, what",
+    [
+        ({"target_modules": []}, "some linears, unless"),
+        ({"target_modules": [], "bias": "lora_only"}, "some linears, unless"),
+        ({"lora_bias": True, "use_dora": True}, "false beside lora.use_dora"),
+        (
+            {"lora_bias": True, "target_modules": [], "modules_to_save": ["lm_head"]},
+            "false without lora.target_modules",
+        ),
+    ],
+    ids=str,
+)
+def test_something_is_trained_and_all_of_it_is_defined(lora: dict[str, Any], what: str) -> None:
+    sections = {"model": {"base": "x"}, "data": {"train": "x"}}
+    with pytest.raises(ValidationError, match=what):
+        RunConfig.model_validate(sections | {"lora": lora})
+
+
+@pytest.mark.parametrize("beside", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"init_from": "x"}], ids=str)
+def test_without_lora_something_else_is_trained(beside: dict[str, Any]) -> None:
+    sections = {"model": {"base": "x"}, "data": {"train": "x"}, "lora": {"target_modules": [], **beside}}
+    assert RunConfig.model_validate(sections).lora.target_modules == ()
