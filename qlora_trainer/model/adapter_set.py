@@ -22,7 +22,7 @@ from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import build_adapters, detach_adapters, put_adapters
 from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import held_biases
+from qlora_trainer.model.trained_biases import held_biases, require_trainable_biases
 from qlora_trainer.model.trained_tables import held_tables, put_tensors, tensors_at
 
 _HELD_AS_STORED = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,6 +118,7 @@ class AdapterSet:
         try:
             dtype = _stored_dtype(adapter.weights)
             _require_finite(adapter.weights)
+            require_trainable_biases(self._model.module, adapter.settings)
             built = build_adapters(self._model, adapter.settings, adapter.weights, dtype=dtype)
         except ConfigError as error:
             raise ConfigError(

@@ -266,12 +266,25 @@ def head_bias(model: QuantizedModel) -> dict[str, Tensor]:
     return {"lm_head.bias": model.head.bias.detach()}
 
 
-def test_a_norm_that_computes_with_its_bias_in_its_own_way_is_refused() -> None:
-    class OwnNorm(nn.LayerNorm):
-        pass
+class OwnNorm(nn.LayerNorm):
+    """Such as Nemotron's, which adds one to its weight."""
 
+
+def test_a_set_refuses_the_bias_of_such_a_norm_by_name(prepared: Prepared, tmp_path: Path) -> None:
+    base, cache = prepared["phi"]
+    moved_by_peft(cache.folder, bias="all").save_pretrained(tmp_path / "adapter")
+    model = load_for_training(base, cache)
+    adapter = read(tmp_path / "adapter", model)
+    model.module.get_submodule("model.layers.0.input_layernorm").__class__ = OwnNorm
+    with pytest.raises(
+        ConfigError, match=r"^adapter own: found that of model\.layers\.0\.input_layernorm, a OwnNorm; "
+    ):
+        AdapterSet(model).add("own", adapter)
+
+
+def test_a_norm_that_computes_with_its_bias_in_its_own_way_is_refused() -> None:
     model: Any = nn.Sequential(nn.Linear(4, 4), OwnNorm(4))
     settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=(), biases=("0", "1"))
-    with pytest.raises(ConfigError, match=r"that of 1, a OwnNorm; .*lora\.bias to none or lora_only"):
+    with pytest.raises(ConfigError, match=r"that of 1, a OwnNorm; .*lora\.bias at none or lora_only"):
         require_trainable_biases(model, settings)
     require_trainable_biases(model, replace(settings, biases=("0", "2")))
