@@ -2,9 +2,8 @@
 
     python -m benchmarks.data_memory [--size 2GB] [--base smollm2-135m] [--folder DIR]
 
-Checks the file twice (before torch is imported, and when accepted rows are written down), tokenises what was accepted,
-plans, and prints the most anonymous memory (RssAnon of /proc/PID/status, every 20 ms), the most resident memory, and
-the seconds; then once more, when the tokens are there.
+Reads the file twice (once to validate it, once to tokenise it), plans, and prints the most anonymous memory (RssAnon of
+/proc/PID/status, every 20 ms), the most resident memory, and the seconds; then once more, when the tokens are there.
 """
 
 from __future__ import annotations

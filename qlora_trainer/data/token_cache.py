@@ -1,8 +1,5 @@
 """Tokenises the files that a config names, once: what is made is kept, and found again as long as nothing changed.
 
-Every row is checked before the first one is tokenised; the accepted ones go through `datasets`, memory-mapped (see
-`accepted_rows`).
-
 The folder's name is its key: a hash of the content and names of files and data sets, of the tokenizer and its template,
 of the options that decide what is read and learned, and of this room's own code. Two processes may make the same
 folder: the first that is done wins, and the other takes what it made. Folders that nobody has open go when new ones are
@@ -14,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +20,10 @@ from typing import TYPE_CHECKING, Literal
 from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.config.strict_json import json_sha256
-from qlora_trainer.data.accepted_rows import iter_accepted, write_accepted
-from qlora_trainer.data.array_file import nameless_file
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import TOKENS_FILE, DocumentStore, DocumentWriter
 from qlora_trainer.data.named import iter_sources, sources_named
-from qlora_trainer.data.rows import FileRead, Reading, Row, in_batches
+from qlora_trainer.data.rows import FileRead, Reading, in_batches
 from qlora_trainer.data.sources import pinned, source_hash
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
@@ -41,7 +36,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 20 * 2**30  # of all token folders: four billion tokens
 ROOM = "5 bytes a token"
-ROOM_TO_MAKE = f"{ROOM}, and until they are made the text of all rows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +86,12 @@ def tokenize_named(
     sources = tuple(pinned(source) for source in sources_named(section, key))
     hashes = _hashes(sources, key)
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
-    with writing_told(folder, room=ROOM_TO_MAKE):
-        yield from _make_if_missing(folder, sources, section, key, tokenizer, hashes)
+    with writing_told(folder, room=ROOM):
+        yield from _make_if_missing(folder, sources, section, key, tokenizer)
         try:
             store = DocumentStore(folder)
         except FileNotFoundError:  # another process has just removed it as unused, or somebody has emptied the cache
-            yield from _make_if_missing(folder, sources, section, key, tokenizer, hashes)
+            yield from _make_if_missing(folder, sources, section, key, tokenizer)
             store = DocumentStore(folder)
         remove_unused(folder.parent, most_bytes=MOST_BYTES, lock_name=TOKENS_FILE)
         return TokenizedFiles(store, sources, _joined(list(hashes.values())))
@@ -109,22 +103,21 @@ def _make_if_missing(
     section: DataSection,
     key: Literal["train", "eval"],
     tokenizer: KnownTokenizer,
-    hashes: dict[str, str],
 ) -> Generator[Reading]:
     if folder.is_dir() and defects(folder):
         _set_aside(folder)
     if folder.is_dir():
         return
-    with nameless_file() as accepted, writing(folder) as temporary:
-        files = yield from write_accepted(iter_sources(sources, section), accepted)
+    hashes = _hashes(sources, key)
+    with writing(folder) as temporary:
+        yield from _write(temporary, sources, section, tokenizer)
         if changed := [name for name, found in _hashes(sources, key).items() if found != hashes[name]]:
             raise DataError(
                 where=f"data.{key} {changed[0]}",
                 found="content that changed while it was read",
-                expected="data that stays as it is until all rows are checked",
+                expected="data that stays as it is until it is tokenised",
                 fix="Start again when whatever writes it is done.",
             )
-        yield from _tokenize(iter_accepted(accepted, files), temporary, section, tokenizer)
 
 
 def _hashes(sources: Sequence[DataSource], key: Literal["train", "eval"]) -> dict[str, str]:
@@ -151,13 +144,13 @@ def _set_aside(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _tokenize(
-    rows: Iterable[Row | Reading | FileRead], folder: Path, section: DataSection, tokenizer: KnownTokenizer
+def _write(
+    folder: Path, sources: Sequence[DataSource], section: DataSection, tokenizer: KnownTokenizer
 ) -> Generator[Reading]:
     tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
     files: list[FileRead] = []
     with DocumentWriter(folder) as writer:
-        for item in in_batches(rows):
+        for item in in_batches(iter_sources(sources, section)):
             if isinstance(item, list):
                 for row in tokenize(item):
                     writer.append(row, file=len(files))

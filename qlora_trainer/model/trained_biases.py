@@ -50,8 +50,8 @@ def require_trainable_biases(module: PreTrainedModel, settings: LoraSettings) ->
                 where="trained biases",
                 found=f"that of {name}, a {_class_of(parts[name]).__name__}",
                 expected="biases of linears and of nn.LayerNorm, which are what can be trained",
-                fix="An adapter that has trained it is merged with PEFT (merge_and_unload), and that taken as the base; "
-                "a new run has lora.bias at none or lora_only.",
+                fix="An adapter that has trained it is merged with PEFT (merge_and_unload), and that taken as the "
+                "base; a new run has lora.bias at none or lora_only.",
             )
 
 

@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -84,14 +82,8 @@ def test_tokens_are_made_once_and_found_again(
     seen, made = drained(tokenize_named(section, "train", tokenizer))
     assert sum(count_batches) == made.store.num_rows == 2500
     assert max(count_batches) == BATCH_ROWS
-    assert [(reading.doing, reading.num_rows) for reading in seen] == [
-        ("checking", 1000),
-        ("checking", 2000),
-        ("tokenising", 1000),
-        ("tokenising", 2000),
-    ]
-    for first, second in (seen[:2], seen[2:]):
-        assert 0 < first.share <= second.share <= 1
+    assert [reading.num_rows for reading in seen] == [1000, 2000]
+    assert 0 < seen[0].share <= seen[1].share <= 1
     count_batches.clear()
     seen, found = drained(tokenize_named(section, "train", tokenizer))
     assert (seen, count_batches) == ([], [])
@@ -157,9 +149,7 @@ def test_a_damaged_cache_is_made_again(
 def test_processes_that_make_the_same_do_not_disturb_each_other(
     cache: Path, data: Path, tokenizer: KnownTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four at once, two of which are killed, one while it checks rows and one while it tokenises them.
-
-    Takes 5 s of CPU, for one import of transformers and `datasets` in a process of its own.
+    """Three at once, one of which is killed. Takes 4 s of CPU, for one import of transformers in a process of its own.
 
     Mutations tried: they write in one folder; the later one fails where it finds the folder made.
     """
@@ -168,48 +158,34 @@ def test_processes_that_make_the_same_do_not_disturb_each_other(
     tokenizer.tokenizer.save_pretrained(saved)
     command = [sys.executable, "-m", "tests.data.building", str(data), str(saved), str(meeting)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, cwd=ROOT)
-    killed = [f"{name} -{int(signal.SIGKILL)}" for name in ("killed", "killed later")]
-    assert ended.stdout.split("\n")[:-1] == [*killed, "first 0", "second 0"], ended.stderr
-    left_over = list(cache.glob(".*"))  # of those that were killed; it goes a day later
-    assert len(left_over) == 2
-    [folder] = (path for path in cache.iterdir() if path not in left_over)
-    assert [path for path in cache.parent.iterdir() if path != cache] == [], "accepted rows"
+    assert ended.stdout.split("\n")[:-1] == [f"killed -{int(signal.SIGKILL)}", "first 0", "second 0"], ended.stderr
+    [left_over] = cache.glob(".*")  # of the killed one; it goes a day later
+    [folder] = (path for path in cache.iterdir() if path != left_over)
     assert not defects(folder)
     first, second = ((meeting / f"{name}.read").read_text() for name in ("first", "second"))
     assert first == second
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
     alone = drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))[1].store
-    assert first.split()[:3] == ["4", "2500", alone.content_hash]
+    assert first.split()[:3] == ["2", "2500", alone.content_hash]
     [made_alone] = (tmp_path / "other cache" / "qlora_trainer" / "tokens").iterdir()
     assert made_alone.name == folder.name, "another key"
     for path in made_alone.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_a_bad_row_at_the_end_is_told_before_the_first_is_tokenised(
-    cache: Path, data: Path, tokenizer: KnownTokenizer, tmp_path: Path, count_batches: list[int]
-) -> None:
-    """Mutation tried: rows are tokenised as they come."""
-    later = tmp_path / "later.jsonl"
-    later.write_text('{"prompt": "Late?", "completion": "Yes."}\n{"prompt": "Later?", "completion": 7}\n')
-    with pytest.raises(DataError, match=r"later\.jsonl:2: found prompt = 'Later\?', completion = 7"):
-        drained(tokenize_named(DataSection(train=(str(data), str(later))), "train", tokenizer))
-    assert count_batches == []
+def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
+    data.write_text(data.read_text() + "\nbroken")
+    with pytest.raises(DataError, match=r"train\.jsonl:2501: found broken JSON"):
+        drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
     assert list(cache.iterdir()) == []
-
-
-@pytest.mark.parametrize("doing", ["checking", "tokenising"])
-def test_what_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: KnownTokenizer, doing: str) -> None:
     reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
-    while next(reading).doing != doing:
-        pass
+    next(reading)
     assert len(list(cache.iterdir())) == 1
     reading.close()  # Ctrl+C, or the consumer's own error
     assert list(cache.iterdir()) == []
-    assert list(cache.parent.iterdir()) == [cache]
 
 
-def test_a_disk_without_room_for_tokens_is_told(
+def test_a_disk_without_room_is_told(
     cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -221,50 +197,8 @@ def test_a_disk_without_room_for_tokens_is_told(
     assert list(cache.iterdir()) == []
 
 
-def test_a_disk_without_room_for_accepted_rows_is_told(
-    cache: Path, data: Path, tokenizer: KnownTokenizer, count_batches: list[int]
-) -> None:
-    """No file may be larger than 20 kB for a while, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(StorageError) as refused:
-            drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.search(r"tokens/\w+: found a folder that cannot be written \(File too large\)", str(refused.value))
-    assert "5 bytes a token, and until they are made the text of all rows" in str(refused.value)
-    assert count_batches == []
-    assert list(cache.iterdir()) == []
-
-
-def test_what_is_found_again_needs_no_datasets(
-    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its import takes most of a second, where a start is to take one."""
-    section = DataSection(train=str(data))
-    made = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert tokens(drained(tokenize_named(section, "train", tokenizer))[1]) == made
-    data.write_text(data.read_text().replace("It is 7.", "It is 8."))
-    with pytest.raises(ModuleNotFoundError):
-        drained(tokenize_named(section, "train", tokenizer))
-
-
 def test_a_file_that_changes_while_it_is_read_is_refused(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
-    """What was checked is what is tokenised: a file may change from then on.
-
-    Mutation tried: no second look; the new content's tokens are found under the old content's key ever after.
-    """
-    original = data.read_text()
-    reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
-    while next(reading).doing == "checking":
-        pass
-    data.unlink()
-    drained_store = drained(reading)[1].store
-    assert drained_store.num_rows == 2500
-    shutil.rmtree(cache)
-    data.write_text(original)
+    """Mutation tried: no second look; the new content's tokens are found under the old content's key ever after."""
     reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
     next(reading)
     with data.open("a") as file:
