@@ -287,6 +287,7 @@ def check_old_card(seen: Seen) -> None:
     assert devices([scaler.scale, scaler._num_good_steps]) == {NAME}
 
 
+@pytest.mark.slow  # 16 s; .ci/run has them, and the suite a run with every lever at once
 @pytest.mark.parametrize(
     "levers, check",
     [
