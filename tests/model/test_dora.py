@@ -30,6 +30,7 @@ from tests.model.tiny_models import (
     packed,
     packed_logits,
     prepare,
+    prepare_apart,
     random_adapter,
     relative_error,
     tiny_documents,
@@ -133,10 +134,7 @@ def test_training_leaves_a_row_of_zeros_where_it_is(tmp_path: Path, monkeypatch:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, NF4Cache]:
-    folder = tmp_path_factory.mktemp("base")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        return prepare(folder / "base", CONFIGS["llama"])
+    return prepare_apart(tmp_path_factory.mktemp("llama"), CONFIGS["llama"])
 
 
 def begun(prepared: tuple[Base, NF4Cache], dtype: torch.dtype = FP32) -> tuple[QuantizedModel, AdapterOptimizer]:

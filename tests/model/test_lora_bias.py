@@ -40,7 +40,7 @@ from tests.model.tiny_models import (
     lora_settings,
     our_step,
     packed_logits,
-    prepare,
+    prepare_apart,
     random_adapter,
     relative_error,
     tiny_documents,
@@ -61,13 +61,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    made = {}
-    for name in ("llama", "qwen2", "phi"):
-        folder = tmp_path_factory.mktemp(name)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-            made[name] = prepare(folder / "base", CONFIGS[name])
-    return made
+    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in ("llama", "qwen2", "phi")}
 
 
 def read(folder: Path, model: QuantizedModel) -> AdapterFolder:

@@ -36,6 +36,7 @@ from tests.model.tiny_models import (
     our_step,
     packed_logits,
     prepare,
+    prepare_apart,
     relative_error,
     tiny_documents,
 )
@@ -57,10 +58,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Base, NF4Cache]:
-    folder = tmp_path_factory.mktemp("llama")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        return prepare(folder / "base", CONFIGS["llama"])
+    return prepare_apart(tmp_path_factory.mktemp("llama"), CONFIGS["llama"])
 
 
 def trained_by_peft(folder: Path, base: Base, **fields: Any) -> Any:

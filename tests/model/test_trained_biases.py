@@ -31,7 +31,7 @@ from tests.model.tiny_models import (
     load_for_training,
     our_step,
     packed_logits,
-    prepare,
+    prepare_apart,
     random_adapter,
     relative_error,
     tiny_documents,
@@ -56,13 +56,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    made = {}
-    for name in BASES:
-        folder = tmp_path_factory.mktemp(name)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-            made[name] = prepare(folder / "base", CONFIGS[name])
-    return made
+    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in BASES}
 
 
 def read(folder: Path, model: QuantizedModel) -> AdapterFolder:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -49,6 +50,13 @@ def prepare(
     """A random base of `config` in `folder`, and its NF4 form; `changes` go to `write_base`."""
     base = resolve_base(str(write_base(folder, config, **changes)))
     return base, prepare_nf4_cache(base, double_quant=double_quant, nf4_head=nf4_head)
+
+
+def prepare_apart(folder: Path, config: PreTrainedConfig) -> tuple[Base, NF4Cache]:
+    """As `prepare`, with a cache of its own in `folder`: for fixtures that outlive the environment of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        return prepare(folder / "base", config)
 
 
 def load_for_training(base: Base, cache: NF4Cache, compute_dtype: torch.dtype = torch.float32) -> QuantizedModel:

@@ -72,6 +72,18 @@ def begun_with(tmp_path: Path, base: Path, folder: Path, *options: str) -> RunCo
     return config.model_copy(update={"lora": type(section).model_validate(fields)})
 
 
+def require_same_after_a_cut(tmp_path: Path, base: Path, folder: Path, *options: str) -> None:
+    """A run that learns, into `whole`, and one that is cut off after a step and resumed, into `cut`: bit for bit."""
+    whole, cut = (
+        begun_with(tmp_path, base, folder, *options, "training.learning_rate=5e-3", f"output.dir={tmp_path / name}")
+        for name in ("whole", "cut")
+    )
+    run_to_end(whole)
+    run_until_step(cut, 1)
+    run_to_end(cut, resume="auto")
+    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("variant", FIELDS)
 def test_a_run_begins_with_what_peft_has_trained(variant: str, tmp_path: Path, base: Path) -> None:
     folder = peft_folder(tmp_path / "theirs", base, **FIELDS[variant])
@@ -158,11 +170,7 @@ def test_a_run_goes_on_with_tables_alone(
     assert relative_error(found, expected) <= 1e-5
     if whole != "lm_head":
         return
-    learning = (*options, "training.learning_rate=5e-3")
-    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'whole'}"))
-    run_until_step(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), 1)
-    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), resume="auto")
-    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+    require_same_after_a_cut(tmp_path, base, folder, *options)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert losses[-1] < losses[0]
     before, after = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
@@ -198,17 +206,13 @@ def test_a_run_trains_the_biases_on_that_peft_has_trained(
     other = "lora_only" if wanted == "all" else "all"
     message = refusal(begun_with(tmp_path, base, folder, f"lora.bias={other}"), capsys)
     assert f"lora.bias: found '{other}'; expected '{wanted}', as " in message
-    options: tuple[str, ...] = ("lora.dtype=float32", "training.max_steps=2")
+    options = ("lora.dtype=float32", "training.max_steps=2")
     records = run_to_end(begun_with(tmp_path, base, folder, *options))
     told = f", and with the {num_biases} biases that it has trained"
     assert any(isinstance(one, Preparing) and one.what.endswith(told) for one in records)
     found, expected = (peft_logits(base, path) for path in (tmp_path / "run" / "adapter", folder))
     assert relative_error(found, expected) <= 1e-5
-    options = (*options, "training.learning_rate=5e-3", f"output.dir={tmp_path / 'whole'}")
-    run_to_end(begun_with(tmp_path, base, folder, *options))
-    run_until_step(begun_with(tmp_path, base, folder, *options[:-1], f"output.dir={tmp_path / 'cut'}"), 1)
-    run_to_end(begun_with(tmp_path, base, folder, *options[:-1], f"output.dir={tmp_path / 'cut'}"), resume="auto")
-    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+    require_same_after_a_cut(tmp_path, base, folder, *options)
     before, after = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
     biases = [name for name in before if name.endswith(".bias")]
     assert len(biases) == num_biases
@@ -249,11 +253,7 @@ def test_a_run_goes_on_from_a_start_that_took_a_part_of_the_base(start: str, tmp
     assert filled_in(begun_with(tmp_path, base, folder)).lora.rank == 6
     if start != "pissa":
         return
-    learning = (*options, "training.learning_rate=5e-3")
-    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'whole'}"))
-    run_until_step(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), 1)
-    run_to_end(begun_with(tmp_path, base, folder, *learning, f"output.dir={tmp_path / 'cut'}"), resume="auto")
-    assert course(tmp_path / "cut") == course(tmp_path / "whole")
+    require_same_after_a_cut(tmp_path, base, folder, *options)
 
 
 @pytest.mark.parametrize("excluded", [["layers.0.self_attn.q_proj"], ["v_proj"], r".*layers\.1\..*"], ids=str)
