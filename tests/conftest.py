@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two workers share the cor
 # Before transformers or peft import bitsandbytes themselves: this import keeps it from asking the hub for a kernel.
 import qlora_trainer.hardware.quant_library  # noqa: F401
 from qlora_trainer.config.paths import require_on_disk
+from qlora_trainer.data import token_cache
+from qlora_trainer.data.token_maker import make_tokens
 from qlora_trainer.errors import StorageError
 
 # Where cores are shared, an example takes ten times longer now and then: no reason to fail. The same examples each
@@ -30,6 +32,17 @@ def pytest_collection_finish() -> None:
     """What is there now stays: a collector need not walk through all of torch and the tests, as it does once a plan."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def tokens_are_made_here() -> Iterator[None]:
+    """By the same function in this process: starting one of its own takes a second, for hundreds of tests.
+
+    That process is what `tests/data/test_token_process.py` is about; commands that tests run in children begin it, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(token_cache, "make_tokens_apart", make_tokens)
+        yield
 
 
 @pytest.fixture

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer, TokenizedRow
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.named import iter_named, iter_sources
 from qlora_trainer.data.rows import BadRow, FileRead, Reading, Row, in_batches
 from qlora_trainer.data.stream import open_stream
-from qlora_trainer.data.token_cache import ROOM, KnownTokenizer
+from qlora_trainer.data.token_maker import ROOM
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
 from qlora_trainer.hardware.sealed_folder import scratch

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.data.formats import Format, detect_format, format_named, read_content, rename_columns
@@ -79,11 +79,13 @@ class Reading:
         path: the file.
         num_rows: good ones, of all files so far.
         share: of this file's bytes or rows, 0 to 1.
+        doing: what is done with them: a stream is tokenised as it is read.
     """
 
     path: str
     num_rows: int
     share: float
+    doing: Literal["reading", "checking", "tokenising"] = "reading"
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import DocumentStore, DocumentWriter
 from qlora_trainer.data.hub_dataset import streamed
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.named import iter_sources, num_bad_rows, sources_named
 from qlora_trainer.data.rows import MAX_REASONS, START, BadRow, FileRead, Place, Reading, Row, in_batches
 from qlora_trainer.data.split import all_rows
-from qlora_trainer.data.token_cache import ROOM, KnownTokenizer
+from qlora_trainer.data.token_maker import ROOM
 from qlora_trainer.data.tokenized import TokenizedData, fit_documents, select
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import cache_folder, writing_told

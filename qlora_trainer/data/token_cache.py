@@ -1,5 +1,7 @@
 """Tokenises the files that a config names, once: what is made is kept, and found again as long as nothing changed.
 
+What is missing is made in a process of its own (see `token_maker` and `token_process`).
+
 The folder's name is its key: a hash of the content and names of files and data sets, of the tokenizer and its template,
 of the options that decide what is read and learned, and of this room's own code. Two processes may make the same
 folder: the first that is done wins, and the other takes what it made. Folders that nobody has open go when new ones are
@@ -11,46 +13,28 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from qlora_trainer.config.data_files import DataSource
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.config.strict_json import json_sha256
-from qlora_trainer.data.chat import RowTokenizer
-from qlora_trainer.data.document_store import TOKENS_FILE, DocumentStore, DocumentWriter
-from qlora_trainer.data.named import iter_sources, sources_named
-from qlora_trainer.data.rows import FileRead, Reading, in_batches
-from qlora_trainer.data.sources import pinned, source_hash
-from qlora_trainer.errors import DataError
+from qlora_trainer.data.document_store import TOKENS_FILE, DocumentStore
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
+from qlora_trainer.data.named import sources_named
+from qlora_trainer.data.rows import Reading
+from qlora_trainer.data.sources import pinned
+from qlora_trainer.data.token_maker import ROOM, TokenJob, hashes_of
+from qlora_trainer.data.token_process import make_tokens_apart
 from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
-from qlora_trainer.hardware.sealed_folder import defects, writing
+from qlora_trainer.hardware.heap import release_free_memory
+from qlora_trainer.hardware.sealed_folder import defects
 from qlora_trainer.hardware.unused_folders import remove_unused
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
 MOST_BYTES = 20 * 2**30  # of all token folders: four billion tokens
-ROOM = "5 bytes a token"
-
-
-@dataclass(frozen=True, slots=True)
-class KnownTokenizer:
-    """A tokenizer, and what is known of it.
-
-    Attributes:
-        tokenizer: fast.
-        content_hash: over all that decides what a text becomes, its template included.
-        where: the file or base that the chat template is from, for errors.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    content_hash: str
-    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,52 +68,26 @@ def tokenize_named(
         StorageError: the cache cannot be written.
     """
     sources = tuple(pinned(source) for source in sources_named(section, key))
-    hashes = _hashes(sources, key)
+    hashes = hashes_of(sources, key)
     folder = cache_folder() / "tokens" / _key(section, hashes, tokenizer)
+    job = TokenJob(folder=folder, sources=sources, hashes=hashes, section=section, key=key, tokenizer=tokenizer)
     with writing_told(folder, room=ROOM):
-        yield from _make_if_missing(folder, sources, section, key, tokenizer)
+        yield from _make_if_missing(job)
         try:
             store = DocumentStore(folder)
         except FileNotFoundError:  # another process has just removed it as unused, or somebody has emptied the cache
-            yield from _make_if_missing(folder, sources, section, key, tokenizer)
+            yield from _make_if_missing(job)
             store = DocumentStore(folder)
         remove_unused(folder.parent, most_bytes=MOST_BYTES, lock_name=TOKENS_FILE)
         return TokenizedFiles(store, sources, _joined(list(hashes.values())))
 
 
-def _make_if_missing(
-    folder: Path,
-    sources: Sequence[DataSource],
-    section: DataSection,
-    key: Literal["train", "eval"],
-    tokenizer: KnownTokenizer,
-) -> Generator[Reading]:
-    if folder.is_dir() and defects(folder):
-        _set_aside(folder)
-    if folder.is_dir():
-        return
-    hashes = _hashes(sources, key)
-    with writing(folder) as temporary:
-        yield from _write(temporary, sources, section, tokenizer)
-        if changed := [name for name, found in _hashes(sources, key).items() if found != hashes[name]]:
-            raise DataError(
-                where=f"data.{key} {changed[0]}",
-                found="content that changed while it was read",
-                expected="data that stays as it is until it is tokenised",
-                fix="Start again when whatever writes it is done.",
-            )
-
-
-def _hashes(sources: Sequence[DataSource], key: Literal["train", "eval"]) -> dict[str, str]:
-    try:
-        return {str(source): source_hash(source) for source in sources}
-    except OSError as error:  # a file that went away, or is nobody's to read
-        raise DataError(
-            where=f"data.{key} {error.filename}",
-            found=f"a file that cannot be read ({error.strerror or error})",
-            expected="files that stay where they are until they are tokenised",
-            fix="Check its path and permissions.",
-        ) from error
+def _make_if_missing(job: TokenJob) -> Generator[Reading]:
+    if job.folder.is_dir() and defects(job.folder):
+        _set_aside(job.folder)
+    if not job.folder.is_dir():
+        release_free_memory()  # there are two processes for a while
+        yield from make_tokens_apart(job)
 
 
 def _set_aside(folder: Path) -> None:
@@ -142,23 +100,6 @@ def _set_aside(folder: Path) -> None:
     if not defects(aside) and not folder.exists():
         aside.rename(folder)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _write(
-    folder: Path, sources: Sequence[DataSource], section: DataSection, tokenizer: KnownTokenizer
-) -> Generator[Reading]:
-    tokenize = RowTokenizer(tokenizer.tokenizer, train_on=section.train_on, where=tokenizer.where)
-    files: list[FileRead] = []
-    with DocumentWriter(folder) as writer:
-        for item in in_batches(iter_sources(sources, section)):
-            if isinstance(item, list):
-                for row in tokenize(item):
-                    writer.append(row, file=len(files))
-            elif isinstance(item, FileRead):
-                files.append(item)
-            elif isinstance(item, Reading):
-                yield item
-        writer.write_files(tuple(files))
 
 
 def _key(section: DataSection, hashes: dict[str, str], tokenizer: KnownTokenizer) -> str:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE, INDEX_NAME
 from qlora_trainer.config.strict_json import decode, read_capped
+from qlora_trainer.data.known_tokenizer import tokenizer_hash
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.export.new_folder import differs, write_checked, write_tensors_checked
 from qlora_trainer.export.source import Source
 from qlora_trainer.model.base import read_tokenizer, weight_files
 from qlora_trainer.model.base_config import read_config
 from qlora_trainer.run.checkpoint.storage import Storage
-from qlora_trainer.run.inputs import tokenizer_hash
 from qlora_trainer.run.records import Preparing
 
 SHARD_BYTES = 4 * 2**30  # a shard is full when it has so many; one tensor is never cut

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -76,7 +78,15 @@ def writing_told(folder: Path, *, room: str) -> Iterator[None]:
     except OSError as error:
         raise StorageError(
             where=str(folder),
-            found=f"a folder that cannot be written ({error.strerror or error})",
+            found=f"a folder that cannot be written ({error.strerror or error}{_free_told(folder, error)})",
             expected=f"room for the tokenised data: {room}",
             fix="Make room, or set XDG_CACHE_HOME to a folder on another disk.",
         ) from error
+
+
+def _free_told(folder: Path, error: OSError) -> str:
+    """How much room there is where the folder is, or would be, if that is what is missing."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return ""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"; {shutil.disk_usage(there).free:,} bytes are free"

@@ -1,7 +1,7 @@
 """Pages of mapped files: which part of memory they are, given back, and asked for ahead.
 
 A page that is given back is read again from the file (or from the kernel's cache of it) when it is touched, so this is
-for what is never written. Of memory that is no file's the kernel would make zeros: `file_spans` refuses it.
+for what is never written. Of memory that is no file's the kernel would make zeros: `spans_of` refuses it.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ import ctypes
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-# Tensors this near to each other are one span: what is between them is given back with them.
+# What lies this near to each other is one span: what is between them is given back with them.
 _NEAR_BYTES = 64 * mmap.PAGESIZE
 
 
@@ -33,10 +35,15 @@ class Span:
 
 
 def file_spans(tensors: Sequence[Tensor], maps: Path = Path("/proc/self/maps")) -> tuple[Span, ...]:
-    """The pages that hold these tensors.
+    """The pages that hold these tensors, each over the pages of a mapped file; see `spans_of`."""
+    return spans_of([(tensor.data_ptr(), tensor.nbytes) for tensor in tensors], maps)
+
+
+def spans_of(parts: Iterable[tuple[int, int]], maps: Path = Path("/proc/self/maps")) -> tuple[Span, ...]:
+    """The pages that hold these parts of mapped files, and those between what lies near to each other.
 
     Args:
-        tensors: each over the pages of a mapped file.
+        parts: address and bytes of each.
         maps: where the kernel tells what is mapped.
 
     Raises:
@@ -45,7 +52,7 @@ def file_spans(tensors: Sequence[Tensor], maps: Path = Path("/proc/self/maps")) 
     mappings = _private_file_mappings(maps)
     starts = [mapping.first for mapping in mappings]
     spans: list[Span] = []
-    for first, num_bytes in sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.nbytes):
+    for first, num_bytes in sorted(part for part in parts if part[1]):
         place = bisect_right(starts, first) - 1
         if place < 0 or first + num_bytes > mappings[place].last:
             raise ValueError(f"the {num_bytes} bytes at {first:#x} are no part of a mapped file")

@@ -73,8 +73,8 @@ def prepared_table(record: Prepared) -> RenderableType:
 
 
 def reading_line(record: Reading) -> str:
-    """How far a file is tokenised."""
-    return f"tokenising {record.path}: {counted(record.num_rows, 'row')}, {record.share:.0%} of the file"
+    """How far a file is read, checked or tokenised."""
+    return f"{record.doing} {record.path}: {counted(record.num_rows, 'row')}, {record.share:.0%} of the file"
 
 
 def step_line(record: StepDone, *, seconds_left: float | None) -> Text:

@@ -11,12 +11,12 @@ import numpy as np
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.check import Checked, Problem, check_named
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.length_counts import LengthCounts
 from qlora_trainer.data.named import num_bad_rows
 from qlora_trainer.data.rows import FileRead, Reading
 from qlora_trainer.data.samples import Sample, make_sample
 from qlora_trainer.data.split import all_rows
-from qlora_trainer.data.token_cache import KnownTokenizer
 from qlora_trainer.data.tokenized import TokenizedData, fit_documents, length_percentiles, require_most_rows, select
 from qlora_trainer.errors import DataError
 from qlora_trainer.run.inputs import decide_seq_len, find_base, known_tokenizer, spread, train_and_held_out

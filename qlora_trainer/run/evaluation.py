@@ -14,11 +14,12 @@ import torch
 
 from qlora_trainer.config.adapter_names import BASE
 from qlora_trainer.config.schema import RunConfig
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.micro_batches import cut_documents
 from qlora_trainer.data.named import num_bad_rows
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.data.split import all_rows
-from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
+from qlora_trainer.data.token_cache import tokenize_named
 from qlora_trainer.data.tokenized import TokenizedData, choose_seq_len, fit_documents, select
 from qlora_trainer.errors import DataError, DivergedError, DoesNotFitError
 from qlora_trainer.hardware.device import num_cpu_threads

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_trainer.config.paths import read_chat_template
 from qlora_trainer.config.schema import RunConfig
-from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.data.array_file import ArrayFile
 from qlora_trainer.data.document_store import DocumentStore
+from qlora_trainer.data.known_tokenizer import KnownTokenizer, tokenizer_hash
 from qlora_trainer.data.named import forms_told, num_bad_rows, rows_of
 from qlora_trainer.data.rows import FileRead, Reading, Row
 from qlora_trainer.data.split import all_rows, hold_out
@@ -26,7 +26,7 @@ from qlora_trainer.data.stream import (
     stream_hash,
 )
 from qlora_trainer.data.template import require_fast
-from qlora_trainer.data.token_cache import KnownTokenizer, TokenizedFiles, tokenize_named
+from qlora_trainer.data.token_cache import TokenizedFiles, tokenize_named
 from qlora_trainer.data.tokenized import (
     TokenizedData,
     changes_told,
@@ -278,13 +278,3 @@ def _require_a_batch(data: Data, global_batch_size: int) -> None:
 def _question(row: Row) -> Question:
     last = max(index for index, message in enumerate(row.messages) if message.role == "assistant")
     return Question(messages=row.messages[:last], reference=row.messages[last].content)
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of all that decides what a text becomes, as it was loaded: bases write it to many different files."""
-    parts = {
-        "backend": tokenizer.backend_tokenizer.to_str(),
-        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
-        "chat_template": tokenizer.chat_template,
-    }
-    return json_sha256(parts)

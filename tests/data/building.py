@@ -1,9 +1,10 @@
-"""Processes that build one cache of tokens at once, one of which is killed in the middle.
+"""Processes that build one cache of tokens at once, two of which are killed in the middle.
 
     python -m tests.data.building DATA TOKENIZER MEETING
 
-They are forked out of one process that has imported everything, before it starts a thread; they wait for each other
-(`MEETING`) when each has written a part, so that all are at it at the same time.
+They are forked out of one process that has imported everything, before it starts a thread, and each makes the tokens
+itself, as the process does that a run begins for it; they wait for each other
+(`MEETING`) when each has checked a part of the rows, so that all are at it at the same time.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import sys
 import time
 from pathlib import Path
 
+import datasets  # noqa: F401 # what tokenising imports
 from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
+from qlora_trainer.data import token_cache
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
+from qlora_trainer.data.token_cache import tokenize_named
+from qlora_trainer.data.token_maker import make_tokens
 
-BUILDERS = ("killed", "first", "second")
+BUILDERS = ("killed", "killed later", "first", "second")
+KILLED_AT = {"killed": ("checking", 1000), "killed later": ("tokenising", 1000)}
 PATIENCE_SECONDS = 60.0
 
 
@@ -31,15 +37,15 @@ def build(name: str, data: str, tokenizer: str, meeting: Path) -> None:
     num_seen = 0
     while True:
         try:
-            next(reading)
+            seen = next(reading)
         except StopIteration as end:
             store = end.value.store
             break
         num_seen += 1
         if num_seen == 1:
             _meet(name, meeting)
-            if name == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
+        if KILLED_AT.get(name) == (seen.doing, seen.num_rows):
+            os.kill(os.getpid(), signal.SIGKILL)
     read = hashlib.sha256()
     for row in range(store.num_rows):
         read.update(store.where(row).encode())
@@ -58,6 +64,7 @@ def _meet(name: str, meeting: Path) -> None:
 def main() -> None:
     """Exits with how the builders ended, by name, on stdout."""
     data, tokenizer, meeting = sys.argv[1:]
+    vars(token_cache)["make_tokens_apart"] = make_tokens
     processes = {}
     for name in BUILDERS:
         process = os.fork()

@@ -55,7 +55,9 @@ def full(**_: Any) -> Any:
 def test_a_disk_without_room_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with pytest.raises(StorageError, match=r"found a folder that cannot be written \(No space left on device\)"):
+    with pytest.raises(
+        StorageError, match=r"found a folder that cannot be written \(No space left on device; [\d,]+ bytes are free\)"
+    ):
         ArrayFile("<i4", [np.arange(10)])
 
 

@@ -15,11 +15,12 @@ import pytest
 
 from qlora_trainer.config.data_files import HubDataset, data_files
 from qlora_trainer.config.schema import DataSection
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.named import iter_named, iter_sources
 from qlora_trainer.data.rows import START, Place, Row
 from qlora_trainer.data.sources import source_hash
 from qlora_trainer.data.stream import open_stream
-from qlora_trainer.data.token_cache import KnownTokenizer, tokenize_named
+from qlora_trainer.data.token_cache import tokenize_named
 from qlora_trainer.errors import DataError, StorageError
 from tests.data.saved_sets import cached, chats, fill_cache
 

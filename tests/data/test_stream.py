@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.batches import BlockRead, StreamedBatches
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.stream import BegunStream, BlockStart, Stream, open_rows, open_stream, read_block, stream_hash
-from qlora_trainer.data.token_cache import KnownTokenizer
 from qlora_trainer.errors import ConfigError, DataError
 from qlora_trainer.step.document import Document
 from tests.returned import returned

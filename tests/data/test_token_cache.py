@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -14,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data import document_store, token_cache
+from qlora_trainer.data import document_store, token_cache, token_maker
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.documents import Documents
+from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.rows import BATCH_ROWS, Reading
 from qlora_trainer.data.split import all_rows
-from qlora_trainer.data.token_cache import KnownTokenizer, TokenizedFiles, tokenize_named
-from qlora_trainer.errors import DataError, StorageError
+from qlora_trainer.data.token_cache import TokenizedFiles, tokenize_named
+from qlora_trainer.errors import ConfigError, DataError, StorageError
 from qlora_trainer.hardware.sealed_folder import defects
 
 if TYPE_CHECKING:
@@ -80,10 +83,16 @@ def test_tokens_are_made_once_and_found_again(
 ) -> None:
     section = DataSection(train=str(data))
     seen, made = drained(tokenize_named(section, "train", tokenizer))
-    assert sum(count_batches) == made.store.num_rows == 2500
+    assert sum(count_batches) == BATCH_ROWS + made.store.num_rows == BATCH_ROWS + 2500, "the first are tried first"
     assert max(count_batches) == BATCH_ROWS
-    assert [reading.num_rows for reading in seen] == [1000, 2000]
-    assert 0 < seen[0].share <= seen[1].share <= 1
+    assert [(reading.doing, reading.num_rows) for reading in seen] == [
+        ("checking", 1000),
+        ("checking", 2000),
+        ("tokenising", 1000),
+        ("tokenising", 2000),
+    ]
+    for first, second in (seen[:2], seen[2:]):
+        assert 0 < first.share <= second.share <= 1
     count_batches.clear()
     seen, found = drained(tokenize_named(section, "train", tokenizer))
     assert (seen, count_batches) == ([], [])
@@ -149,7 +158,9 @@ def test_a_damaged_cache_is_made_again(
 def test_processes_that_make_the_same_do_not_disturb_each_other(
     cache: Path, data: Path, tokenizer: KnownTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three at once, one of which is killed. Takes 4 s of CPU, for one import of transformers in a process of its own.
+    """Four at once, two of which are killed, one while it checks rows and one while it tokenises them.
+
+    Takes 5 s of CPU, for one import of transformers and `datasets` in a process of its own.
 
     Mutations tried: they write in one folder; the later one fails where it finds the folder made.
     """
@@ -158,34 +169,57 @@ def test_processes_that_make_the_same_do_not_disturb_each_other(
     tokenizer.tokenizer.save_pretrained(saved)
     command = [sys.executable, "-m", "tests.data.building", str(data), str(saved), str(meeting)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180, check=True, cwd=ROOT)
-    assert ended.stdout.split("\n")[:-1] == [f"killed -{int(signal.SIGKILL)}", "first 0", "second 0"], ended.stderr
-    [left_over] = cache.glob(".*")  # of the killed one; it goes a day later
+    killed = [f"{name} -{int(signal.SIGKILL)}" for name in ("killed", "killed later")]
+    assert ended.stdout.split("\n")[:-1] == [*killed, "first 0", "second 0"], ended.stderr
+    [left_over] = cache.glob(".*")  # of the one that was writing tokens; it goes a day later
     [folder] = (path for path in cache.iterdir() if path != left_over)
+    assert [path for path in cache.parent.iterdir() if path != cache] == [], "accepted rows"
     assert not defects(folder)
     first, second = ((meeting / f"{name}.read").read_text() for name in ("first", "second"))
     assert first == second
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other cache"))
     alone = drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))[1].store
-    assert first.split()[:3] == ["2", "2500", alone.content_hash]
+    assert first.split()[:3] == ["4", "2500", alone.content_hash]
     [made_alone] = (tmp_path / "other cache" / "qlora_trainer" / "tokens").iterdir()
     assert made_alone.name == folder.name, "another key"
     for path in made_alone.iterdir():
         assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_what_fails_or_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
-    data.write_text(data.read_text() + "\nbroken")
-    with pytest.raises(DataError, match=r"train\.jsonl:2501: found broken JSON"):
-        drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
-    assert list(cache.iterdir()) == []
+def test_a_bad_row_at_the_end_is_told_before_rows_are_tokenised(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, tmp_path: Path, count_batches: list[int]
+) -> None:
+    """But for the first ones, which are tried. Mutation tried: rows are tokenised as they come."""
+    later = tmp_path / "later.jsonl"
+    later.write_text('{"prompt": "Late?", "completion": "Yes."}\n{"prompt": "Later?", "completion": 7}\n')
+    with pytest.raises(DataError, match=r"later\.jsonl:2: found prompt = 'Later\?', completion = 7"):
+        drained(tokenize_named(DataSection(train=(str(data), str(later))), "train", tokenizer))
+    assert count_batches == [BATCH_ROWS]
+    assert not cache.exists()
+
+
+def test_a_template_that_fails_is_told_before_all_rows_are_checked(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mutation tried: the first rows are not tried."""
+    monkeypatch.setattr(tokenizer.tokenizer, "chat_template", "{{ raise_exception('no') }}")
     reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
-    next(reading)
-    assert len(list(cache.iterdir())) == 1
+    with pytest.raises(ConfigError, match=r"the base: found a chat template that fails \(no\)"):
+        next(reading)
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("doing", ["checking", "tokenising"])
+def test_what_is_given_up_leaves_nothing(cache: Path, data: Path, tokenizer: KnownTokenizer, doing: str) -> None:
+    reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
+    while next(reading).doing != doing:
+        pass
+    assert len(list(cache.glob(".tmp-*"))) == (doing == "tokenising")
     reading.close()  # Ctrl+C, or the consumer's own error
-    assert list(cache.iterdir()) == []
+    assert [path for path in cache.parent.rglob("*") if path != cache] == []
 
 
-def test_a_disk_without_room_is_told(
+def test_a_disk_without_room_for_tokens_is_told(
     cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -197,15 +231,59 @@ def test_a_disk_without_room_is_told(
     assert list(cache.iterdir()) == []
 
 
+def test_a_disk_without_room_for_accepted_rows_is_told(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, count_batches: list[int]
+) -> None:
+    """No file may be larger than 20 kB for a while, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(StorageError) as refused:
+            drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    what = r"tokens/\w+: found a folder that cannot be written \(File too large; [\d,]+ bytes are free\)"
+    assert re.search(what, str(refused.value))
+    room = "5 bytes a token, and until they are made the text of all rows"
+    assert f"{room} (the files have {data.stat().st_size:,} bytes)" in str(refused.value)
+    assert count_batches == [BATCH_ROWS]
+    assert not cache.exists()
+
+
+def test_what_is_found_again_needs_no_datasets(
+    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its import takes most of a second, where a start is to take one."""
+    section = DataSection(train=str(data))
+    made = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert tokens(drained(tokenize_named(section, "train", tokenizer))[1]) == made
+    data.write_text(data.read_text().replace("It is 7.", "It is 8."))
+    with pytest.raises(ModuleNotFoundError):
+        drained(tokenize_named(section, "train", tokenizer))
+
+
 def test_a_file_that_changes_while_it_is_read_is_refused(cache: Path, data: Path, tokenizer: KnownTokenizer) -> None:
-    """Mutation tried: no second look; the new content's tokens are found under the old content's key ever after."""
+    """What was checked is what is tokenised: a file may change from then on.
+
+    Mutation tried: no second look; the new content's tokens are found under the old content's key ever after.
+    """
+    original = data.read_text()
+    reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
+    while next(reading).doing == "checking":
+        pass
+    data.unlink()
+    drained_store = drained(reading)[1].store
+    assert drained_store.num_rows == 2500
+    shutil.rmtree(cache)
+    data.write_text(original)
     reading = tokenize_named(DataSection(train=str(data)), "train", tokenizer)
     next(reading)
     with data.open("a") as file:
         file.write("\n" + json.dumps({"prompt": "Late?", "completion": "Yes."}))
     with pytest.raises(DataError, match=r"train\.jsonl: found content that changed while it was read"):
         drained(reading)
-    assert list(cache.iterdir()) == []
+    assert not cache.exists()
 
 
 def test_a_damaged_folder_that_another_process_mends_first_is_used(
@@ -240,7 +318,7 @@ def test_data_that_goes_away_is_told(
     def gone(*_: object) -> str:
         raise FileNotFoundError(2, "No such file or directory", str(data))
 
-    monkeypatch.setattr(token_cache, "source_hash", gone)
+    monkeypatch.setattr(token_maker, "source_hash", gone)
     with pytest.raises(DataError, match=r"data\.train .*train\.jsonl: found a file that cannot be read \(No such file"):
         drained(tokenize_named(DataSection(train=str(data)), "train", tokenizer))
 

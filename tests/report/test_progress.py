@@ -72,11 +72,15 @@ def test_reading_is_shown_before_and_between_the_steps() -> None:
     Mutation tried: `read` that starts the first line again below the second.
     """
     reading = [Reading("rows.jsonl", 1000, 0.25), Reading("rows.jsonl", 2000, 0.5)]
-    before = shown([*reading, prepared(2)], is_terminal=True, width=120)
+    checking, tokenising = (
+        [replace(record, doing=doing) for record in reading] for doing in ("checking", "tokenising")
+    )
+    before = shown([*checking, *tokenising, prepared(2)], is_terminal=True, width=120)
+    assert "checking rows.jsonl: 2,000 rows, 50% of the file" in before
     assert "tokenising rows.jsonl: 2,000 rows, 50% of the file" in before
     between: list[Record] = [prepared(2), step_done(1, 2), *reading, step_done(2, 2)]
-    assert "tokenising rows.jsonl: 2,000 rows, 50% of the file" in shown(between, is_terminal=True, width=120)
-    assert "tokenising" not in shown(between, is_terminal=False)
+    assert "reading rows.jsonl: 2,000 rows, 50% of the file" in shown(between, is_terminal=True, width=120)
+    assert "reading rows" not in shown(between, is_terminal=False)
 
 
 def test_a_log_file_gets_forty_step_lines_and_no_escape_codes() -> None:
