@@ -36,9 +36,10 @@ def counted_documents(inputs: Inputs) -> str:
     """In words, what is trained on."""
     data = inputs.data.train
     what = "a stream, at its start " if inputs.data.stream else ""
+    why = "" if inputs.base.can_pack else "; one a row, padded: packed ones would read each other in this architecture"
     return (
         f"{what}{len(data.documents):,} documents, {data.num_tokens:,} tokens, "
         f"{data.num_supervised_tokens:,} of them supervised; longest {data.documents.lengths.longest:,}; "
         f"{data.num_dropped:,} rows dropped, {data.documents.store.num_repeated:,} repeated; "
-        f"a stop token is learned in {data.num_stopping_rows:,} of {data.num_kept_rows:,}"
+        f"a stop token is learned in {data.num_stopping_rows:,} of {data.num_kept_rows:,}{why}"
     )

@@ -80,10 +80,12 @@ def test_its_plan_is_one_of_padded_rows(tmp_path: Path, base: Path) -> None:
     config = tiny_config(tmp_path, base)
     padded = tiny_config(tmp_path, base, "data.packing=false")
     plans = [
-        watched(plan_on(asked, gpu=None, vram_bytes=8 * 2**30, ram_bytes=None, with_data=True), stderr_console())[0]
+        watched(plan_on(asked, gpu=None, vram_bytes=8 * 2**30, ram_bytes=None, with_data=True), stderr_console())
         for asked in (config, padded)
     ]
-    assert plans[0].predicted == plans[1].predicted
+    assert plans[0][0].predicted == plans[1][0].predicted
+    for _, told in plans:
+        assert told.endswith("; one a row, padded: packed ones would read each other in this architecture")
 
 
 def test_a_run_that_is_asked_for_padded_rows_does_not_blame_the_base(tmp_path: Path) -> None:
