@@ -63,7 +63,7 @@ def export(
         StorageError: the disk refused, or what is read back is not what was written; nothing of that form is left.
     """
     source = read_source(target, model=model)
-    if source.start is not None:
+    if source.variant is not None:
         source = with_plain_lora(source, fetch_weights(source.base))
     settings, weights = source.settings, source.weights
     plain = None

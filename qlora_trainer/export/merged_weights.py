@@ -24,7 +24,7 @@ from qlora_trainer.model.base import weight_files
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.streamed import DiskWeights
-from qlora_trainer.model.table_updates import TableUpdate, update_table_
+from qlora_trainer.model.table_updates import TableUpdate, update_table_, updated_bias
 
 _BLOCK_ELEMENTS = 2**24  # of a weight in fp32 at once: 64 MiB
 
@@ -155,7 +155,7 @@ class MergedWeights(Mapping[str, Tensor]):
         if stored.shape != like.shape:
             raise _broken(name, f"the shape {tuple(stored.shape)}", f"{tuple(like.shape)}, as config.json says")
         if name.endswith(".bias"):
-            return (stored if update.own_bias_V is None else update.own_bias_V).to(like.dtype)
+            return updated_bias(stored, update).to(like.dtype)
         table_VH = torch.empty(like.shape, dtype=like.dtype)
         start_VH = stored if update.own_VH is None else update.own_VH
         update_table_(table_VH, None, replace(update, own_VH=start_VH))

@@ -16,12 +16,13 @@ from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_fields, read_adapter_folder, require_whole
+from qlora_trainer.model.adapter_variants import Variant
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings
+from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import TableUpdate
-from qlora_trainer.model.taken_start import as_plain_lora
 from qlora_trainer.run.folder import RunFolder, find_adapter
 
 
@@ -41,7 +42,7 @@ class Source:
         weights: by our names, see `model.adapter_folder.adapter_tensors`.
         chat_template: where it is not the base's own.
         updates: of tables whose weights are to be made (see `model.table_updates`).
-        start: see `AdapterFolder`; None once `with_plain_lora` has seen it.
+        variant: see `AdapterFolder`; None once `with_plain_lora` has seen it.
     """
 
     folder: Path
@@ -56,7 +57,7 @@ class Source:
     weights: Mapping[str, Tensor]
     chat_template: str | None
     updates: Mapping[str, TableUpdate] = field(default_factory=dict)
-    start: str | None = None
+    variant: Variant | None = None
 
     @property
     def tables(self) -> BaseTables:
@@ -106,7 +107,7 @@ def read_source(target: Path, *, model: str | None, may_change_base: bool = Fals
         weights=adapter.weights,
         chat_template=read_chat_template(str(template)) if template.is_file() else None,
         updates=adapter.updates,
-        start=adapter.start,
+        variant=adapter.variant,
     )
 
 
@@ -115,14 +116,15 @@ def with_plain_lora(source: Source, base: Base) -> Source:
 
     Args:
         source: as it was read.
-        base: its base, the weights of which are on disk where `source.start` is one.
+        base: its base, the weights of which are on disk where `source.variant` is one.
 
     Raises:
         ConfigError: see `as_plain_lora`.
     """
     weights, settings = dict(source.weights), source.settings
-    adapter = AdapterFolder(source.base_name, source.revision, settings, weights, start=source.start)
-    return replace(source, weights=as_plain_lora(adapter, base.folder).weights, start=None)
+    adapter = AdapterFolder(source.base_name, source.revision, settings, weights, source.updates, source.variant)
+    plain = as_plain_lora(adapter, base.folder)
+    return replace(source, weights=plain.weights, updates=plain.updates, variant=None)
 
 
 def _run_of(folder: Path) -> RunFolder | None:

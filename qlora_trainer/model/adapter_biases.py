@@ -92,13 +92,6 @@ def take_biases(
         leaf = next(leaf for leaf in (_OF_B, _OWN_OF_TARGET, _OWN) if name.endswith(leaf))
         owner = name.removesuffix(leaf)
         if tables is not None and any(owner == own or owner.startswith(f"{own}.") for own in tables.names):
-            if leaf == _OF_B:
-                raise ConfigError(
-                    where=str(where),
-                    found=f"{name}, a bias of the B of a head (lora_bias)",
-                    expected="such biases on linears inside the layers only",
-                    fix="Use it with PEFT, which merges it where the head has a bias.",
-                )
             if owner == tables.head and owner not in whole:
                 found.add(owner)
             elif owner in (f"{own}.original_module" for own in whole):

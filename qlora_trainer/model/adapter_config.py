@@ -11,7 +11,8 @@ from typing import Any
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_fields import of_twice_the_rank, require_plain_lora, taken_start
+from qlora_trainer.model.adapter_fields import require_plain_lora
+from qlora_trainer.model.adapter_variants import of_more_rank, require_variant, variant_of
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,
@@ -91,7 +92,7 @@ def short_target_modules(targets: Sequence[str], linear_names: Sequence[str]) ->
 
 
 def read_config_fields(path: Path) -> dict[str, Any]:
-    """The checked fields of an `adapter_config.json`; those of plain LoRA where there was a `taken_start`.
+    """The checked fields of an `adapter_config.json`; ranks and alphas are those of plain LoRA (`of_more_rank`).
 
     Raises:
         ConfigError: no config of a LoRA adapter, or a variant that this version does not compute.
@@ -105,16 +106,17 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     if not (_is_rank(rank) and _is_number(alpha) and _is_number(dropout) and 0 <= dropout < 1):
         found = f"r = {rank!r}, lora_alpha = {alpha!r}, lora_dropout = {dropout!r}"
         raise wrong_adapter(path, found, "a positive whole number, a number, and a share below 1")
-    if not (isinstance(targets, str) or _are_names(targets)):
+    if not (isinstance(targets, str) or _are_names(targets) or (targets is None and fields.get("target_parameters"))):
         raise wrong_adapter(path, f"target_modules = {targets!r}", "a list of names or a regular expression")
     require_plain_lora(path, fields)
+    require_variant(path, fields)
     _check_variants(path, fields)
     _check_token_ids(path, fields.get("trainable_token_indices"))
     _check_excluded(path, fields.get("exclude_modules"))
     layers = fields.get("layers_to_transform")
     one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
     one_form |= {"layers_to_transform": [layers]} if isinstance(layers, int) else {}
-    return dict(fields) | one_form | (of_twice_the_rank(fields) if taken_start(fields) else {})
+    return dict(fields) | one_form | of_more_rank(fields)
 
 
 def settings_of(
@@ -185,7 +187,13 @@ def asked_updates(fields: Mapping[str, Any], *, linear_names: Sequence[str], tab
         for name in _meant(tables.names, [entry], where, "trainable_token_indices", "embeddings and head"):
             token_ids[name] = tuple(ids)
     _, targets = _targets(fields, linear_names, tables, where)
-    return AskedUpdates(targets, token_ids, bool(fields.get("ensure_weight_tying")))
+    return AskedUpdates(
+        targets,
+        token_ids,
+        ties=bool(fields.get("ensure_weight_tying")),
+        variant=variant_of(fields),
+        has_parameters=bool(fields.get("target_parameters")),
+    )
 
 
 def _targets(

@@ -7,12 +7,12 @@ in every adapter).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_variants import STARTS, folded
 
 # Read in `model.adapter_config` and `run`, each with checks of its own.
 READ = frozenset(
@@ -21,18 +21,23 @@ READ = frozenset(
         "base_model_name_or_path",
         "ensure_weight_tying",
         "exclude_modules",
+        "kasa_config",  # this and three below: `model.adapter_variants`
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "lora_bias",  # of each B
         "lora_dropout",
         "modules_to_save",
+        "monteclora_config",
         "r",
         "rank_pattern",
         "revision",
         "target_modules",
+        "target_parameters",
         "trainable_token_indices",
+        "use_bdlora",
         "use_dora",
+        "use_qalora",
         "use_rslora",
     }
 )
@@ -50,7 +55,7 @@ UNUSED = frozenset(
         "megatron_core",
         "merge_weights",  # of PEFT 0.2
         "peft_version",
-        "qalora_group_size",  # without `use_qalora`
+        "qalora_group_size",  # which the shape of A tells
         "runtime_config",
         "task_type",
         "velora_config",  # compresses what backward keeps; forward is plain LoRA's
@@ -60,7 +65,6 @@ UNUSED = frozenset(
         "lorap_lr_ratio",
     }
 )
-STARTS = ("pissa", "olora")  # whose change of the base can be found again there: see `model.taken_start`
 _MERGE = "Merge it into its base with PEFT (merge_and_unload), and take that as the base."
 _CONVERT = (
     "PEFT cannot load it over its base alone either. Where it was trained, make plain LoRA of it (save_pretrained with "
@@ -74,16 +78,11 @@ PLAIN: dict[str, tuple[tuple[object, ...], str]] = {
     "arrow_config": ((None,), "Use it with PEFT: its router cannot be merged. Or take one of its adapters."),
     "enable_lora": ((None, []), _MERGE),  # of PEFT 0.2, for joined linears
     "init_lora_weights": ((True, False, None, "gaussian", "eva", "mica", "orthogonal", *STARTS), _CONVERT),
-    "kasa_config": ((None,), _MERGE),
     "layer_replication": (
         (None, []),
         "Write its base out with each repeated layer as one of its own, delete the field and take that as the base: "
         "PEFT's merge_and_unload adds what belongs to several copies to the weights that they share.",
     ),
-    "monteclora_config": ((None,), _MERGE),
-    "target_parameters": ((None, []), _MERGE),
-    "use_bdlora": ((None, False), _MERGE),
-    "use_qalora": ((False, None), _MERGE),
 }
 _NOTHING: tuple[object, ...] = (None, False, "", [], {})
 
@@ -99,7 +98,7 @@ def require_plain_lora(path: Path, fields: Mapping[str, Any]) -> None:
         ConfigError: names the first such field, its value and what to do.
     """
     for name, (allowed, fix) in PLAIN.items():
-        if name in fields and _folded(fields[name]) not in allowed:
+        if name in fields and folded(fields[name]) not in allowed:
             raise ConfigError(
                 where=str(path), found=f"{name} = {fields[name]!r}", expected=_shown(name, allowed), fix=fix
             )
@@ -112,30 +111,6 @@ def require_plain_lora(path: Path, fields: Mapping[str, Any]) -> None:
                 expected="the fields of PEFT 0.21",
                 fix="Delete it from the file if the adapter computes the same without it, or merge it with PEFT.",
             )
-
-
-def taken_start(fields: Mapping[str, Any]) -> str | None:
-    """The one of `STARTS` that an adapter had; None for any other."""
-    start = _folded(fields.get("init_lora_weights"))
-    return start if isinstance(start, str) and start in STARTS else None
-
-
-def of_twice_the_rank(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of the plain LoRA that an adapter with one of `STARTS` is: twice the rank, and the same scale."""
-    of_alpha = math.sqrt(2.0) if fields.get("use_rslora") else 2
-    ranks, alphas = (fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-    return {
-        "r": 2 * fields["r"],
-        "lora_alpha": of_alpha * fields["lora_alpha"],
-        "rank_pattern": {name: 2 * rank for name, rank in ranks.items()},
-        "alpha_pattern": {name: of_alpha * alpha for name, alpha in alphas.items()},
-    }
-
-
-def _folded(value: object) -> object:
-    """PEFT takes the names of most starts in any case."""
-    is_as_it_is = not isinstance(value, str) or value == "LORA" or value.lower().startswith("pissa")
-    return value if is_as_it_is else str(value).lower()
 
 
 def _shown(name: str, allowed: tuple[object, ...]) -> str:

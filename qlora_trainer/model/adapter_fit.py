@@ -7,11 +7,12 @@ from transformers import PreTrainedModel
 
 from qlora_trainer.model.adapter_biases import in_order
 from qlora_trainer.model.adapter_folder import AdapterFolder
+from qlora_trainer.model.adapter_variants import Variant
 from qlora_trainer.model.adapters import require_shapes
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.table_names import BaseTables
-from qlora_trainer.model.table_updates import require_unscaled, require_updates_fit
+from qlora_trainer.model.table_updates import require_updates_fit
 from qlora_trainer.model.trained_biases import require_trainable_biases
 
 
@@ -61,12 +62,22 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
     """
     require_trainable_biases(skeleton, adapter.settings)
     shapes = expected_shapes(skeleton, adapter.settings)
-    if adapter.start is not None:  # half of what they will be
-        shapes |= {name: (own[0] // 2, own[1]) for name, own in shapes.items() if name.endswith(".lora_A")}
-        shapes |= {name: (own[0], own[1] // 2) for name, own in shapes.items() if name.endswith(".lora_B")}
-    scaled = {name for name in adapter.updates if hasattr(skeleton.get_submodule(name), "embed_scale")}
-    require_unscaled(adapter.updates, scaled, where=where)
+    if adapter.variant is not None:
+        shapes = _shapes_in_file(adapter.variant, adapter, shapes)
     require_updates_fit(adapter.updates, shapes, where=where)
     to_be_made = {f"{name}.{leaf}" for name in adapter.updates for leaf in ("weight", "bias")}
     expected = {name: shape for name, shape in shapes.items() if name not in to_be_made}
     require_shapes(expected, adapter.weights, where=where)
+
+
+def _shapes_in_file(
+    variant: Variant, adapter: AdapterFolder, shapes: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    found = dict(shapes)
+    for name in adapter.settings.targets:
+        a, b = f"{name}.lora_A", f"{name}.lora_B"
+        plain = ((shapes[a][0], shapes[a][1]), (shapes[b][0], shapes[b][1]))
+        found[a], found[b] = variant.shapes_in_file(name, plain, adapter.weights.get(a))
+        if variant.has_blocks(name)[1]:
+            found.pop(f"{b}_bias", None)
+    return found

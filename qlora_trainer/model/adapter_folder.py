@@ -17,7 +17,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import has_biases, take_biases
 from qlora_trainer.model.adapter_config import asked_updates, read_config_fields, settings_of, wrong_adapter
-from qlora_trainer.model.adapter_fields import taken_start
+from qlora_trainer.model.adapter_variants import Variant, as_target_modules, variant_of
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
@@ -27,7 +27,9 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 _COMPUTED = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_OF_BACKWARD = ".lora_velora_embed"  # VeLoRA's, with which it compresses what backward keeps
+# VeLoRA's, with which it compresses what backward keeps, and MonteCLoRA's, of the noise that A has in training.
+_OF_TRAINING = (".lora_velora_embed", ".lora_monteclora_sampler")
+_DIAGONAL = ".lora_diag"  # KaSA's, between A and B
 _MATRICES = (".lora_A", ".lora_B")  # which PEFT keeps in modules of their own, with a `.weight`
 
 
@@ -42,8 +44,7 @@ class AdapterFolder:
         weights: by our names, see `adapter_tensors`.
         updates: what becomes of tables that are in `settings.modules_to_save`, but not in `weights` (see
             `model.table_updates`); only where it was asked for.
-        start: "pissa" or "olora": `weights` have half the ranks of `settings`, until `model.taken_start` has found the
-            other half in the base; None for plain LoRA.
+        variant: what `weights` are, until `model.plain_lora` has made of them what `settings` say; None for plain LoRA.
     """
 
     base_name: str
@@ -51,7 +52,7 @@ class AdapterFolder:
     settings: LoraSettings
     weights: dict[str, Tensor]
     updates: Mapping[str, TableUpdate] = field(default_factory=dict)
-    start: str | None = None
+    variant: Variant | None = None
 
 
 def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
@@ -94,7 +95,8 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     if not (folder / WEIGHTS_FILE).is_file():
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
-    return read_config_fields(folder / ADAPTER_CONFIG_FILE)
+    fields = read_config_fields(folder / ADAPTER_CONFIG_FILE)
+    return as_target_modules(fields, lora_modules(folder)) if fields.get("target_parameters") else fields
 
 
 def trains_biases(folder: Path) -> bool:
@@ -157,20 +159,18 @@ def read_adapter_folder(
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
     settings = settings_of(fields, linear_names=linear_names, tables=tables, where=folder / ADAPTER_CONFIG_FILE)
-    if fields.get("velora_config"):
-        tensors = {name: own for name, own in tensors.items() if not name.endswith(_OF_BACKWARD)}
+    if fields.get("velora_config") or fields.get("monteclora_config") is not None:
+        tensors = {name: own for name, own in tensors.items() if not any(part in name for part in _OF_TRAINING)}
     weights = _usable(weights_by_our_names(tensors), folder / WEIGHTS_FILE)
     if len(weights) != len(tensors):
         raise wrong_adapter(folder / WEIGHTS_FILE, "a weight twice, with and without a prefix", "each weight once")
     if settings.tied_head is not None:
         _forget_second_table(weights, settings, folder / WEIGHTS_FILE)
     updates: Mapping[str, TableUpdate] = {}
-    start = taken_start(fields)
+    if fields.get("kasa_config") is not None:
+        _take_diagonals(weights, folder / WEIGHTS_FILE)
     if tables is not None:
         asked = asked_updates(fields, linear_names=linear_names, tables=tables)
-        if start is not None and asked.targets:
-            both = f"init_lora_weights = {start!r}, and LoRA on {', '.join(asked.targets)}"
-            raise wrong_adapter(folder / ADAPTER_CONFIG_FILE, both, "such a start on linears inside the layers only")
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
     biases = take_biases(
         weights,
@@ -182,7 +182,7 @@ def read_adapter_folder(
     )
     settings = replace(settings, biases=biases)
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
-    found = AdapterFolder(name, revision, settings, weights, updates, start)
+    found = AdapterFolder(name, revision, settings, weights, updates, variant_of(fields))
     if not may_change_base:
         require_whole(found, folder)
     return found
@@ -221,6 +221,21 @@ def _usable(weights: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):  # NaN becomes both ends
             raise wrong_adapter(path, f"a number in {name} that is not finite", "finite numbers")
     return found
+
+
+def _take_diagonals(weights: dict[str, Tensor], path: Path) -> None:
+    """B diag(d) for B, of KaSA.
+
+    Raises:
+        ConfigError: a diagonal without a B of its size.
+    """
+    for name in [name for name in weights if name.endswith(_DIAGONAL)]:
+        owner, diagonal_R = name.removesuffix(_DIAGONAL), weights.pop(name)
+        b_OR = weights.get(f"{owner}.lora_B")
+        if b_OR is None or b_OR.ndim != 2 or diagonal_R.shape != b_OR.shape[1:]:
+            found = f"{name} {tuple(diagonal_R.shape)}, and {'no' if b_OR is None else tuple(b_OR.shape)} lora_B"
+            raise wrong_adapter(path, found, "KaSA's diagonal beside a B of as many columns")
+        weights[f"{owner}.lora_B"] = b_OR.float() * diagonal_R.float()
 
 
 def _forget_second_table(weights: dict[str, Tensor], settings: LoraSettings, path: Path) -> None:

@@ -101,17 +101,17 @@ class AdapterSet:
         Args:
             name: what to call it (see `config.adapter_names`).
             adapter: as `read_adapter_folder` returned it for the linears of this base, and of plain LoRA (see
-                `model.taken_start`). Its weights are copied.
+                `model.plain_lora`). Its weights are copied.
 
         Raises:
             ConfigError: the name cannot be one or is taken; a weight is not finite or no floating-point number; names
                 or shapes do not fit the base, of which the first five differences are told. The set is unchanged.
         """
         check_adapter_name(name, taken=self._adapters)
-        if adapter.start is not None:
+        if adapter.variant is not None:
             raise ConfigError(
                 where=f"adapter {name}",
-                found=f"a start ({adapter.start}) that has taken a part of it from the base",
+                found=f"weights of a variant: {adapter.variant}",
                 expected="plain LoRA",
                 fix="Give it to `as_plain_lora` first.",
             )

@@ -33,6 +33,11 @@ class DiskWeights:
 
     files: Mapping[str, Path]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, which is not read."""
+        with open_weights(self.files[name]) as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def dense(self, name: str) -> Tensor:
         """A copy of one tensor, as it is stored."""
         return self.copied(name, device=torch.device("cpu"), dtype=None)

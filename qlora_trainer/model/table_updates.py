@@ -22,16 +22,17 @@ import torch
 from torch import Tensor
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_variants import Variant
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.table_names import BaseTables
 
 _OF_EMBEDDING, _OF_HEAD = ("lora_embedding_A", "lora_embedding_B"), ("lora_A", "lora_B")
 _ROWS = "token_adapter.trainable_tokens_delta"
-_MAGNITUDE = "lora_magnitude_vector"
+_MAGNITUDE, _BIAS = "lora_magnitude_vector", "lora_B.bias"
 _OWN = ("weight", "base_layer.weight", "token_adapter.base_layer.weight")
 _OWN_BIAS = ("bias", "base_layer.bias", "token_adapter.base_layer.bias")
 _PLAIN = ("weight", "bias")
-_LEAVES = (*_OF_EMBEDDING, *_OF_HEAD, _MAGNITUDE, _ROWS, *_OWN, *_OWN_BIAS)
+_LEAVES = (*_OF_EMBEDDING, *_OF_HEAD, _MAGNITUDE, _BIAS, _ROWS, *_OWN, *_OWN_BIAS)
 _BLOCK_ELEMENTS = 2**24  # of a table in fp32 at once: 64 MiB
 
 
@@ -44,6 +45,8 @@ class TableUpdate:
         own_bias_V: of a head that has one, likewise.
         rows_VR, columns_RH: whose product, times `scale`, is added; None for none.
         scale: of that product.
+        is_of_rest: it is to be added to what a start has left of the base's table (see `model.plain_lora`).
+        bias_V: of `lora_bias`; times `scale`, it is added to the bias of a head that has one.
         magnitude_V: of DoRA on a head, the length of each row of the sum.
         column_magnitude_H: of DoRA on an embedding, that of each column (PEFT's `DoraEmbeddingLayer`).
         token_ids_N, token_rows_NH: rows that are replaced.
@@ -54,6 +57,8 @@ class TableUpdate:
     rows_VR: Tensor | None = None
     columns_RH: Tensor | None = None
     scale: float = 0.0
+    is_of_rest: bool = False
+    bias_V: Tensor | None = None
     magnitude_V: Tensor | None = None
     column_magnitude_H: Tensor | None = None
     token_ids_N: Tensor | None = None
@@ -68,11 +73,15 @@ class AskedUpdates:
         targets: full names of those with LoRA.
         token_ids: full name -> rows that are trained.
         ties: `ensure_weight_tying`.
+        variant: of the adapter, None for plain LoRA.
+        has_parameters: some LoRA is on weights (`target_parameters`): that of an embedding is as a head's then.
     """
 
     targets: tuple[str, ...]
     token_ids: Mapping[str, tuple[int, ...]]
     ties: bool
+    variant: Variant | None = None
+    has_parameters: bool = False
 
 
 def take_updates(
@@ -97,8 +106,9 @@ def take_updates(
     token_ids, targets = dict(asked.token_ids), set(asked.targets)
     is_one = tables.is_tied and asked.ties and bool({embedding, head} & targets)
     if is_one:
-        if settings.use_dora:
-            _refuse(where, "DoRA on embedding and head, which are one table", "plain LoRA there")
+        if settings.use_dora or asked.variant is not None:
+            what = "DoRA" if settings.use_dora else "A variant of LoRA"
+            _refuse(where, f"{what} on embedding and head, which are one table", "plain LoRA there")
         targets |= {embedding, head}
     if tables.is_tied and embedding in token_ids:
         is_one = token_ids.get(head, token_ids[embedding]) == token_ids[embedding]
@@ -122,8 +132,7 @@ def take_updates(
         if parts or name in targets or name in token_ids:
             if is_whole:
                 _refuse(where, f"{name} trained whole and with an update as well", "one of both")
-            is_embedding = name in tables.embeddings
-            updates[name] = _update(name, parts, targets, token_ids, settings, is_embedding=is_embedding, where=where)
+            updates[name] = _update(name, parts, targets, token_ids, settings, asked, tables=tables, where=where)
     if not (tables.is_tied and {embedding, head} & updates.keys()) or {embedding, head} & {*settings.modules_to_save}:
         return _with_tables(settings, updates, tables), updates
     is_one |= not targets & {embedding, head} and not token_ids.keys() & {embedding, head}  # only tables of its own
@@ -136,14 +145,18 @@ def _update(
     targets: Collection[str],
     token_ids: Mapping[str, tuple[int, ...]],
     settings: LoraSettings,
+    asked: AskedUpdates,
     *,
-    is_embedding: bool,
+    tables: BaseTables,
     where: Path,
 ) -> TableUpdate:
-    pair = _OF_EMBEDDING if is_embedding else _OF_HEAD
+    is_lookup = name in tables.embeddings and not (asked.has_parameters and _OF_HEAD[0] in parts)
+    pair = _OF_EMBEDDING if is_lookup else _OF_HEAD
     wanted = {*(pair if name in targets else ()), *((_ROWS,) if name in token_ids else ())}
     if name in targets and settings.use_dora:
         wanted.add(_MAGNITUDE)
+    if name in targets and settings.lora_bias:
+        wanted.add(_BIAS)
     if (found := parts.keys() - {*_OWN, *_OWN_BIAS}) != wanted:
         shown = ", ".join(sorted(found)) or "nothing"
         _refuse(where, f"{shown} of {name}", ", ".join(sorted(wanted)) or "nothing", "Save it again with PEFT.")
@@ -152,17 +165,24 @@ def _update(
         ids_N = torch.tensor(token_ids[name]) if name in token_ids else None
         return TableUpdate(own_VH=own_VH, own_bias_V=own_bias_V, token_ids_N=ids_N, token_rows_NH=parts.get(_ROWS))
     a, b = (parts[leaf] for leaf in pair)
-    rank = settings.rank_of(name)
+    variant = asked.variant or Variant()
+    rank = settings.rank_of(name) // variant.rank_factor
     if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
         _refuse(where, f"{pair[0]} {tuple(a.shape)} and {pair[1]} {tuple(b.shape)} of {name}", f"rank {rank}")
+    # What a start has left of a table is in the file, if tables were saved. PEFT begins an embedding as plain LoRA.
+    is_of_rest = bool(variant.parts) and own_VH is None and not is_lookup
+    if is_of_rest and tables.is_tied:
+        _refuse(where, f"{name} as a start has left it, of a base that ties it, and no table of its own", "one")
     return TableUpdate(
         own_VH=own_VH,
         own_bias_V=own_bias_V,
-        rows_VR=a.T if is_embedding else b,
-        columns_RH=b.T if is_embedding else a,
+        rows_VR=a.T if is_lookup else b,
+        columns_RH=b.T if is_lookup else a,
         scale=settings.scale_of(name),
-        magnitude_V=None if is_embedding else parts.get(_MAGNITUDE),
-        column_magnitude_H=parts.get(_MAGNITUDE) if is_embedding else None,
+        is_of_rest=is_of_rest,
+        bias_V=parts.get(_BIAS),
+        magnitude_V=None if is_lookup else parts.get(_MAGNITUDE),
+        column_magnitude_H=parts.get(_MAGNITUDE) if is_lookup else None,
     )
 
 
@@ -200,22 +220,6 @@ def _is_same_sum(one: TableUpdate, other: TableUpdate) -> bool:
     return is_same and one.scale == other.scale and other.magnitude_V is None
 
 
-def require_unscaled(updates: Mapping[str, TableUpdate], scaled: Collection[str], *, where: str) -> None:
-    """Refuse DoRA where PEFT 0.21 computes one thing in its forward, another when it merges.
-
-    Args:
-        updates: by the full name of a table.
-        scaled: full names of embeddings whose rows are multiplied by a constant when they are looked up (Gemma's).
-        where: what to call the adapter in an error.
-
-    Raises:
-        ConfigError: names the first such embedding.
-    """
-    for name, update in updates.items():
-        if update.column_magnitude_H is not None and name in scaled:
-            _refuse(where, f"DoRA on {name}, whose rows are scaled when they are looked up", "plain LoRA there")
-
-
 def require_updates_fit(
     updates: Mapping[str, TableUpdate], shapes: Mapping[str, tuple[int, ...]], *, where: str
 ) -> None:
@@ -235,10 +239,14 @@ def require_updates_fit(
         rank = 0 if update.rows_VR is None else update.rows_VR.shape[-1]
         ids_N = update.token_ids_N
         num_tokens = 0 if ids_N is None else ids_N.numel()
+        if update.bias_V is not None and f"{name}.bias" not in shapes:
+            found = f"lora_bias on {name}, which has no bias of its own"
+            _refuse(where, found, "a head with one: no model file has a place for it", "Use it with PEFT.")
         for part, expected in (
             (update.own_VH, (num_rows, hidden)),
             (update.own_bias_V, bias_shape),
             (update.rows_VR, (num_rows, rank)),
+            (update.bias_V, bias_shape),
             (update.columns_RH, (rank, hidden)),
             (update.magnitude_V, (num_rows,)),
             (update.column_magnitude_H, (hidden,)),
@@ -262,8 +270,8 @@ def update_table_(table_VH: Tensor, bias_V: Tensor | None, update: TableUpdate) 
         bias_V: of a head that has one.
         update: that fits both.
     """
-    if bias_V is not None and update.own_bias_V is not None:
-        bias_V.copy_(update.own_bias_V)
+    if bias_V is not None:
+        bias_V.copy_(updated_bias(bias_V, update))
     device = table_VH.device
     block_rows = max(1, _BLOCK_ELEMENTS // table_VH.shape[1])
     blocks = [slice(first, first + block_rows) for first in range(0, table_VH.shape[0], block_rows)]
@@ -279,6 +287,14 @@ def update_table_(table_VH: Tensor, bias_V: Tensor | None, update: TableUpdate) 
         table_VH[block] = sum_QH.to(table_VH.dtype)
     if update.token_ids_N is not None and update.token_rows_NH is not None:
         table_VH[update.token_ids_N.to(device)] = update.token_rows_NH.to(device, table_VH.dtype)
+
+
+def updated_bias(bias_V: Tensor, update: TableUpdate) -> Tensor:
+    """Of a head that has one, fp32, on its device."""
+    own_V = (bias_V if update.own_bias_V is None else update.own_bias_V).to(bias_V.device, torch.float32)
+    if update.bias_V is None:
+        return own_V
+    return torch.add(own_V, update.bias_V.to(bias_V.device, torch.float32), alpha=update.scale)
 
 
 def _summed(table_VH: Tensor, update: TableUpdate, block: slice) -> Tensor:

@@ -21,7 +21,7 @@ from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import CausalModel, QuantizedModel
 from qlora_trainer.model.table_names import BaseTables
-from qlora_trainer.model.table_updates import require_unscaled, require_updates_fit, update_table_
+from qlora_trainer.model.table_updates import require_updates_fit, update_table_
 
 Table = FrozenEmbedding | FrozenHead
 _LEAVES = ("weight", "bias")
@@ -135,8 +135,6 @@ def with_updated_tables(model: QuantizedModel, adapter: AdapterFolder, *, where:
         ConfigError: an update of another base.
     """
     tables = table_weights(model, adapter.settings)
-    scaled = {name for name, table in tables_of(model).items() if getattr(table, "scale", None) is not None}
-    require_unscaled(adapter.updates, scaled, where=where)
     require_updates_fit(adapter.updates, {name: tuple(own.shape) for name, own in tables.items()}, where=where)
     made = {
         name: own.to(dtype=model.compute_dtype, copy=True)

@@ -24,7 +24,7 @@ from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer, require_tokenizer_fits, resolve_base
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
-from qlora_trainer.model.taken_start import as_plain_lora
+from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.trained_tables import base_tables_of, with_updated_tables
 from qlora_trainer.run.fingerprints import require_same_base
 from qlora_trainer.run.folder import RunFolder, find_adapter

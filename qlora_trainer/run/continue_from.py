@@ -34,6 +34,7 @@ from qlora_trainer.model.adapter_folder import (
     read_adapter_folder,
     trains_biases,
 )
+from qlora_trainer.model.adapter_variants import variant_told
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings, pattern_fits
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
@@ -254,6 +255,8 @@ def initial_told(config: RunConfig, initial: AdapterFolder | None) -> Iterator[P
         biases = len(settings.biases) + len(settings.targets) * settings.lora_bias
         more = f", and with the {biases} biases that it has trained" if biases else ""
         yield Preparing(what=f"beginning with the adapter {config.lora.init_from}, trained on {base}{more}")
+        if (told := variant_told(read_adapter_fields(initial_folder(str(config.lora.init_from))))) is not None:
+            yield Preparing(what=told)
 
 
 def initial_hash(config: RunConfig) -> dict[str, str]:

@@ -29,8 +29,8 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.offload import keep_least
+from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.taken_start import as_plain_lora
 from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of, updated_tables
 from qlora_trainer.planning.plan import Plan, PlanKnobs, is_paged
@@ -166,9 +166,10 @@ def _fetched(
 ) -> Generator[Preparing, None, tuple[Base, AdapterFolder | None]]:
     """The base with its weights, and the adapter to begin with as plain LoRA on it."""
     base = fetch_weights(base)
-    if initial is None or initial.start is None:
+    if initial is None or initial.variant is None:
         return base, initial
-    yield Preparing(what=f"finding in the base what {initial.start} has taken from it")
+    if initial.variant.parts:
+        yield Preparing(what=f"finding in the base what {' and '.join(initial.variant.parts)} has taken from it")
     return base, as_plain_lora(initial, base.folder)
 
 

@@ -85,6 +85,7 @@ CASES: list[tuple[str, dict[str, Any], list[str], bool]] = [
     ("llama", {"trainable_token_indices": [3, 7], "save_embeddings": True}, [EMBEDDING, HEAD], False),
     ("phi", target("embed_tokens", "lm_head"), [EMBEDDING, HEAD], False),  # a head with a bias
     ("gemma2", target("embed_tokens", ensure_weight_tying=True), [EMBEDDING], True),  # a scale on the embedding
+    ("gemma2", target("embed_tokens", use_dora=True), [EMBEDDING, HEAD], False),  # columns, then the scale
     ("gemma2", {"trainable_token_indices": [3, 7]}, [EMBEDDING], True),
     ("qwen3", target("lm_head", ensure_weight_tying=True), [EMBEDDING], True),
     ("qwen3", target("lm_head"), [EMBEDDING, HEAD], False),  # the file has the table of both, too
@@ -165,16 +166,6 @@ def test_what_contradicts_itself_is_refused(
         read(tmp_path / "adapter", load_for_training(base, cache))
     assert message in str(error.value)
     assert "PEFT" in str(error.value)  # what to do
-
-
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
-def test_dora_on_scaled_embeddings_is_refused(prepared: Prepared, tmp_path: Path) -> None:
-    """PEFT's forward leaves Gemma's scale out of what it adds, its merge does not."""
-    base, cache = prepared["gemma2"]
-    save_with_peft(tmp_path / "adapter", cache, **target("embed_tokens", use_dora=True))
-    model = load_for_training(base, cache)
-    with pytest.raises(ConfigError, match=r"DoRA on model\.embed_tokens, whose rows are scaled.*merge_and_unload"):
-        with_updated_tables(model, read(tmp_path / "adapter", model))
 
 
 @pytest.mark.parametrize(
