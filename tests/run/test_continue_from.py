@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -232,14 +233,29 @@ def test_two_words_for_the_same_biases_are_both_taken(tmp_path: Path) -> None:
             filled_in(begun_with(tmp_path, base, folder, "lora.bias=none"))
 
 
-@pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_run_goes_on_from_a_start_that_took_a_part_of_the_base(start: str, tmp_path: Path, base: Path) -> None:
-    """As LoRA of twice the rank, with PEFT's logits over the base as it was published; `chat` has the same ones."""
-    folder = tmp_path / "theirs"
-    make_adapter(folder, base, target_modules=["q_proj", "down_proj"], init_lora_weights=start)
+# PEFT's fields -> what is told of them, and the rank as plain LoRA.
+VARIANTS: dict[str, tuple[dict[str, Any], str, int]] = {
+    "pissa": ({"init_lora_weights": "pissa"}, "PiSSA, of twice the rank", 6),
+    "olora": ({"init_lora_weights": "olora"}, "OLoRA, of twice the rank", 6),
+    "kasa": ({"kasa_config": KasaConfig()}, "KaSA, of twice the rank", 6),
+    "bdlora": ({"use_bdlora": BdLoraConfig(["down_proj"], ["q_proj"], nblocks=2), "r": 4}, "BD-LoRA, whose zeros", 4),
+    "monteclora": ({"monteclora_config": MontecloraConfig()}, "MonteCLoRA as it is evaluated", 3),
+    "weights": ({"target_parameters": ["v_proj.weight"], "alpha_pattern": {"v_proj.weight": 9}}, "LoRA on weights", 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # of a weight; PEFT takes it
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_goes_on_from_a_variant_as_plain_lora(variant: str, tmp_path: Path, base: Path) -> None:
+    """Of what rank it takes, with PEFT's logits over the base as it was published; `chat` has the same ones."""
+    folder, (fields, told, rank) = tmp_path / "theirs", VARIANTS[variant]
+    make_adapter(folder, base, target_modules=["q_proj", "down_proj"], **fields)
     options = ("lora.dtype=float32", "training.max_steps=2")
-    records = run_to_end(begun_with(tmp_path, base, folder, *options))
-    assert any(isinstance(one, Preparing) and one.what.endswith(f"what {start} has taken from it") for one in records)
+    records = [
+        one.what for one in run_to_end(begun_with(tmp_path, base, folder, *options)) if isinstance(one, Preparing)
+    ]
+    assert any(one.startswith(f"read as plain LoRA: {told}") for one in records)
+    assert any(one.endswith(f"what {variant} has taken from it") for one in records) == (rank == 6)
     found, expected = (made_logits(base, path, tiny_documents(20)) for path in (tmp_path / "run" / "adapter", folder))
     assert relative_error(found, expected) <= 1e-5
     assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
@@ -250,10 +266,27 @@ def test_a_run_goes_on_from_a_start_that_took_a_part_of_the_base(start: str, tmp
         adapters.activate(name)
         used[name] = packed_logits(adapters.model, tiny_documents(20))
     assert relative_error(used["run"], used["theirs"]) <= 1e-5
-    assert filled_in(begun_with(tmp_path, base, folder)).lora.rank == 6
-    if start != "pissa":
+    assert filled_in(begun_with(tmp_path, base, folder)).lora.rank == rank
+    if variant not in ("pissa", "bdlora"):
         return
     require_same_after_a_cut(tmp_path, base, folder, *options)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*embedding layers")
+@pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa"}, {"kasa_config": KasaConfig()}], ids=str)
+def test_a_run_goes_on_from_what_a_start_has_left_of_a_head(
+    fields: dict[str, Any], tmp_path: Path, bases: dict[bool, Path]
+) -> None:
+    """Whether the head is in the file or not: then the part is found again in the base's."""
+    base, options = bases[False], ("lora.dtype=float32", "training.max_steps=2", "lora.modules_to_save=[lm_head]")
+    made = make_adapter(tmp_path / "with", base, target_modules=["q_proj", "lm_head"], **fields)
+    made.save_pretrained(tmp_path / "without", save_embedding_layers=False)
+    for name in ("with", "without"):
+        folder, to = tmp_path / name, tmp_path / f"run of {name}"
+        run_to_end(begun_with(tmp_path, base, folder, *options, f"output.dir={to}"))
+        found, expected = (made_logits(base, path, tiny_documents(20)) for path in (to / "adapter", folder))
+        assert relative_error(found, expected) <= 1e-5
+        assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
 
 
 @pytest.mark.parametrize("excluded", [["layers.0.self_attn.q_proj"], ["v_proj"], r".*layers\.1\..*"], ids=str)
