@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -87,6 +88,15 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
         ("llama", {"init_lora_weights": "pissa", "use_dora": True}),
         ("qwen2", {"init_lora_weights": "olora", "use_rslora": True}),
         ("qwen2", {"lora_bias": True, "use_rslora": True, "target_modules": ["q_proj", "v_proj"]}),
+        ("phi", {"lora_bias": True, "target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"init_lora_weights": "pissa", "target_modules": ["q_proj", "lm_head"]}),
+        ("llama", {"kasa_config": KasaConfig(), "target_modules": ["q_proj", "lm_head"]}),
+        (
+            "llama",
+            {"use_bdlora": BdLoraConfig(["o_proj"], ["q_proj"], nblocks=2), "r": 4, "target_modules": ["o_proj"]},
+        ),
+        ("llama", {"target_modules": [], "target_parameters": ["v_proj.weight", "embed_tokens.weight"]}),
+        ("gemma2", {"use_dora": True, "target_modules": ["q_proj", "embed_tokens"]}),
     ],
     ids=str,
 )
