@@ -106,6 +106,11 @@ class LoraSection(Section):
         description="Tables over the vocabulary that are trained whole, such as [embed_tokens, lm_head]: a copy each, "
         "with a gradient and an optimizer state; both where the base ties them, which is then one.",
     )
+    untie_tables: bool = Field(
+        False,
+        description="Train embedding and head of a base that ties them as two tables, or one of them alone, as PEFT "
+        "does without ensure_weight_tying; the exported adapter, and what is merged, has two tables.",
+    )
     bias: Literal["none", "lora_only", "all"] = Field(
         "none",
         description="Biases of the base that are trained as well, in float32: those of the linears with an adapter "

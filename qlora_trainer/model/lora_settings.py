@@ -86,7 +86,7 @@ def asked_settings(
         targets = _in_asked_layers(targets, section.layers_to_transform)
     for key in ("rank_pattern", "alpha_pattern"):
         require_patterns([pattern for pattern, _ in getattr(section, key)], targets, where=f"lora.{key}")
-    modules_to_save, tied_head = asked_tables(section.modules_to_save, tables)
+    modules_to_save, tied_head = asked_tables(section.modules_to_save, tables, unties=section.untie_tables)
     return LoraSettings(
         rank=rank,
         alpha=section.alpha_for(rank),

@@ -6,8 +6,8 @@
   writes it. The part is found again in W. With DoRA the rows of the same sum are scaled.
 * KaSA (arXiv:2412.06071) takes the R smallest singular parts out of W likewise, and trains B diag(d) A.
 * BD-LoRA has a block-diagonal A or B, of which the file has the blocks.
-* QALoRA (arXiv:2309.14717), over GPTQ, multiplies A by the mean of each group of G inputs, times the number of groups P:
-  each column of A stands for G inputs, times P / G. On linears that are not GPTQ's PEFT ignores it, and A is whole.
+* QALoRA (arXiv:2309.14717), over GPTQ, multiplies A by the mean of each group of G inputs, times the number of groups
+  P: each column of A stands for G inputs, times P / G. On linears that are not GPTQ's PEFT ignores it, and A is whole.
 
 Other starts that change the base cannot be found again (docs/log.md, thirteenth session).
 

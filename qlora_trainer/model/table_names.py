@@ -1,7 +1,8 @@
 """Embeddings and head of a base by name: what `modules_to_save` may name, and what it means where they are one table.
 
 transformers models that tie both have one table. PEFT trains a copy of either for itself, which unties them, unless
-`ensure_weight_tying` is set: then one copy serves both. Here a run trains one table for both, or none.
+`ensure_weight_tying` is set: then one copy serves both. Here a run does so where `lora.untie_tables` says it, and
+trains one table for both elsewhere.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from qlora_trainer.errors import ConfigError
 
-_KEY, _HEAD_KEY = "lora.modules_to_save", "quantization.head"
+_KEY, _HEAD_KEY, _UNTIES_KEY = "lora.modules_to_save", "quantization.head", "lora.untie_tables"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +35,21 @@ class BaseTables:
         return (*self.embeddings, self.head)
 
 
-def asked_tables(wanted: Sequence[str], tables: BaseTables) -> tuple[tuple[str, ...], str | None]:
+def asked_tables(
+    wanted: Sequence[str], tables: BaseTables, *, unties: bool = False
+) -> tuple[tuple[str, ...], str | None]:
     """What `lora.modules_to_save` means on a base.
 
     Args:
         wanted: full names, or their ends after a dot.
         tables: of the base.
+        unties: of one that ties two, each that is trained becomes a table of its own.
 
     Returns:
         Full names of what gets a table of its own that is trained, and the head that uses that of the embedding, too.
 
     Raises:
-        ConfigError: a name means no table, or one of two that the base ties.
+        ConfigError: a name means no table, or one of two that the base ties; or nothing is there to be untied.
     """
     for name in wanted:
         if not any(means(name, own) for own in tables.names):
@@ -58,12 +62,21 @@ def asked_tables(wanted: Sequence[str], tables: BaseTables) -> tuple[tuple[str, 
     chosen = tuple(own for own in tables.names if any(means(name, own) for name in wanted))
     both = (tables.embeddings[0], tables.head)
     tied = [name for name in both if name in chosen] if tables.is_tied else []
+    if unties and not tied:
+        raise ConfigError(
+            where=_UNTIES_KEY,
+            found="true, and no table that the base ties is trained",
+            expected=f"a base that ties embedding and head, and one of them in {_KEY}",
+            fix=f"Leave {_UNTIES_KEY} out.",
+        )
+    if unties:
+        return chosen, None
     if len(tied) == 1:
         raise ConfigError(
             where=_KEY,
             found=f"{_leaf(tied[0])} alone, of a base in which embedding and head are one table",
             expected="both, which are trained as the one table that they are, or neither",
-            fix=f"Write {_KEY}: [{', '.join(map(_leaf, both))}].",
+            fix=f"Write {_KEY}: [{', '.join(map(_leaf, both))}], or {_UNTIES_KEY}: true.",
         )
     return (chosen[:-1], tables.head) if tied else (chosen, None)
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.input_store import HostInputs, InputStore, NoInputs
 from qlora_trainer.hardware.side_stream import SideStream
-from qlora_trainer.model import nf4
+from qlora_trainer.model import nf4, trained_tables
 from qlora_trainer.model.activation_policy import decoder_layers
 from qlora_trainer.model.adapters import adapter_shapes, attach_adapters
 from qlora_trainer.model.final_norm import owner_of_layers
@@ -25,7 +25,6 @@ from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.model.tables import tables_of
 from qlora_trainer.model.trained_biases import bias_weights
-from qlora_trainer.model.trained_tables import table_weights
 from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.tracker import StorageTracker
 
@@ -121,11 +120,20 @@ def dry_store(dry: DryModel) -> InputStore:
 
 
 def without_replaced(dry: DryModel, settings: LoraSettings) -> DryModel:
-    """The same model, of which tables and biases that are trained are counted no more: a run drops the frozen ones."""
+    """The same model, of which tables and biases that are trained are counted no more: a run drops the frozen ones.
+
+    A table that two modules share is there as long as one of them is not trained.
+    """
+    tables = trained_tables.tables_of(dry.model)
+    whole = {*settings.modules_to_save, settings.tied_head}
+    kept = [table.weight for name, table in tables.items() if name not in whole]
     with dry.fake_mode:
-        replaced = {"embedding": table_weights(dry.model, settings), "base": bias_weights(dry.model, settings)}
-        sizes = {label: [weight.nbytes for weight in weights.values()] for label, weights in replaced.items()}
-    left = {label: list(dry.resident.get(label, ())) for label in replaced}
+        names = [name.rpartition(".") for name in trained_tables.table_weights(dry.model, settings)]
+        trained = [getattr(tables[owner], leaf) for owner, _, leaf in names]
+        gone = {id(own): own.nbytes for own in trained if all(own is not other for other in kept)}
+        biases = bias_weights(dry.model, settings)
+        sizes = {"embedding": list(gone.values()), "base": [own.nbytes for own in biases.values()]}
+    left = {label: list(dry.resident.get(label, ())) for label in sizes}
     for label, dropped in sizes.items():
         for num_bytes in dropped:
             left[label].remove(num_bytes)

@@ -32,6 +32,7 @@ REFUSED_KEYS = frozenset(
         "lora.rank_pattern",
         "lora.alpha_pattern",
         "lora.modules_to_save",
+        "lora.untie_tables",
         "lora.bias",
         "lora.lora_bias",
         "data.train",

@@ -55,6 +55,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "rank_pattern": ("rank_pattern", {}),
     "alpha_pattern": ("alpha_pattern", {}),
     "modules_to_save": ("modules_to_save", ()),
+    "untie_tables": ("untie_tables", False),  # which PEFT does where nothing else is said
     "bias": ("bias", "none"),
     "lora_bias": ("lora_bias", False),
 }
@@ -86,7 +87,7 @@ def filled_in(config: RunConfig) -> RunConfig:
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     values["target_modules"] = _as_config(fields["target_modules"]) or ()  # of none too, where tables alone are trained
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
-    for key in ("rank", "alpha", "use_rslora", "use_dora", "bias", "lora_bias"):
+    for key in ("rank", "alpha", "use_rslora", "use_dora", "untie_tables", "bias", "lora_bias"):
         if asked.get(key, "auto") not in ("auto", values[key]):
             raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it")
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
@@ -107,8 +108,7 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     trained whole here, which takes memory that nobody has asked for: these the config must name.
 
     Raises:
-        ConfigError: it does not; embedding and head of a base that ties them have become
-            two tables; or only some of the biases were trained that are trained together here.
+        ConfigError: it does not; or only some of the biases were trained that are trained together here.
     """
     base = resolve_base(config.model.base, config.model.revision, with_weights=False)
     parts = find_parts(build_skeleton(base.config, with_buffers=False))
@@ -119,13 +119,6 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     if adapter.updates:
         changed = (*adapter.updates, *tied)
         key, leaves = "lora.modules_to_save", [name.rpartition(".")[2] for name in whole]
-        if tables.is_tied and not tied and {tables.embeddings[0], tables.head} & set(whole):
-            raise ConfigError(
-                where=str(folder),
-                found=f"{', '.join(adapter.updates)} changed, of a base in which embedding and head are one table",
-                expected="an adapter that keeps them one (PEFT's ensure_weight_tying)",
-                fix="Merge it into its base (qlora-trainer merge), and train a new adapter on that.",
-            )
         if not all(any(means(entry, name) for entry in config.lora.modules_to_save) for name in changed):
             raise ConfigError(
                 where=key,
@@ -142,7 +135,9 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     alone = [name for name in modules_with_bias(parts) if name not in whole]
     bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, alone, folder)
     layers = fields.get("layers_to_transform") if adapter.settings.targets else None
-    found = {"modules_to_save": list(whole), "target_modules": wanted, "bias": bias, "layers_to_transform": layers}
+    unties = tables.is_tied and not tied and bool({tables.embeddings[0], tables.head} & set(whole))
+    found = {"modules_to_save": list(whole), "untie_tables": unties, "target_modules": wanted, "bias": bias}
+    found |= {"layers_to_transform": layers}
     return found | _fitting_patterns(fields, adapter.settings.targets)
 
 

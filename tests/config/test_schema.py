@@ -40,6 +40,7 @@ def test_defaults() -> None:
             "rank_pattern": (),
             "alpha_pattern": (),
             "modules_to_save": (),
+            "untie_tables": False,
             "bias": "none",
             "lora_bias": False,
             "init_from": None,

@@ -51,6 +51,9 @@ HEAD, EMBEDDING = ["lm_head"], ["embed_tokens"]
 BOTH = [*HEAD, *EMBEDDING]
 # Two tables; a head with a bias; one table for both, with a scale on the embedding and a cap on the logits.
 CASES = [("llama", HEAD), ("llama", EMBEDDING), ("llama", BOTH), ("phi", BOTH), ("gemma2", BOTH), ("qwen3", BOTH)]
+# Tables of a base that ties them, each trained for itself.
+UNTIED = [("qwen3", HEAD), ("qwen3", EMBEDDING), ("gemma2", BOTH)]
+EVERY = [*((*case, False) for case in CASES), *((*case, True) for case in UNTIED)]
 
 Prepared = dict[str, tuple[Base, NF4Cache]]
 
@@ -66,16 +69,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     return made
 
 
-def settings_for(model: QuantizedModel, wanted: list[str]) -> LoraSettings:
-    modules_to_save, tied_head = asked_tables(wanted, base_tables_of(model))
+def settings_for(model: QuantizedModel, wanted: list[str], *, unties: bool = False) -> LoraSettings:
+    modules_to_save, tied_head = asked_tables(wanted, base_tables_of(model), unties=unties)
     return replace(lora_settings(model), modules_to_save=modules_to_save, tied_head=tied_head)
 
 
-@pytest.mark.parametrize("name, wanted", CASES, ids=str)
-def test_loss_and_gradients_equal_peft(name: str, wanted: list[str], prepared: Prepared) -> None:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name, wanted, unties", EVERY, ids=str)
+def test_loss_and_gradients_equal_peft(name: str, wanted: list[str], unties: bool, prepared: Prepared) -> None:
     base, cache = prepared[name]
     model = load_for_training(base, cache)
-    settings = settings_for(model, wanted)
+    settings = settings_for(model, wanted, unties=unties)
     weights = random_adapter(model, settings, b_size=0.05)
     found = our_step(model, settings, weights, DOCUMENTS)
     expected = oracle_step(with_adapters(load_oracle(cache.folder, torch.float32), settings, weights), DOCUMENTS)
@@ -140,12 +144,13 @@ def export(folder: Path, model: QuantizedModel, settings: LoraSettings) -> None:
     export_adapter(folder, weights, settings, linear_names=linear_names, base_name="base", revision=None)
 
 
-@pytest.mark.parametrize("name, wanted", CASES, ids=str)
-def test_peft_reads_our_folder(name: str, wanted: list[str], prepared: Prepared, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name, wanted, unties", EVERY, ids=str)
+def test_peft_reads_our_folder(name: str, wanted: list[str], unties: bool, prepared: Prepared, tmp_path: Path) -> None:
     """Logits and gradients of what PEFT makes of it are ours; read back by us, it is what was written."""
     base, cache = prepared[name]
     model = load_for_training(base, cache)
-    settings = settings_for(model, wanted)
+    settings = settings_for(model, wanted, unties=unties)
     weights = random_adapter(model, settings, b_size=0.05)
     attach_adapters(model, settings, weights, dtype=torch.float32)
     export(tmp_path / "adapter", model, settings)
@@ -244,6 +249,14 @@ def test_what_cannot_be_trained_is_refused_by_name(
     assert message.startswith("lora.modules_to_save: found ")
     assert found in message
     assert fix in message
+
+
+@pytest.mark.parametrize("name, wanted", [("llama", HEAD), ("qwen3", [])], ids=str)
+def test_where_nothing_is_tied_nothing_is_untied(name: str, wanted: list[str], prepared: Prepared) -> None:
+    with pytest.raises(
+        ConfigError, match=r"lora\.untie_tables: found true, and no table that the base ties is trained"
+    ):
+        asked_tables(wanted, base_tables_of(load_for_training(*prepared[name])), unties=True)
 
 
 def test_one_table_is_one_parameter_and_fp32_only_where_it_is_asked(prepared: Prepared) -> None:

@@ -120,6 +120,8 @@ FAST = [
     Case("phi3", 4, 0.0, BF16, 512, num_offloaded=3, levers=Levers(base_residency="streamed", tile_tokens=128)),
     Case("llama", 0, 0.0, FP32, 128, tables=("model.embed_tokens", "lm_head")),
     Case("qwen3", 4, 0.0, BF16, 512, tables=("model.embed_tokens",), tied_head="lm_head"),
+    Case("qwen3", 4, 0.0, BF16, 512, tables=("lm_head",)),  # which it ties: the base's stays, as the embedding
+    Case("qwen3", 4, 0.0, FP32, 128, tables=("model.embed_tokens", "lm_head")),
     Case("llama", 4, 0.0, FP32, 512, levers=Levers(nf4_head=True)),
     Case("phi3", 2, 0.0, BF16, 128, levers=Levers(nf4_head=True, tile_tokens=128, embedding_residency="host")),
     # Gradients of 16 bits are added up in fp32. DoRA: 3.7 % low where that makes a copy that is not seen.

@@ -34,6 +34,8 @@ VARIANTS = {
     "layers": ["lora.layers_to_transform=[1, 4]"],
     "head": ["lora.modules_to_save=[lm_head]"],
     "tables": ["lora.modules_to_save=[embed_tokens, lm_head]", "lora.layers_to_transform=[1, 4]"],
+    "untied head": ["lora.untie_tables=true", "lora.modules_to_save=[lm_head]"],
+    "untied tables": ["lora.untie_tables=true", "lora.modules_to_save=[embed_tokens, lm_head]"],
     "head alone": ["lora.target_modules=[]", "lora.modules_to_save=[lm_head]"],
     "biases of norms": ["lora.bias=all", "lora.target_modules=[q_proj]", "lora.layers_to_transform=[4]"],
     "biases alone": ["lora.bias=all", "lora.target_modules=[]"],
@@ -44,6 +46,7 @@ VARIANTS = {
 def planners() -> Callable[[str, str], Planner]:
     """One of each, traced once."""
     bases = {"biases": "llama-biases", "biases of norms": "phi", "biases alone": "phi"}
+    bases |= dict.fromkeys(("untied head", "untied tables"), "llama-tied")
     return cache(lambda variant, device: make_planner(bases.get(variant, "llama"), BUDGETS[device], *VARIANTS[variant]))
 
 
@@ -117,6 +120,23 @@ def test_a_table_that_is_trained_takes_the_place_of_the_frozen_one(planners: Cal
     assert trained["optimizer"] == frozen["optimizer"] + 12 * table
     assert "embedding_residency" in plain.pullable()
     assert "embedding_residency" not in head.pullable()
+
+
+def test_a_table_that_serves_two_stays_until_both_are_trained(planners: Callable[[str, str], Planner]) -> None:
+    """Mutation tried: it is counted no more as soon as the head is trained."""
+    resident, table = {}, 0
+    for name in ("untied head", "untied tables"):
+        planner = planners(name, "cpu")
+        layout = layout_of(planner.space(RANK, 256), 256, 64, NUM_LAYERS)
+        resident[name] = planner.price(layout, "adamw_32bit").resident
+        table = math.prod(planner.trained(RANK).shapes["lm_head.weight"])
+    tied = make_planner("llama-tied", CPU)
+    layout = layout_of(tied.space(RANK, 256), 256, 64, NUM_LAYERS)
+    frozen = tied.price(layout, "adamw_32bit").resident
+    assert resident["untied head"]["embedding"] == frozen["embedding"]
+    assert resident["untied tables"]["embedding"] == frozen["embedding"] - 2 * table
+    assert resident["untied head"]["gradient"] == frozen["gradient"] + 4 * table
+    assert resident["untied tables"]["gradient"] == frozen["gradient"] + 8 * table
 
 
 def test_another_rank_leaves_those_of_a_pattern(planners: Callable[[str, str], Planner]) -> None:

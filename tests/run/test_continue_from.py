@@ -138,15 +138,37 @@ def test_a_run_begins_with_whole_tables_where_peft_has_trained_parts(
     assert relative_error(found, expected) <= 1e-5
 
 
+# PEFT's tables with LoRA, other fields, and what becomes whole, of a base that ties embedding and head.
+UNTIED: list[tuple[list[str], dict[str, Any], str]] = [
+    (["lm_head"], {}, "embed_tokens, lm_head"),  # the file has the table of both, too
+    ([], {"modules_to_save": ["lm_head"]}, "lm_head"),
+    ([], {"modules_to_save": ["embed_tokens", "lm_head"]}, "embed_tokens, lm_head"),
+    ([], {"trainable_token_indices": {"lm_head": [3]}}, "lm_head"),
+]
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:Model has `tie_word_embeddings=True`")
-def test_tables_that_an_adapter_has_untied_are_refused(
-    tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("tables, fields, whole", UNTIED, ids=str)
+def test_a_run_goes_on_with_tables_that_an_adapter_has_untied(
+    tables: list[str], fields: dict[str, Any], whole: str, tmp_path: Path, base: Path
 ) -> None:
-    folder = peft_folder(tmp_path / "theirs", base, "lm_head")
-    options = "lora.modules_to_save=[embed_tokens, lm_head]"
-    message = refusal(begun_with(tmp_path, base, folder, options), capsys)
-    assert "model.embed_tokens, lm_head changed, of a base in which embedding and head are one table" in message
-    assert "Merge it into its base" in message
+    """As PEFT makes two tables of one, they are trained: exported, PEFT has our logits; a resume changes nothing."""
+    folder = peft_folder(tmp_path / "theirs", base, *tables, **fields)
+    options = ["lora.dtype=float32", "training.max_steps=2"]
+    options += [f"lora.modules_to_save=[{whole}]"] * ("modules_to_save" not in fields)
+    config = begun_with(tmp_path, base, folder, *options)
+    assert filled_in(config).lora.untie_tables
+    run_to_end(config)
+    found, expected = (peft_logits(base, path) for path in (tmp_path / "run" / "adapter", folder))
+    assert relative_error(peft_logits(base, None), expected) > 1e-3
+    assert relative_error(found, expected) <= 1e-5
+    require_same_after_a_cut(tmp_path, base, folder, *options)
+    begun, learned = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    assert begun.keys() == learned.keys()
+    names = [f"base_model.model.{'model.' * (own == 'embed_tokens')}{own}.weight" for own in whole.split(", ")]
+    assert all(not torch.equal(begun[name], learned[name]) for name in names)
+    if len(names) == 2:
+        assert not torch.equal(*(learned[name] for name in names))
 
 
 NO_LINEAR: list[tuple[bool, dict[str, Any], str]] = [

@@ -103,23 +103,27 @@ def test_a_run_goes_on_from_it(run: Path, base: Path, tmp_path: Path) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_two_tables_of_a_base_that_ties_them_are_not_gone_on_from(run: Path, base: Path, tmp_path: Path) -> None:
-    """Which is what PEFT makes of them unless it is told not to."""
+def test_two_tables_of_a_base_that_ties_them_are_gone_on_from_as_two(run: Path, base: Path, tmp_path: Path) -> None:
+    """Which is what PEFT makes of them unless it is told not to; the config may say otherwise, and is refused."""
     folder = Path(shutil.copytree(run / "adapter", tmp_path / "untied"))
     fields = json.loads((folder / "adapter_config.json").read_text())
     fields |= {"ensure_weight_tying": False, "modules_to_save": ["lm_head", "embed_tokens"]}
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match=r"lora\.modules_to_save: found .* as embedding and head in one; expected"):
-        run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}"))
+    assert filled_in(tiny_config(tmp_path, base, f"lora.init_from={folder}")).lora.untie_tables
+    with pytest.raises(ConfigError, match=r"lora\.untie_tables: found False; expected True, as .*untied has it"):
+        run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}", "lora.untie_tables=false"))
+    with pytest.raises(ConfigError, match=r"lora\.untie_tables: found True; expected False, as .*adapter has it"):
+        run_to_end(tiny_config(tmp_path, base, f"lora.init_from={run / 'adapter'}", "lora.untie_tables=true"))
     fields["modules_to_save"] = ["lm_head"]
     (folder / "adapter_config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match=r"model\.embed_tokens changed, of a base in which embedding and head"):
-        run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}"))
+    options = (f"lora.init_from={folder}", "training.max_steps=1")
+    with pytest.raises(ConfigError, match=r"lora\.modules_to_save: found \[\], and an adapter .* model\.embed_tokens"):
+        run_to_end(tiny_config(tmp_path, base, *options))  # the file has the other, too: with that head it is read
     tensors = load_file(folder / "adapter_model.safetensors")
     del tensors[TABLE]
     save_file(tensors, folder / "adapter_model.safetensors")
-    with pytest.raises(ConfigError, match="lm_head alone, of a base in which embedding and head are one table"):
-        run_to_end(tiny_config(tmp_path, base, f"lora.init_from={folder}"))
+    run_to_end(tiny_config(tmp_path, base, *options))
+    assert TABLE not in load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
 
 
 def test_it_is_exported_and_merged_and_has_no_portable_form(
