@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_variants import STARTS, folded
+from qlora_trainer.model.adapter_variants import STARTS, folded, is_loftq_of_nf4
 
 # Read in `model.adapter_config` and `run`, each with checks of its own.
 READ = frozenset(
@@ -98,9 +98,15 @@ def require_plain_lora(path: Path, fields: Mapping[str, Any]) -> None:
         ConfigError: names the first such field, its value and what to do.
     """
     for name, (allowed, fix) in PLAIN.items():
+        if name == "init_lora_weights" and is_loftq_of_nf4(fields):
+            continue
         if name in fields and folded(fields[name]) not in allowed:
+            is_loftq = fields[name] == "loftq"  # of several steps, or 8 bits: PEFT finds its base again
             raise ConfigError(
-                where=str(path), found=f"{name} = {fields[name]!r}", expected=_shown(name, allowed), fix=fix
+                where=str(path),
+                found=f"{name} = {fields[name]!r}",
+                expected=_shown(name, allowed),
+                fix=_MERGE if is_loftq else fix,
             )
     for name, value in fields.items():
         is_size = type(value) in (int, float)

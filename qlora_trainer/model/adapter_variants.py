@@ -107,6 +107,8 @@ def variant_told(fields: Mapping[str, Any]) -> str | None:
         told.append("QALoRA, each of whose inputs has a column of its own")
     if _is_on(fields, "monteclora_config"):
         told.append("MonteCLoRA as it is evaluated, without its noise")
+    if is_loftq_of_nf4(fields):
+        told.append("LoftQ of one step, which has the base in NF4")
     if fields.get("target_parameters"):
         told.append("LoRA on weights (target_parameters), on the linears that have them")
     return f"read as plain LoRA: {'; '.join(told)}" if told else None
@@ -116,6 +118,17 @@ def taken_start(fields: Mapping[str, Any]) -> str | None:
     """The one of `STARTS` that an adapter had; None for any other."""
     start = folded(fields.get("init_lora_weights"))
     return start if isinstance(start, str) and start in STARTS else None
+
+
+def is_loftq_of_nf4(fields: Mapping[str, Any]) -> bool:
+    """Whether PEFT's LoftQ has left NF4 of each weight in its place: what adapters are computed beside here, anyway.
+
+    It quantizes W to NF4 (blocks of 64, scales in fp32) and begins with the rest's largest parts; of more than one step
+    (`loftq_iter`) it quantizes W less those, again and again, and of 8 bits it rounds to int8.
+    """
+    config = fields.get("loftq_config")
+    steps = (config.get("loftq_bits", 4), config.get("loftq_iter", 1)) if isinstance(config, dict) and config else None
+    return fields.get("init_lora_weights") == "loftq" and steps == (4, 1)
 
 
 def folded(start: object) -> object:

@@ -5,6 +5,7 @@ The bases here hold numbers that NF4 holds exactly, so that PEFT can take its si
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.hardware.quant_library import bitsandbytes
 from qlora_trainer.model import nf4
 from qlora_trainer.model.adapter_fit import require_adapter_fits
 from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, read_adapter_fields, read_adapter_folder
@@ -31,7 +33,7 @@ from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.model.trained_tables import base_tables_of, with_updated_tables
 from tests.export.made_adapters import load_base, make_adapter, model_logits, peft_logits
-from tests.model.peft_oracle import logits, wrap
+from tests.model.peft_oracle import load_adapter, logits, wrap
 from tests.model.tiny_bases import small_config, write_base
 from tests.model.tiny_models import load_for_training, packed_logits, relative_error, tiny_documents
 
@@ -209,6 +211,50 @@ def test_qalora_is_what_peft_computes_over_gptq(group_size: int, bases: dict[str
         theirs_TV = logits(wrapped, DOCUMENTS)
     assert relative_error(ours(base, tmp_path / "theirs")[1], theirs_TV) <= TOLERANCE
     assert relative_error(model_logits(base.folder, DOCUMENTS), theirs_TV) > 1e-2
+
+
+def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's LoftQ asks for CUDA, to quantize there, and for SciPy, which it uses no more."""
+    to_device, packed_to_device, find_spec = Tensor.to, bitsandbytes.nn.Params4bit.to, importlib.util.find_spec
+
+    def on_cpu(to: Any) -> Any:
+        return lambda self, *args, **fields: to(
+            self,
+            *("cpu" if own == "cuda" else own for own in args),
+            **{key: "cpu" if own == "cuda" else own for key, own in fields.items()},
+        )
+
+    monkeypatch.setattr(Tensor, "to", on_cpu(to_device))
+    monkeypatch.setattr(bitsandbytes.nn.Params4bit, "to", on_cpu(packed_to_device))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if name == "scipy" else find_spec(name))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_loftq_of_one_step_is_lora_on_nf4(
+    num_steps: int, bases: dict[str, Base], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more steps it is not: PEFT then quantizes what is left of the weight beside the adapter."""
+    path = write_base(tmp_path / "base", small_config("llama", intermediate_size=128))
+    base, folder = resolve_base(str(path)), tmp_path / "theirs"
+    with monkeypatch.context() as patch:
+        _on_cpu(patch)
+        loftq = {"loftq_bits": 4, "loftq_iter": num_steps}
+        make_adapter(folder, path, target_modules=LEAVES, init_lora_weights="loftq", loftq_config=loftq, **PATTERNS)
+        wrapped = load_adapter(load_base(path), folder).eval()
+        with torch.no_grad():  # beside linears that have no adapter, and are in NF4 here
+            for name, part in wrapped.named_modules():
+                if isinstance(part, nn.Linear) and name.rpartition(".")[2] in ("k_proj", "v_proj", "gate_proj"):
+                    part.weight.data = nf4.dequantize(nf4.quantize(part.weight, double_quant=False), torch.float32)
+            theirs_TV = logits(wrapped, DOCUMENTS)
+    if num_steps == 1:
+        assert "LoftQ of one step" in str(variant_told(read_adapter_fields(folder)))
+        assert relative_error(ours(base, folder)[1], theirs_TV) <= TOLERANCE
+        return
+    with pytest.raises(ConfigError, match="init_lora_weights = 'loftq'"):
+        ours(base, folder)
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"init_lora_weights": True}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    assert relative_error(ours(base, folder)[1], theirs_TV) > 1e-2
 
 
 def test_what_it_was_is_told(bases: dict[str, Base], tmp_path: Path) -> None:

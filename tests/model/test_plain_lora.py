@@ -144,7 +144,7 @@ def test_what_cannot_be_found_is_refused(prepared: tuple[Base, NF4Cache], tmp_pa
         match=r"q_proj\.weight: found \(128, 64\); expected a weight that lora_A \(3, 64\) and lora_B \(64, 3\) of",
     ):
         as_plain_lora(adapter, other.folder)
-    for start in ("pissa_niter_4", "corda", "lora_ga", "loftq"):
+    for start in ("pissa_niter_4", "corda", "lora_ga"):
         config.write_text(json.dumps(fields | {"init_lora_weights": start}))
         with pytest.raises(ConfigError, match=f"init_lora_weights = '{start}'.*PEFT cannot load it"):
             read(tmp_path / "trained", base)
