@@ -14,8 +14,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig
+from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -255,6 +257,35 @@ def test_loftq_of_one_step_is_lora_on_nf4(
     config = json.loads((folder / "adapter_config.json").read_text()) | {"init_lora_weights": True}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     assert relative_error(ours(base, folder)[1], theirs_TV) > 1e-2
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*orda", "ignore:.*LoRA-GA", "ignore:.*lora_ga", "ignore:Full backward hook is firing"
+)
+@pytest.mark.parametrize("start", ["pissa_niter_2", "corda", "lora_ga"])
+def test_what_peft_does_not_find_again_is_refused(start: str, bases: dict[str, Base], tmp_path: Path) -> None:
+    """Loaded by PEFT over its base, the same file is another model, or none. Here it is none, with what to do."""
+    model = load_base(bases["llama"].folder)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=5, target_modules=LEAVES, init_lora_weights=start)  # type: ignore[arg-type]
+    run = lambda: logits(model, DOCUMENTS)  # noqa: E731
+    if start == "corda":
+        config.corda_config = CordaConfig(corda_method="kpm")
+        preprocess_corda(model, config, run_model=torch.no_grad()(run))
+    elif start == "lora_ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(model, config, lambda: run().square().sum().backward())
+    torch.manual_seed(0)
+    wrapped = wrap(model, config).eval()
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        made_TV = logits(wrapped, DOCUMENTS)
+    if start == "corda":
+        with pytest.raises(ValueError, match="eigens"):
+            peft_logits(bases["llama"].folder, tmp_path / "theirs", DOCUMENTS)
+    else:
+        assert relative_error(peft_logits(bases["llama"].folder, tmp_path / "theirs", DOCUMENTS), made_TV) > 1e-2
+    with pytest.raises(ConfigError, match=f"init_lora_weights = '{start}'.*PEFT cannot load it"):
+        ours(bases["llama"], tmp_path / "theirs")
 
 
 def test_what_it_was_is_told(bases: dict[str, Base], tmp_path: Path) -> None:
