@@ -54,7 +54,11 @@ BLOCKS: dict[str, Any] = {
     "target_modules_bd_a": ["o_proj", "down_proj"],
     "target_modules_bd_b": ["q_proj", "layers.1.mlp.up_proj"],
 }
-PATTERNS = {"use_rslora": True, "rank_pattern": {"o_proj": 6, r"layers\.1\.mlp\..*": 4}, "alpha_pattern": {"q_proj": 9}}
+PATTERNS: dict[str, Any] = {
+    "use_rslora": True,
+    "rank_pattern": {"o_proj": 6, r"layers\.1\.mlp\..*": 4},
+    "alpha_pattern": {"q_proj": 9},
+}
 
 
 def _as_stored(model: nn.Module) -> None:
@@ -198,7 +202,7 @@ def test_qalora_is_what_peft_computes_over_gptq(group_size: int, bases: dict[str
         target_modules=LEAVES,
         use_qalora=True,
         qalora_group_size=group_size,
-        **PATTERNS,  # type: ignore[arg-type]
+        **PATTERNS,
     )
     config._register_custom_module({nn.Linear: GPTQLoraLinear})
     wrapped = wrap(load_base(base.folder), config).eval()
@@ -259,6 +263,14 @@ def test_loftq_of_one_step_is_lora_on_nf4(
     assert relative_error(ours(base, folder)[1], theirs_TV) > 1e-2
 
 
+def seen_by(model: Any, *, learns: bool) -> None:
+    """What CorDA and LoRA-GA look at while it runs: inputs of the linears, or gradients of their weights."""
+    with torch.set_grad_enabled(learns):
+        loss = logits(model, DOCUMENTS).square().sum()
+    if learns:
+        loss.backward()
+
+
 @pytest.mark.filterwarnings(
     "ignore:.*orda", "ignore:.*LoRA-GA", "ignore:.*lora_ga", "ignore:Full backward hook is firing"
 )
@@ -266,14 +278,14 @@ def test_loftq_of_one_step_is_lora_on_nf4(
 def test_what_peft_does_not_find_again_is_refused(start: str, bases: dict[str, Base], tmp_path: Path) -> None:
     """Loaded by PEFT over its base, the same file is another model, or none. Here it is none, with what to do."""
     model = load_base(bases["llama"].folder)
-    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=5, target_modules=LEAVES, init_lora_weights=start)  # type: ignore[arg-type]
-    run = lambda: logits(model, DOCUMENTS)  # noqa: E731
+    asked: Any = {"init_lora_weights": start, "r": 4, "lora_alpha": 5, "target_modules": LEAVES}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **asked)
     if start == "corda":
         config.corda_config = CordaConfig(corda_method="kpm")
-        preprocess_corda(model, config, run_model=torch.no_grad()(run))
+        preprocess_corda(model, config, run_model=lambda: seen_by(model, learns=False))
     elif start == "lora_ga":
         config.lora_ga_config = LoraGAConfig()
-        preprocess_loraga(model, config, lambda: run().square().sum().backward())
+        preprocess_loraga(model, config, lambda: seen_by(model, learns=True))
     torch.manual_seed(0)
     wrapped = wrap(model, config).eval()
     wrapped.save_pretrained(tmp_path / "theirs")
