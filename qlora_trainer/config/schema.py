@@ -16,6 +16,7 @@ from qlora_trainer.config.values import (
     Auto,
     Budget,
     Columns,
+    LayerRanges,
     Layers,
     Names,
     Paths,
@@ -81,6 +82,11 @@ class LoraSection(Section):
     )
     layers_to_transform: Layers | None = Field(
         None, description="Layers whose linears get an adapter, such as [0, 1]; null = all."
+    )
+    layer_replication: LayerRanges = Field(
+        (),
+        description="The base's layers that the model consists of, each [first, end], as in PEFT: [[0, 4], [2, 5]] "
+        "repeats two of five. Each layer has adapters and memory of its own; [] = the base as it is.",
     )
     use_rslora: bool = Field(
         False, description="Scale the update by alpha / sqrt(rank) in place of alpha / rank (rsLoRA)."
@@ -339,6 +345,8 @@ def _require_trainable(lora: LoraSection) -> None:
         )
     if lora.lora_bias and not (lora.target_modules or lora.init_from):
         raise _disagreement("lora.lora_bias", True, "false without lora.target_modules: only a B has such a bias")
+    if lora.layer_replication and lora.bias != "none":
+        raise _disagreement("lora.bias", lora.bias, "none beside lora.layer_replication: copies share them in PEFT")
     # What an adapter to begin with has, its folder says.
     if not (lora.target_modules or lora.modules_to_save or lora.bias == "all" or lora.init_from):
         expected = "some linears, unless lora.modules_to_save or lora.bias: all name what is trained without LoRA"

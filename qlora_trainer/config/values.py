@@ -93,6 +93,14 @@ def _layers(value: object) -> tuple[int, ...]:
     raise ValueError("a list of different numbers of layers, from 0")
 
 
+def _ranges(value: object) -> tuple[tuple[int, int], ...]:
+    if isinstance(value, (list, tuple)) and all(isinstance(own, (list, tuple)) and len(own) == 2 for own in value):
+        ranges = tuple((first, end) for first, end in value)
+        if all(type(first) is type(end) is int and 0 <= first < end for first, end in ranges):
+            return ranges
+    raise ValueError("a list of [first, end], numbers of layers from 0, such as [[0, 4], [2, 5]]")
+
+
 def _target_modules(value: object) -> str | tuple[str, ...]:
     expected = '"all-linear", a list of different module names or a regular expression'
     if isinstance(value, str):
@@ -140,4 +148,7 @@ AlphaPattern = Annotated[
     tuple[tuple[str, float], ...], BeforeValidator(_alphas, json_schema_input_type=dict[str, float])
 ]
 Layers = Annotated[tuple[int, ...], BeforeValidator(_layers, json_schema_input_type=list[int])]
+LayerRanges = Annotated[
+    tuple[tuple[int, int], ...], BeforeValidator(_ranges, json_schema_input_type=list[tuple[int, int]])
+]
 TargetModules = Annotated[str | tuple[str, ...], BeforeValidator(_target_modules)]

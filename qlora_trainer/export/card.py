@@ -72,6 +72,8 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
     leaves = sorted({name.rpartition(".")[2] for name in settings.targets})
     with_adapter = f"{len(settings.targets)}: {', '.join(map(_code, leaves))}" if leaves else "none"
     facts.append(("linears with an adapter", with_adapter))
+    if settings.layer_replication:
+        facts.append(("layers of the base", _code(json.dumps(settings.layer_replication))))
     if settings.modules_to_save:
         facts.append(("trained whole", ", ".join(map(_code, settings.modules_to_save))))
     if settings.biases:

@@ -104,7 +104,9 @@ def measure(
     del streamed  # its tables go before those of the original one come
     adapters.activate(None)
     yield Preparing(what="running the base in NF4, and the original one, over held-out rows")
-    original = stream_model(base.folder, base.config, compute_dtype=compute_dtype, device=device)
+    original = stream_model(
+        base.folder, base.config, compute_dtype=compute_dtype, device=device, layers=base.layer_replication
+    )
     return Measured(
         base=base_kind,
         dtype=str(dtype).removeprefix("torch."),

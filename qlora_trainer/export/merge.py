@@ -158,7 +158,7 @@ def _held_out(
 
 def _weights(base: Base, cache: NF4Cache | None, kind: MergeBase, *, double_quant: bool) -> BaseWeights:
     if kind == "original":
-        return original_weights(base.folder)
+        return original_weights(base.folder, base.layer_replication)
     assert cache is not None
     return dequantized_weights(cache.folder, double_quant=double_quant)
 

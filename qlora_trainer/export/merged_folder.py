@@ -105,7 +105,12 @@ def write_beside(
         OSError: the disk refused.
     """
     base = source.base.folder
-    config = {**merged_config(decode(read_capped(base / "config.json")), dtype=dtype, unties=unties), **added_fields}
+    own = decode(read_capped(base / "config.json"))
+    if source.base.layer_replication:  # each a layer of its own now
+        own |= {
+            name: one for name, one in source.base.config.to_dict().items() if name in own and _is_by_layer(name, one)
+        }
+    config = {**merged_config(own, dtype=dtype, unties=unties), **added_fields}
     write_checked(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode(), storage)
     for name in _COPIED:
         if (base / name).is_file() and not (name == CHAT_TEMPLATE_FILE and source.chat_template is not None):
@@ -113,6 +118,10 @@ def write_beside(
     if source.chat_template is not None:
         write_checked(folder / CHAT_TEMPLATE_FILE, source.chat_template.encode(), storage)
     _require_same(folder, source, added_fields)
+
+
+def _is_by_layer(name: str, value: object) -> bool:
+    return name == "num_hidden_layers" or isinstance(value, list)
 
 
 def merged_config(config: Mapping[str, Any], *, dtype: torch.dtype, unties: bool) -> dict[str, Any]:

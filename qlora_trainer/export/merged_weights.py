@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model import nf4
-from qlora_trainer.model.base import weight_files
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.streamed import DiskWeights
@@ -72,14 +72,14 @@ class DequantizedWeights:
         return self.linear(name) if f"{name}.absmax" in self.disk.files else self.disk.mapped(name)
 
 
-def original_weights(folder: Path) -> OriginalWeights:
-    """The weights of a base's folder."""
-    return OriginalWeights(DiskWeights(weight_files(folder)))
+def original_weights(folder: Path, layers: LayerRanges = ()) -> OriginalWeights:
+    """The weights of a base's folder, of whose layers some are repeated."""
+    return OriginalWeights(DiskWeights.of(folder, layers))
 
 
 def dequantized_weights(cache_folder: Path, *, double_quant: bool) -> DequantizedWeights:
     """The weights of its NF4 cache."""
-    return DequantizedWeights(DiskWeights(weight_files(cache_folder)), double_quant)
+    return DequantizedWeights(DiskWeights.of(cache_folder), double_quant)
 
 
 class MergedWeights(Mapping[str, Tensor]):

@@ -24,13 +24,14 @@ def require_portable(settings: LoraSettings, where: Path) -> None:
     """Refuse an adapter of which a reader of plain LoRA would see a part only.
 
     Raises:
-        ConfigError: it has DoRA's magnitudes, trained biases, or modules that were trained whole.
+        ConfigError: it has DoRA's magnitudes, trained biases, repeated layers, or modules that were trained whole.
     """
     found = ["DoRA's magnitudes"] if settings.use_dora else []
     found += ["trained biases"] if settings.biases or settings.lora_bias else []
     found += [f"modules that were trained whole ({', '.join(settings.modules_to_save)})"] * bool(
         settings.modules_to_save
     )
+    found += ["repeated layers"] if settings.layer_replication else []
     if found:
         raise ConfigError(
             where=str(where),

@@ -20,6 +20,7 @@ from qlora_trainer.model.adapter_variants import Variant
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.plain_lora import as_plain_lora
+from qlora_trainer.model.repeated_layers import ranges_of
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import TableUpdate
@@ -85,7 +86,9 @@ def read_source(target: Path, *, model: str | None, may_change_base: bool = Fals
         raise ConfigError(
             where=str(folder), found="an adapter that names no base", expected="its base", fix="Give it with --model."
         )
-    base = resolve_base(model or base_name, None if model else revision, with_weights=False)
+    base = resolve_base(
+        model or base_name, None if model else revision, with_weights=False, layer_replication=ranges_of(fields)
+    )
     skeleton = build_skeleton(base.config, with_buffers=False)
     parts = find_parts(skeleton)
     tables = base_tables(parts)

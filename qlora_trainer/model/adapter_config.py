@@ -22,6 +22,7 @@ from qlora_trainer.model.lora_settings import (
     require_expressions,
     select_targets,
 )
+from qlora_trainer.model.repeated_layers import ranges_of
 from qlora_trainer.model.table_names import BaseTables, means
 from qlora_trainer.model.table_updates import AskedUpdates
 
@@ -69,6 +70,8 @@ def adapter_config(
     }
     if settings.lora_bias:
         fields["lora_bias"] = True  # since PEFT 0.14; without it, the biases of the file are passed over
+    if settings.layer_replication:
+        fields["layer_replication"] = settings.layer_replication  # since PEFT 0.10; without it, layers are missing
     if settings.tied_head is not None:
         fields["ensure_weight_tying"] = True  # since PEFT 0.18; without it, two tables would be trained on
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
@@ -166,6 +169,7 @@ def settings_of(
         modules_to_save=modules_to_save,
         tied_head=tied_head,
         lora_bias=bool(fields.get("lora_bias")),
+        layer_replication=ranges_of(fields),
     )
 
 
@@ -280,11 +284,18 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
         raise wrong_adapter(path, f"layers_to_transform = {layers!r} with a regular expression", "a list of names")
     if not (pattern is None or isinstance(pattern, str) or _are_names(pattern)):
         raise wrong_adapter(path, f"layers_pattern = {pattern!r}", "the name of a list of layers")
+    _check_ranges(path, fields.get("layer_replication") or [])
     saved = fields.get("modules_to_save")
     if saved is not None and not _are_names(saved):
         raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
     if type(fields.get("ensure_weight_tying", False)) is not bool:
         raise wrong_adapter(path, f"ensure_weight_tying = {fields['ensure_weight_tying']!r}", "true or false")
+
+
+def _check_ranges(path: Path, ranges: object) -> None:
+    are_pairs = isinstance(ranges, list) and all(isinstance(own, list) and len(own) == 2 for own in ranges)
+    if not (isinstance(ranges, list) and are_pairs and all(type(one) is int for own in ranges for one in own)):
+        raise wrong_adapter(path, f"layer_replication = {ranges!r}", "pairs of numbers of layers")
 
 
 def _check_excluded(path: Path, excluded: object) -> None:

@@ -21,6 +21,7 @@ READ = frozenset(
         "base_model_name_or_path",
         "ensure_weight_tying",
         "exclude_modules",
+        "layer_replication",
         "kasa_config",  # this and three below: `model.adapter_variants`
         "layers_pattern",
         "layers_to_transform",
@@ -78,11 +79,6 @@ PLAIN: dict[str, tuple[tuple[object, ...], str]] = {
     "arrow_config": ((None,), "Use it with PEFT: its router cannot be merged. Or take one of its adapters."),
     "enable_lora": ((None, []), _MERGE),  # of PEFT 0.2, for joined linears
     "init_lora_weights": ((True, False, None, "gaussian", "eva", "mica", "orthogonal", *STARTS), _CONVERT),
-    "layer_replication": (
-        (None, []),
-        "Write its base out with each repeated layer as one of its own, delete the field and take that as the base: "
-        "PEFT's merge_and_unload adds what belongs to several copies to the weights that they share.",
-    ),
 }
 _NOTHING: tuple[object, ...] = (None, False, "", [], {})
 

@@ -181,8 +181,13 @@ def read_adapter_folder(
         where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)
+    variant = variant_of(fields)
+    if settings.layer_replication and (biases or (variant is not None and variant.parts)):
+        what = "biases" if biases else " and ".join(variant.parts if variant is not None else ())
+        both = f"layer_replication = {fields['layer_replication']!r} and {what}, which copies of a layer share in PEFT"
+        raise wrong_adapter(folder / ADAPTER_CONFIG_FILE, both, "LoRA on the linears of repeated layers")
     name, revision = fields.get("base_model_name_or_path") or "", fields.get("revision")
-    found = AdapterFolder(name, revision, settings, weights, updates, variant_of(fields))
+    found = AdapterFolder(name, revision, settings, weights, updates, variant)
     if not may_change_base:
         require_whole(found, folder)
     return found

@@ -20,12 +20,14 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 from qlora_trainer.config.bases import MAX_INDEX_BYTES
 from qlora_trainer.config.known_models import suggest
 from qlora_trainer.config.strict_json import decode, read_capped
+from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.cache_folder import cache_folder
 from qlora_trainer.hardware.sealed_folder import sha256_of
 from qlora_trainer.model.acceptance import require_accepted
 from qlora_trainer.model.base_config import read_config
 from qlora_trainer.model.packaged_base import PACKAGED_BASES, unpack_packaged_base
+from qlora_trainer.model.repeated_layers import with_repeated_layers
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.skeleton import TRANSFORMERS_ERRORS, reason_of
 
@@ -45,6 +47,7 @@ class Base:
         folder: a transformers folder with config.json and safetensors.
         config: its transformers config.
         can_pack: whether documents may share a row.
+        layer_replication: the layers that `config` has, by those on disk (see `model.repeated_layers`).
     """
 
     name: str
@@ -52,18 +55,23 @@ class Base:
     folder: Path
     config: PreTrainedConfig
     can_pack: bool = True
+    layer_replication: LayerRanges = ()
 
 
-def resolve_base(name: str, revision: str | None = None, *, with_weights: bool = True) -> Base:
+def resolve_base(
+    name: str, revision: str | None = None, *, with_weights: bool = True, layer_replication: LayerRanges = ()
+) -> Base:
     """Find or fetch a base and check that its architecture can be trained, before any weight is fetched.
 
     Args:
         name: a local transformers folder, a hub id (`owner/name`), or an alias of a base that a package ships.
         revision: branch, tag or commit of a hub id.
         with_weights: false leaves the weights of a hub id where they are, until `fetch_weights`.
+        layer_replication: what to make of its layers; empty leaves them as they are.
 
     Raises:
-        ConfigError: nothing of that name, no safetensors in it, or an architecture that is refused.
+        ConfigError: nothing of that name, no safetensors in it, an architecture that is refused, or layers that cannot
+            be repeated.
     """
     if os.path.isdir(name):  # unlike Path.is_dir, False for a name too long to be a path
         folder = Path(name).resolve()
@@ -82,8 +90,10 @@ def resolve_base(name: str, revision: str | None = None, *, with_weights: bool =
         config = read_config(fetch_config(name, revision))
         can_pack = require_accepted(config)
         folder = _fetch_from_hub(name, revision, _ALL if with_weights else _NO_WEIGHTS)
-        return Base(name, revision, folder, config, can_pack)
-    return Base(name, None, folder, config, can_pack=require_accepted(config))
+        config = with_repeated_layers(config, layer_replication)
+        return Base(name, revision, folder, config, can_pack, layer_replication)
+    can_pack = require_accepted(config)
+    return Base(name, None, folder, with_repeated_layers(config, layer_replication), can_pack, layer_replication)
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qlora_trainer.config.schema import LoraSection
+from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import asked_biases
 from qlora_trainer.model.table_names import BaseTables, asked_tables, means
@@ -37,6 +38,7 @@ class LoraSettings:
         biases: full names of the modules whose own bias is trained, in the order of `adapter_biases.in_order`; not of
             those that are trained whole.
         lora_bias: a trained bias of each B, scaled as B is, whether the linear has one of its own or not.
+        layer_replication: the base's layers that the model consists of (see `model.repeated_layers`).
     """
 
     rank: int
@@ -51,6 +53,7 @@ class LoraSettings:
     tied_head: str | None = None
     biases: tuple[str, ...] = ()
     lora_bias: bool = False
+    layer_replication: LayerRanges = ()
 
     def rank_of(self, name: str) -> int:
         """R of the adapter on the linear of that full name."""
@@ -102,6 +105,7 @@ def asked_settings(
             section.bias, targets=targets, biased=[own for own in biased if own not in modules_to_save]
         ),
         lora_bias=section.lora_bias,
+        layer_replication=section.layer_replication,
     )
 
 

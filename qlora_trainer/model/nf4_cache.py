@@ -26,6 +26,7 @@ from qlora_trainer.hardware.device import choose_device
 from qlora_trainer.hardware.sealed_folder import defects, writing
 from qlora_trainer.model import nf4
 from qlora_trainer.model.base import Base, content_hash, open_weights, weight_files
+from qlora_trainer.model.repeated_layers import stored_weights
 from qlora_trainer.model.skeleton import Parts, build_skeleton, find_parts
 from qlora_trainer.model.table_names import require_nf4_head
 
@@ -66,6 +67,7 @@ def prepare_nf4_cache(base: Base, *, double_quant: bool, nf4_head: bool = False)
         require_nf4_head(parts.head, is_tied=parts.is_tied)
     settings = f"v{FORMAT_VERSION} {content_hash(base.folder)} nf4 {nf4.BLOCKSIZE} double_quant={double_quant}"
     settings += " head=nf4" if nf4_head else ""
+    settings += f" layers={base.layer_replication}" if base.layer_replication else ""
     key = hashlib.sha256(settings.encode()).hexdigest()[:32]
     folder = cache_folder() / "nf4" / key
     found_defects: list[str] = []
@@ -130,7 +132,7 @@ def _quantized_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     device = choose_device()
     needed = set(packed_names) | set(parts.dense_parameters)
-    files = weight_files(base.folder)
+    files = stored_weights(weight_files(base.folder), base.layer_replication)
     missing = sorted(needed - set(files))
     if missing:
         raise ConfigError(
@@ -141,9 +143,10 @@ def _quantized_tensors(
         )
     for name in sorted(needed, key=lambda name: (files[name], name)):
         # Opened anew for each tensor: closing the file drops its mapped pages, which count as this process's memory.
-        with open_weights(files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
-            _require_weights(tensor, name, files[name], shapes[name])
+        path, stored = files[name]
+        with open_weights(path) as file:
+            tensor: Tensor = file.get_tensor(stored)
+            _require_weights(tensor, name, path, shapes[name])
             if name in packed_names:
                 packed = nf4.quantize(tensor.to(device), double_quant=double_quant)
                 for part, value in nf4.to_checkpoint(name, packed, dtype=STORED_DTYPE).items():

@@ -26,7 +26,6 @@ from torch import Tensor
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapter_variants import Variant
-from qlora_trainer.model.base import weight_files
 from qlora_trainer.model.streamed import DiskWeights
 from qlora_trainer.model.table_updates import TableUpdate
 
@@ -47,7 +46,7 @@ def as_plain_lora(adapter: AdapterFolder, base_folder: Path) -> AdapterFolder:
     variant, settings = adapter.variant, adapter.settings
     if variant is None:
         return adapter
-    disk, weights = DiskWeights(weight_files(base_folder)), dict(adapter.weights)
+    disk, weights = DiskWeights.of(base_folder, settings.layer_replication), dict(adapter.weights)
     for name in settings.targets:
         if not {f"{name}.lora_A", f"{name}.lora_B"} <= weights.keys():
             continue  # which is refused where it is put on the base

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model.base import open_weights, weight_files
 from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.quantized import LogitShape, put_dense, take_dense
+from qlora_trainer.model.repeated_layers import stored_weights
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 
 
@@ -28,15 +30,21 @@ class DiskWeights:
     """The tensors of a transformers folder, each read when it is asked for.
 
     Attributes:
-        files: tensor name -> the file that holds it, as `weight_files` gives them.
+        files: tensor name -> the file that holds it, as `weight_files` gives them, and its name there.
     """
 
-    files: Mapping[str, Path]
+    files: Mapping[str, tuple[Path, str]]
+
+    @staticmethod
+    def of(folder: Path, layers: LayerRanges = ()) -> DiskWeights:
+        """Those of a folder, of whose layers some are repeated."""
+        return DiskWeights(stored_weights(weight_files(folder), layers))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor, which is not read."""
-        with open_weights(self.files[name]) as file:
-            return tuple(file.get_slice(name).get_shape())
+        path, stored = self.files[name]
+        with open_weights(path) as file:
+            return tuple(file.get_slice(stored).get_shape())
 
     def dense(self, name: str) -> Tensor:
         """A copy of one tensor, as it is stored."""
@@ -44,14 +52,16 @@ class DiskWeights:
 
     def mapped(self, name: str) -> Tensor:
         """One tensor as it is stored, over pages of its file: they stay resident as long as it does."""
-        with open_weights(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+        path, stored = self.files[name]
+        with open_weights(path) as file:
+            tensor: Tensor = file.get_tensor(stored)
             return tensor
 
     def copied(self, name: str, *, device: torch.device, dtype: torch.dtype | None) -> Tensor:
         """A copy of one tensor; its file is closed again, so none of the pages stay resident."""
-        with open_weights(self.files[name]) as file:
-            tensor: Tensor = file.get_tensor(name)
+        path, stored = self.files[name]
+        with open_weights(path) as file:
+            tensor: Tensor = file.get_tensor(stored)
             return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
 
 
@@ -95,22 +105,28 @@ class StreamedLinear(nn.Module):
 
 
 def stream_model(
-    folder: Path, config: PreTrainedConfig, *, compute_dtype: torch.dtype, device: torch.device
+    folder: Path,
+    config: PreTrainedConfig,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    layers: LayerRanges = (),
 ) -> StreamedModel:
     """The model of a transformers folder.
 
     Args:
         folder: with safetensors.
-        config: its own.
+        config: its own, of the layers that the model has.
         compute_dtype: of activations and matrix products; weights are cast to it as they are read.
         device: where it is computed.
+        layers: those of the folder that the model has, where some are repeated.
 
     Raises:
         ConfigError: an architecture that is refused, or a folder without its weights.
     """
     module = build_skeleton(config, with_buffers=True)
     parts = find_parts(module)
-    weights = DiskWeights(weight_files(folder))
+    weights = DiskWeights.of(folder, layers)
     dense = take_dense(parts, weights, compute_dtype=compute_dtype, device=device)
     for name in parts.linears:
         module.set_submodule(name, StreamedLinear(weights, f"{name}.weight", dense.pop(f"{name}.bias", None)))

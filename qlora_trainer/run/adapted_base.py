@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_trainer.config.adapter_names import BASE
 from qlora_trainer.config.bases import CHAT_TEMPLATE_FILE
 from qlora_trainer.config.paths import read_chat_template
+from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.device import DTYPES, ComputeDtype, choose_compute_dtype, choose_device
 from qlora_trainer.model.adapter_folder import read_adapter_fields, read_adapter_folder
@@ -25,9 +26,12 @@ from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer, requir
 from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.plain_lora import as_plain_lora
+from qlora_trainer.model.repeated_layers import ranges_of
 from qlora_trainer.model.trained_tables import base_tables_of, with_updated_tables
 from qlora_trainer.run.fingerprints import require_same_base
 from qlora_trainer.run.folder import RunFolder, find_adapter
+
+_BaseName = tuple[str, str | None, LayerRanges]  # with a revision, and the layers that are repeated
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +67,7 @@ def find_adapters(targets: Mapping[str, Path], *, base: str | None) -> NamedAdap
     """
     folders = {name: find_adapter(target) for name, target in targets.items()}
     named = {name: _base_named(folder) for name, folder in folders.items()}
-    resolved = resolve_base(base, with_weights=False) if base is not None else _shared_base(named, folders)
+    resolved = _shared_base(named, folders) if base is None else _named_base(base, named, folders)
     tokenizer = read_tokenizer(resolved.folder)
     require_tokenizer_fits(tokenizer, resolved)
     own = {name: _own_template(folder) for name, folder in folders.items()}
@@ -130,14 +134,27 @@ def with_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> P
     return other
 
 
-def _base_named(folder: Path) -> tuple[str, str | None]:
+def _base_named(folder: Path) -> _BaseName:
     fields = read_adapter_fields(folder)
-    return fields.get("base_model_name_or_path") or "", fields.get("revision")
+    return fields.get("base_model_name_or_path") or "", fields.get("revision"), ranges_of(fields)
 
 
-def _shared_base(named: Mapping[str, tuple[str, str | None]], folders: Mapping[str, Path]) -> Base:
+def _named_base(base: str, named: Mapping[str, _BaseName], folders: Mapping[str, Path]) -> Base:
+    layers = {own[2]: folders[name] for name, own in named.items()}
+    if len(layers) > 1:
+        first, second = list(layers.values())[:2]
+        raise ConfigError(
+            where="adapters",
+            found=f"{first} and {second}, which repeat other layers of the base (layer_replication)",
+            expected="adapters of one base",
+            fix="Take them one at a time.",
+        )
+    return resolve_base(base, with_weights=False, layer_replication=next(iter(layers), ()))
+
+
+def _shared_base(named: Mapping[str, _BaseName], folders: Mapping[str, Path]) -> Base:
     first = next(iter(named))
-    base_name, revision = named[first]
+    base_name, revision, layers = named[first]
     if not base_name:
         raise ConfigError(
             where=str(folders[first]),
@@ -147,14 +164,19 @@ def _shared_base(named: Mapping[str, tuple[str, str | None]], folders: Mapping[s
         )
     for name, other in named.items():
         if other != named[first]:
-            texts = [f"{base}{f' at {at}' if at else ''}" for base, at in (named[first], other)]
+            texts = [_shown(own) for own in (named[first], other)]
             raise ConfigError(
                 where="adapters",
                 found=f"{folders[first]} for the base {texts[0]} and {folders[name]} for {texts[1]}",
                 expected="adapters of one base",
                 fix="Take them one at a time, or name the base that both were trained on with --model.",
             )
-    return resolve_base(base_name, revision, with_weights=False)
+    return resolve_base(base_name, revision, with_weights=False, layer_replication=layers)
+
+
+def _shown(name: _BaseName) -> str:
+    base, revision, layers = name
+    return f"{base}{f' at {revision}' * bool(revision)}{f' with layers {layers}' * bool(layers)}"
 
 
 def _own_template(folder: Path) -> str | None:

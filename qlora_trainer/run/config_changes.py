@@ -26,6 +26,7 @@ REFUSED_KEYS = frozenset(
         "lora.dtype",
         "lora.target_modules",
         "lora.layers_to_transform",
+        "lora.layer_replication",
         "lora.init_from",
         "lora.use_rslora",
         "lora.use_dora",

@@ -37,6 +37,7 @@ from qlora_trainer.model.adapter_folder import (
 from qlora_trainer.model.adapter_variants import variant_told
 from qlora_trainer.model.base import Base, resolve_base
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings, pattern_fits
+from qlora_trainer.model.repeated_layers import ranges_of
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.model.table_names import means
 from qlora_trainer.run.folder import find_adapter
@@ -50,6 +51,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "alpha": ("lora_alpha", None),
     "target_modules": ("target_modules", None),
     "layers_to_transform": ("layers_to_transform", None),
+    "layer_replication": ("layer_replication", ()),
     "use_rslora": ("use_rslora", False),
     "use_dora": ("use_dora", False),
     "rank_pattern": ("rank_pattern", {}),
@@ -75,6 +77,7 @@ def filled_in(config: RunConfig) -> RunConfig:
         return config
     folder = initial_folder(config.lora.init_from)
     fields = read_adapter_fields(folder)
+    fields["layer_replication"] = ranges_of(fields)
     if outside_layers(folder) or trains_biases(folder):
         fields |= _beside_linears(config, folder, fields)
     else:
@@ -87,7 +90,7 @@ def filled_in(config: RunConfig) -> RunConfig:
     values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
     values["target_modules"] = _as_config(fields["target_modules"]) or ()  # of none too, where tables alone are trained
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
-    for key in ("rank", "alpha", "use_rslora", "use_dora", "untie_tables", "bias", "lora_bias"):
+    for key in ("rank", "alpha", "use_rslora", "use_dora", "untie_tables", "bias", "lora_bias", "layer_replication"):
         if asked.get(key, "auto") not in ("auto", values[key]):
             raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it")
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
@@ -110,7 +113,8 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     Raises:
         ConfigError: it does not; or only some of the biases were trained that are trained together here.
     """
-    base = resolve_base(config.model.base, config.model.revision, with_weights=False)
+    ranges = ranges_of(fields)
+    base = resolve_base(config.model.base, config.model.revision, with_weights=False, layer_replication=ranges)
     parts = find_parts(build_skeleton(base.config, with_buffers=False))
     tables = base_tables(parts)
     adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=tables, may_change_base=True)

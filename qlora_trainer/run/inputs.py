@@ -115,7 +115,8 @@ def find_base(config: RunConfig) -> tuple[Base, PreTrainedTokenizerBase]:
     Raises:
         ConfigError: no such base, one that cannot be trained, or no tokenizer beside it.
     """
-    base = resolve_base(config.model.base, config.model.revision, with_weights=False)
+    layers = config.lora.layer_replication
+    base = resolve_base(config.model.base, config.model.revision, with_weights=False, layer_replication=layers)
     return base, read_tokenizer(base.folder)
 
 

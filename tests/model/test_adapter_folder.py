@@ -203,7 +203,7 @@ def _plain_folder(folder: Path, **changes: object) -> Path:
     "field,value",
     [
         ("bias", "some"),
-        ("layer_replication", [[0, 1], [0, 1]]),
+        ("layer_replication", [[0, 1, 2]]),
         ("alora_invocation_tokens", [1, 2]),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", True),

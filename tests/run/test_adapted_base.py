@@ -17,6 +17,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.base import resolve_base
 from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.run.adapted_base import find_adapters, load_adapters, with_template
+from tests.export.made_adapters import make_adapter
 from tests.model.peft_oracle import load_adapter, load_oracle, logits
 from tests.model.test_hostile_files import Canary
 from tests.model.tiny_models import packed_logits, relative_error, tiny_documents
@@ -156,3 +157,16 @@ def test_a_folder_that_is_none_is_refused(folder: str, tmp_path: Path) -> None:
     assert message.isprintable()
     assert "found no adapter_config.json" in refused({"a": tmp_path})
     assert "found a file" in refused({"a": Path(__file__)})
+
+
+def test_adapters_of_other_layers_are_of_other_bases(tmp_path: Path, base: Path) -> None:
+    folders = {name: tmp_path / name for name in ("a", "b")}
+    for (name, folder), ranges in zip(folders.items(), ([(0, 2), (1, 2)], [(0, 2)]), strict=True):
+        make_adapter(folder, base, target_modules=["q_proj"], layer_replication=ranges, seed=len(name))
+    with pytest.raises(
+        ConfigError, match=r"a for the base .* with layers \(\(0, 2\), \(1, 2\)\) and .*; expected adapters of one base"
+    ):
+        find_adapters(folders, base=None)
+    with pytest.raises(ConfigError, match="which repeat other layers of the base"):
+        find_adapters(folders, base=str(base))
+    assert find_adapters({"a": folders["a"]}, base=None).base.layer_replication == ((0, 2), (1, 2))

@@ -54,6 +54,7 @@ def test_what_changes_the_course_is_refused_or_needs_a_flag() -> None:
     model = {f"model.{key}" for key in ("base", "revision")}
     quantization = {f"quantization.{key}" for key in ("double_quant", "head", "compute_dtype")}
     lora = {f"lora.{key}" for key in ("rank", "alpha", "dropout", "dtype", "target_modules", "layers_to_transform")}
+    lora.add("lora.layer_replication")
     lora |= {f"lora.{key}" for key in ("use_rslora", "use_dora", "init_from", "rank_pattern", "alpha_pattern")}
     lora |= {"lora.modules_to_save", "lora.untie_tables", "lora.bias", "lora.lora_bias"}
     read = {"train", "eval", "eval_fraction", "format", "columns", "on_bad_row", "streaming", "stream_rows"}

@@ -311,6 +311,37 @@ def test_a_run_goes_on_from_what_a_start_has_left_of_a_head(
         assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"use_dora": True, "rank_pattern": {r"layers\.3\..*": 5}}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_a_run_goes_on_with_repeated_layers(fields: dict[str, Any], tmp_path: Path, bases: dict[bool, Path]) -> None:
+    """PEFT's copies share their weights, ours do not: trained, exported, used and merged, the logits are PEFT's.
+
+    Mutation tried: layers by their own number in place of the repeated one's.
+    """
+    base, folder = bases[False], tmp_path / "theirs"
+    asked: dict[str, Any] = {"layer_replication": [(0, 2), (1, 2), (0, 1)], **fields}
+    make_adapter(folder, base, target_modules=["q_proj", "down_proj"], **asked)
+    options = ("lora.dtype=float32", "training.max_steps=2")
+    run_to_end(begun_with(tmp_path, base, folder, *options))
+    found, expected = (made_logits(base, path, tiny_documents(20)) for path in (tmp_path / "run" / "adapter", folder))
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (tmp_path / "run" / "adapter", folder))
+    assert {name for name in theirs if ".original_module." not in name} == ours.keys()
+    assert sum(".layers.3." in name for name in ours) == sum(".layers.0." in name for name in ours) > 0
+    assert main(["merge", str(folder), "--to", str(tmp_path / "merged"), "--dtype", "fp32", "--force"]) == 0
+    assert relative_error(model_logits(tmp_path / "merged", tiny_documents(20)), expected) <= 1e-5
+    require_same_after_a_cut(tmp_path, base, folder, *options)
+
+
+def test_over_nf4_repeated_layers_are_those_of_peft(tmp_path: Path, base: Path) -> None:
+    folder = peft_folder(tmp_path / "theirs", base, layer_replication=[[0, 2], [0, 2]])
+    adapters = load_adapters(find_adapters({"theirs": folder}, base=str(base)), compute_dtype="float32")
+    adapters.activate("theirs")
+    assert relative_error(packed_logits(adapters.model, tiny_documents(20)), peft_logits(base, folder)) <= 1e-5
+
+
 @pytest.mark.parametrize("excluded", [["layers.0.self_attn.q_proj"], ["v_proj"], r".*layers\.1\..*"], ids=str)
 @pytest.mark.parametrize("beside", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
 def test_what_peft_was_to_leave_out_stays_out(
