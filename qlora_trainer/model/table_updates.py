@@ -106,10 +106,10 @@ def take_updates(
     token_ids, targets = dict(asked.token_ids), set(asked.targets)
     is_one = tables.is_tied and asked.ties and bool({embedding, head} & targets)
     if is_one:
-        if settings.use_dora or asked.variant is not None:
-            what = "DoRA" if settings.use_dora else "A variant of LoRA"
-            _refuse(where, f"{what} on embedding and head, which are one table", "plain LoRA there")
+        if asked.variant is not None:
+            _refuse(where, "A variant of LoRA on embedding and head, which are one table", "plain LoRA there")
         targets |= {embedding, head}
+        is_one = not settings.use_dora  # of one sum, columns and rows are set to their lengths: two tables
     if tables.is_tied and embedding in token_ids:
         is_one = token_ids.get(head, token_ids[embedding]) == token_ids[embedding]
         if head in targets or (asked.ties and not is_one):
@@ -257,8 +257,6 @@ def require_updates_fit(
                 _refuse(where, found, f"{expected}", "Use the base that the adapter was trained on.")
         if ids_N is not None and num_tokens and int(ids_N.max()) >= num_rows:
             _refuse(where, f"token {int(ids_N.max())} of {name}", f"below {num_rows}", "Use the adapter's base.")
-        if ids_N is not None and f"{name}.bias" in shapes:  # PEFT 0.21 leaves the bias out there
-            _refuse(where, f"trained rows of {name}, which has a bias", "a head without one")
 
 
 @torch.no_grad()
@@ -290,7 +288,9 @@ def update_table_(table_VH: Tensor, bias_V: Tensor | None, update: TableUpdate) 
 
 
 def updated_bias(bias_V: Tensor, update: TableUpdate) -> Tensor:
-    """Of a head that has one, fp32, on its device."""
+    """Of a head that has one, fp32, on its device; zeros beside trained rows, where PEFT 0.21 leaves it out."""
+    if update.token_ids_N is not None:
+        return torch.zeros(bias_V.shape, device=bias_V.device)
     own_V = (bias_V if update.own_bias_V is None else update.own_bias_V).to(bias_V.device, torch.float32)
     if update.bias_V is None:
         return own_V
