@@ -29,7 +29,7 @@ from qlora_trainer.model.adapter_variants import Variant
 from qlora_trainer.model.streamed import DiskWeights
 from qlora_trainer.model.table_updates import TableUpdate
 
-_FIX = "Use the base that the adapter was trained on."
+_FIX, _WRONG = "Use the base that the adapter was trained on.", "Point to another adapter folder."
 
 
 @torch.no_grad()
@@ -41,7 +41,8 @@ def as_plain_lora(adapter: AdapterFolder, base_folder: Path) -> AdapterFolder:
         base_folder: the base's, as it was published.
 
     Raises:
-        ConfigError: a weight is missing there, has another shape, or is too small for KaSA's rank.
+        ConfigError: a weight is missing there, has another shape, or is too small for KaSA's rank; or the scale of a
+            part is not positive, of which PEFT makes no numbers.
     """
     variant, settings = adapter.variant, adapter.settings
     if variant is None:
@@ -114,6 +115,8 @@ def _taken(part: str, weight_OI: Tensor, rank: int, scale: float, name: str) -> 
     if part == "olora":
         q_OK, r_KI = torch.linalg.qr(weight_OI)
         return q_OK[:, :rank], r_KI[:rank]
+    if scale <= 0.0:
+        raise ConfigError(where=name, found=f"a scale of {scale:g}", expected="a positive lora_alpha", fix=_WRONG)
     u_OK, s_K, v_KI = torch.linalg.svd(weight_OI, full_matrices=False)
     if part == "pissa":
         root_R = (s_K[:rank] / scale).sqrt()

@@ -321,6 +321,7 @@ ON_WEIGHTS = {"target_parameters": ["v_proj.weight"]}
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"kasa_config": KasaConfig()}, {"kasa_config": True}, "kasa_config = True"),
     ({"kasa_config": KasaConfig()}, {"kasa_config": None}, "lora_diag"),
+    ({"kasa_config": KasaConfig()}, {"lora_alpha": 0}, "found a scale of 0; expected a positive lora_alpha"),
     (BLOCKY, {"use_bdlora": BLOCKS | {"nblocks": 0}}, "nblocks, a positive whole number"),
     (BLOCKY, {"use_bdlora": BLOCKS | {"nblocks": "2"}}, "nblocks, a positive whole number"),
     (BLOCKY, {"use_bdlora": {"target_modules_bd_a": "o_proj"}}, "and names"),
