@@ -104,7 +104,7 @@ def variant_told(fields: Mapping[str, Any]) -> str | None:
     if variant.blocks_A or variant.blocks_B:
         told.append("BD-LoRA, whose zeros outside its blocks are trained, too")
     if variant.may_pool:
-        told.append("QALoRA, each of whose inputs has a column of its own")
+        told.append("QALoRA, with a column of A for each input")
     if _is_on(fields, "monteclora_config"):
         told.append("MonteCLoRA as it is evaluated, without its noise")
     if is_loftq_of_nf4(fields):

@@ -81,7 +81,7 @@ def _whole(
     a_RI, b_OR = (
         _block_diagonal(own.float(), variant.num_blocks if is_in else 1, name) for own, is_in in ((a, in_A), (b, in_B))
     )
-    if (num_groups := a_RI.shape[1]) < shape[1]:
+    if variant.may_pool and (num_groups := a_RI.shape[1]) < shape[1]:
         group_size = shape[1] // num_groups
         a_RI = a_RI.repeat_interleave(group_size, dim=1) * (num_groups / group_size)
     return a_RI, b_OR

@@ -307,7 +307,7 @@ def test_what_it_was_is_told(bases: dict[str, Base], tmp_path: Path) -> None:
         "BD-LoRA, whose zeros": {"use_bdlora": BdLoraConfig(**BLOCKS, match_strict=False)},
         "MonteCLoRA as it is evaluated": {"monteclora_config": MontecloraConfig()},
         "LoRA on weights": {"target_parameters": ["v_proj.weight"]},
-        "QALoRA, each": {"use_qalora": True},
+        "QALoRA, with a column": {"use_qalora": True},
     }
     for number, (told, fields) in enumerate(wanted.items()):
         make_adapter(tmp_path / str(number), bases["llama"].folder, target_modules=LEAVES, **fields)

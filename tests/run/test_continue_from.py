@@ -335,6 +335,19 @@ def test_a_run_goes_on_with_repeated_layers(fields: dict[str, Any], tmp_path: Pa
     require_same_after_a_cut(tmp_path, base, folder, *options)
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_a_new_run_trains_repeated_layers_and_a_head_that_it_unties(tmp_path: Path, base: Path) -> None:
+    """What it exports PEFT makes the same model of, over the same base in NF4."""
+    options = ("lora.layer_replication=[[0, 2], [0, 2]]", "lora.modules_to_save=[lm_head]", "lora.untie_tables=true")
+    run_to_end(tiny_config(tmp_path, base, *options, "lora.dtype=float32", "training.learning_rate=5e-3"))
+    folder = tmp_path / "run" / "adapter"
+    adapters = load_adapters(find_adapters({"ours": folder}, base=None), compute_dtype="float32")
+    adapters.activate("ours")
+    found, expected = packed_logits(adapters.model, tiny_documents(20)), peft_logits(base, folder)
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(peft_logits(base, None), expected) > 1e-2
+
+
 def test_over_nf4_repeated_layers_are_those_of_peft(tmp_path: Path, base: Path) -> None:
     folder = peft_folder(tmp_path / "theirs", base, layer_replication=[[0, 2], [0, 2]])
     adapters = load_adapters(find_adapters({"theirs": folder}, base=str(base)), compute_dtype="float32")
