@@ -128,7 +128,7 @@ def test_an_answer_takes_base_and_adapter_as_they_were_trained(
     answer(tmp_path / "run", "What is 3 + 3?", base=str(base), max_new_tokens=1, temperature=0.0, seed=0)
     assert used["resolve_base"] == (
         str(base),
-        {"with_weights": False},
+        {"with_weights": False, "layer_replication": ()},
     )  # not the revision of another base
 
 
