@@ -14,6 +14,7 @@ mapped file while it is read, whose pages are given back.
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
@@ -83,6 +84,7 @@ def iter_accepted(file: IO[bytes], files: Sequence[FileRead]) -> Iterator[Row | 
 
     Raises:
         StorageError: what is read is not what was written.
+        MemoryError: the file cannot be mapped.
     """
     columns = _iter_columns(file, num_rows=sum(found.num_rows for found in files))
     index = 0
@@ -153,10 +155,12 @@ def _iter_columns(file: IO[bytes], *, num_rows: int) -> Iterator[dict[str, Any]]
                 if num_bytes >= ARROW_BATCH_BYTES:
                     give_back(spans)
                     num_bytes = 0
-    except ArrowException as error:
+    except MemoryError:  # Arrow's own is one, too
+        raise
+    except (ArrowException, OSError) as error:  # of mapping and reading the file: writing it is over
+        if getattr(error, "errno", None) == errno.ENOMEM or "Cannot allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise _not_what_was_written(str(error)) from error
-    except OSError as error:  # of mapping the file: writing it is over
-        raise _not_what_was_written(f"they cannot be mapped: {error.strerror or error}") from error
 
 
 def _not_what_was_written(reason: str) -> StorageError:

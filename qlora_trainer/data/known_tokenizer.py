@@ -1,7 +1,8 @@
 """A tokenizer by what decides which tokens a text becomes: hashed, written down, and made again elsewhere.
 
-That is its pipeline as `tokenizers` writes it (vocabulary, added tokens, normaliser and the rest), the names of its
-special tokens, and its chat template. What class it has, and in which files it was stored, changes no token.
+That is its pipeline as `tokenizers` writes it (vocabulary, added tokens, normaliser and the rest), whether it takes
+special tokens of a text for plain text, which `tokenizers` does not write, the names of its special tokens, and its
+chat template. What class it has, and in which files it was stored, changes no token.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from qlora_trainer.config.strict_json import json_sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_SPLITS = "split_special_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,13 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def tokenizer_content(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """All that decides what a text becomes, for JSON; megabytes."""
-    return {
+    content = {
         "backend": tokenizer.backend_tokenizer.to_str(),
         "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
     }
+    # Named where it is set only: hashes that runs keep are older than this line.
+    return content | ({_SPLITS: True} if tokenizer.backend_tokenizer.encode_special_tokens else {})
 
 
 def tokenizer_of(content: dict[str, Any]) -> PreTrainedTokenizerBase:
@@ -56,6 +61,7 @@ def tokenizer_of(content: dict[str, Any]) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(content["backend"]),
         chat_template=content["chat_template"],
+        split_special_tokens=content.get(_SPLITS, False),
         **content["special_tokens"],
     )
     if tokenizer_content(tokenizer) != content:

@@ -27,7 +27,8 @@ from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.named import sources_named
 from qlora_trainer.data.rows import Reading
 from qlora_trainer.data.sources import pinned
-from qlora_trainer.data.token_maker import ROOM, TokenJob, hashes_of
+from qlora_trainer.data.token_job import TokenJob
+from qlora_trainer.data.token_maker import ROOM, hashes_of
 from qlora_trainer.data.token_process import make_tokens_apart
 from qlora_trainer.hardware.cache_folder import cache_folder, writing_told
 from qlora_trainer.hardware.heap import release_free_memory
@@ -88,6 +89,7 @@ def _make_if_missing(job: TokenJob) -> Generator[Reading]:
     if not job.folder.is_dir():
         release_free_memory()  # there are two processes for a while
         yield from make_tokens_apart(job)
+        release_free_memory()  # the job was megabytes of JSON
 
 
 def _set_aside(folder: Path) -> None:

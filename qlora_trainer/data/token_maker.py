@@ -6,47 +6,24 @@ process of its own (see `token_process`).
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from qlora_trainer.config.data_files import DataSource
-from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.accepted_rows import iter_accepted, write_accepted
 from qlora_trainer.data.array_file import nameless_file
 from qlora_trainer.data.chat import RowTokenizer
 from qlora_trainer.data.document_store import DocumentWriter
-from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.named import iter_sources
 from qlora_trainer.data.rows import BATCH_ROWS, FileRead, Reading, Row, in_batches
 from qlora_trainer.data.sources import source_hash
+from qlora_trainer.data.token_job import TokenJob
 from qlora_trainer.errors import DataError
 from qlora_trainer.hardware.cache_folder import writing_told
 from qlora_trainer.hardware.sealed_folder import writing
 
 ROOM = "5 bytes a token"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenJob:
-    """What is to be tokenised, and where to.
-
-    Attributes:
-        folder: of the cache, not there yet; it becomes a sealed one.
-        sources: what is read; a hub id at a commit.
-        hashes: of the sources, by what they are, in order.
-        section: how they are read.
-        key: under which of its keys they are named, for errors.
-        tokenizer: makes the tokens.
-    """
-
-    folder: Path
-    sources: tuple[DataSource, ...]
-    hashes: Mapping[str, str]
-    section: DataSection
-    key: Literal["train", "eval"]
-    tokenizer: KnownTokenizer
 
 
 def make_tokens(job: TokenJob) -> Generator[Reading]:

@@ -4,15 +4,17 @@
 start and not after a warm one, so a plan could be right for one of them only. The process imports no torch: it takes a
 second to begin.
 
-The job goes in as JSON, and lines of JSON come out: how far it is, and last the error that ended it, if one did. Each
-side leaves when the other has: a line that nobody reads ends the process, and it is ended when nobody waits for its
-next line. It is begun anew, not forked out of a process that has threads.
+The job goes in as JSON, and lines of JSON come out: how far it is, and last the error that ended it, if one did. When
+nobody can read them any more, since the other process has ended, however, or waits no longer, it leaves at once and
+leaves nothing behind. It is begun anew, not forked out of a process that has threads.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -20,25 +22,27 @@ from collections.abc import Generator
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from threading import Thread
+from typing import IO, NoReturn
 
-from qlora_trainer.config.data_files import DataSource, HubDataset
-from qlora_trainer.config.dataset_folder import DatasetFolder
-from qlora_trainer.config.schema import DataSection
-from qlora_trainer.data.known_tokenizer import KnownTokenizer, tokenizer_content, tokenizer_of
 from qlora_trainer.data.rows import Reading
-from qlora_trainer.data.token_maker import TokenJob, make_tokens
+from qlora_trainer.data.token_job import TokenJob, job_as_json, job_of
+from qlora_trainer.data.token_maker import make_tokens
 from qlora_trainer.errors import ConfigError, DataError, DoesNotFitError, QloraTrainerError, StorageError
 
 # With the modules that this process would find, and no others: a file of the working folder may be named as one.
 _BEGIN = (
     "import sys; sys.path[:] = sys.argv[2:]; from qlora_trainer.data.token_process import main; main(int(sys.argv[1]))"
 )
-_STDERR = 2
+_PACKAGE_PARENT = str(Path(__file__).parents[2])
 # glibc's, kept where they begin: raised on the way, as by default, they leave 20 MiB more of freed batches resident.
 _HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+_STDERR = 2
 _PATIENCE_SECONDS = 10.0  # within which a process that is asked to end has removed its unfinished folder
-_ERRORS = {error.__name__: error for error in (ConfigError, DataError, StorageError)}
+_ERRORS = {error.__name__: error for error in (ConfigError, DataError, DoesNotFitError, StorageError)}
+_EXIT_TERMINATED = 128 + signal.SIGTERM
+# By the kernel or a daemon, where memory is short; SIGABRT is how libraries end that get none.
+_ENDED_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT, _EXIT_TERMINATED)
 
 
 def make_tokens_apart(job: TokenJob) -> Generator[Reading]:
@@ -46,14 +50,14 @@ def make_tokens_apart(job: TokenJob) -> Generator[Reading]:
 
     Raises:
         QloraTrainerError: as `make_tokens` does.
-        DoesNotFitError: the process was killed, as it is where memory is short.
+        DoesNotFitError: there was too little memory, or the process was ended from outside, as it is then.
         RuntimeError: it ended otherwise without having said why; what it had to say is on stderr.
     """
     process, lines = _begin()
     assert process.stdin is not None
     try:
         with suppress(BrokenPipeError):  # it has ended, which is told below
-            process.stdin.write(json.dumps(_job_as_json(job)).encode())
+            process.stdin.write(json.dumps(job_as_json(job)).encode())
             process.stdin.close()
         for line in lines:
             told = json.loads(line)
@@ -64,13 +68,8 @@ def make_tokens_apart(job: TokenJob) -> Generator[Reading]:
     finally:
         lines.close()
         _end(process)
-    if process.returncode == -signal.SIGKILL:
-        raise DoesNotFitError(
-            where=f"data.{job.key}",
-            found="a process that was killed while it tokenised the data",
-            expected="memory for it: some 300 MiB beside this process",
-            fix="Free memory, or tokenise on another machine and bring its cache folder along; see the kernel's log.",
-        )
+    if process.returncode in _ENDED_FROM_OUTSIDE:
+        raise _too_little_memory(job.key, f"a process that was ended from outside ({process.returncode})")
     if process.returncode:
         raise RuntimeError(f"the process that tokenises data.{job.key} ended with {process.returncode}")
 
@@ -78,14 +77,32 @@ def make_tokens_apart(job: TokenJob) -> Generator[Reading]:
 def main(descriptor: int) -> None:
     """The process: takes a job on stdin, and writes lines of JSON to an open file."""
     signal.signal(signal.SIGTERM, _leave)
-    with os.fdopen(descriptor, "wb") as lines:
-        job = _job_of(json.load(sys.stdin.buffer))
+    Thread(target=_end_unread, args=(descriptor,), daemon=True).start()
+    with os.fdopen(descriptor, "wb", buffering=0) as lines:
+        job = job_of(json.load(sys.stdin.buffer))
         with suppress(BrokenPipeError), closing(make_tokens(job)) as making:
             try:
                 for reading in making:
                     _tell(lines, reading=asdict(reading))
             except QloraTrainerError as error:
                 _tell(lines, error=_error_as_json(error))
+            except MemoryError:
+                _tell(lines, error=_error_as_json(_too_little_memory(job.key, "too little of it to tokenise the data")))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done; it would disturb Python's own end
+
+
+def _end_unread(descriptor: int) -> None:
+    """Ends this process when nobody can read its lines any more; waits for that."""
+    lines = select.poll()
+    lines.register(descriptor, 0)  # of errors alone, which are always told
+    lines.poll()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _leave(*_: object) -> NoReturn:
+    """As the end of a signal's handler: contexts are left, which remove what is unfinished."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(_EXIT_TERMINATED)
 
 
 def _begin() -> tuple[subprocess.Popen[bytes], IO[bytes]]:
@@ -93,14 +110,17 @@ def _begin() -> tuple[subprocess.Popen[bytes], IO[bytes]]:
 
     In a session of its own: Ctrl+C is for this process, which then ends that one.
     """
-    reading, writing = os.pipe()
+    reading, writing = _pipe()
     lines = os.fdopen(reading, "rb")
-    command = [sys.executable, "-c", _BEGIN, str(writing), *sys.path]
+    # What is imported here may have been found from another working folder.
+    path = sys.path if _PACKAGE_PARENT in sys.path else [_PACKAGE_PARENT, *sys.path]
+    prints = _STDERR if _is_open(_STDERR) else subprocess.DEVNULL
     try:
         process = subprocess.Popen(
-            command,
+            [sys.executable, "-c", _BEGIN, str(writing), *path],
             stdin=subprocess.PIPE,
-            stdout=_STDERR,
+            stdout=prints,
+            stderr=prints,
             pass_fds=[writing],
             start_new_session=True,
             env=_HEAP | os.environ,
@@ -118,6 +138,25 @@ def _begin() -> tuple[subprocess.Popen[bytes], IO[bytes]]:
     return process, lines
 
 
+def _pipe() -> tuple[int, int]:
+    """Both ends, beyond the standard descriptors: those may be closed, and are another file's in the process."""
+    low = os.pipe()
+    try:
+        reading, writing = (fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, _STDERR + 1) for end in low)
+    finally:
+        for end in low:
+            os.close(end)
+    return reading, writing
+
+
+def _is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     """Ends the process if it is still there; it has no time to lose, but a folder to remove."""
     assert process.stdin is not None
@@ -131,56 +170,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _leave(*_: object) -> NoReturn:
-    """As the end of a signal's handler: contexts are left, which remove what is unfinished."""
-    sys.exit(128 + signal.SIGTERM)
+def _too_little_memory(key: str, found: str) -> DoesNotFitError:
+    return DoesNotFitError(
+        where=f"tokenising data.{key}",
+        found=found,
+        expected="memory for a process beside this one: 200 to 350 MiB",
+        fix="Free memory, or tokenise where there is more (train --dry-run) and bring the cache folder along.",
+    )
 
 
 def _tell(lines: IO[bytes], **what: object) -> None:
     lines.write(json.dumps(what).encode() + b"\n")
     lines.flush()
-
-
-def _job_as_json(job: TokenJob) -> dict[str, Any]:
-    return {
-        "folder": str(job.folder),
-        "sources": [_source_as_json(source) for source in job.sources],
-        "hashes": dict(job.hashes),
-        "section": job.section.model_dump(mode="json"),
-        "key": job.key,
-        "tokenizer": tokenizer_content(job.tokenizer.tokenizer),
-        "content_hash": job.tokenizer.content_hash,
-        "where": job.tokenizer.where,
-    }
-
-
-def _job_of(entry: dict[str, Any]) -> TokenJob:
-    return TokenJob(
-        folder=Path(entry["folder"]),
-        sources=tuple(_source_of(source) for source in entry["sources"]),
-        hashes=entry["hashes"],
-        section=DataSection.model_validate(entry["section"]),
-        key=entry["key"],
-        tokenizer=KnownTokenizer(tokenizer_of(entry["tokenizer"]), entry["content_hash"], entry["where"]),
-    )
-
-
-def _source_as_json(source: DataSource) -> dict[str, Any]:
-    if isinstance(source, Path):
-        return {"file": str(source)}
-    if isinstance(source, HubDataset):
-        return {"hub": asdict(source)}
-    files = [str(path) for path in source.arrow_files]
-    return {"folder": {"name": source.name, "path": str(source.path), "arrow_files": files}}
-
-
-def _source_of(entry: dict[str, Any]) -> DataSource:
-    if "file" in entry:
-        return Path(entry["file"])
-    if "hub" in entry:
-        return HubDataset(**entry["hub"])
-    folder = entry["folder"]
-    return DatasetFolder(folder["name"], Path(folder["path"]), tuple(map(Path, folder["arrow_files"])))
 
 
 def _error_as_json(error: QloraTrainerError) -> dict[str, str]:

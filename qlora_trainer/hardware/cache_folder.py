@@ -86,7 +86,7 @@ def writing_told(folder: Path, *, room: str) -> Iterator[None]:
 
 def _free_told(folder: Path, error: OSError) -> str:
     """How much room there is where the folder is, or would be, if that is what is missing."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return f"; {shutil.disk_usage(there).free:,} bytes are free"

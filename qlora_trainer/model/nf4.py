@@ -151,14 +151,8 @@ def dequantize_part(
 
 
 def rows_at_once(shape: tuple[int, int], num_elements: int) -> int:
-    """About `num_elements` of a weight in whole rows, such that no block is cut; at least as many as a cut allows.
-
-    All rows where blocks do not end with them: bitsandbytes' CPU kernel (0.50.2) then takes other scales for a part
-    than for the whole (docs/log.md, 2026-11-28).
-    """
-    num_rows, num_columns = shape
-    if num_columns % BLOCKSIZE:
-        return num_rows
+    """About `num_elements` of a weight in whole rows, such that no block is cut; at least as many as a cut allows."""
+    _, num_columns = shape
     step = math.lcm(num_columns, BLOCKSIZE * NESTED_BLOCKSIZE)
     return step * max(1, num_elements // step) // num_columns
 
@@ -172,10 +166,13 @@ def _dequantize(weight: NF4Weight, dtype: torch.dtype, row_scale_O: Tensor | Non
         absmax = absmax.add_(weight.offset)
     if row_scale_O is not None:
         absmax = (absmax.view(weight.shape[0], -1) * row_scale_O.unsqueeze(1)).view(-1)
-    dense_OI: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
-        weight.packed, absmax, BLOCKSIZE, "nf4", weight.shape, dtype
+    num_rows, num_columns = weight.shape
+    # As one row where blocks do not end with rows: bitsandbytes' CPU kernel (0.50.2) takes other blocks' scales there.
+    shape = weight.shape if num_columns % BLOCKSIZE == 0 else (1, num_rows * num_columns)
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+        weight.packed, absmax, BLOCKSIZE, "nf4", shape, dtype
     )
-    return dense_OI
+    return dense.view(weight.shape)
 
 
 def empty(shape: tuple[int, int], *, code: Tensor | None, device: torch.device) -> NF4Weight:

@@ -92,7 +92,7 @@ def test_llama_cpp_finds_what_it_looks_for(name: str, tmp_path: Path) -> None:
     assert told(reader, "adapter.lora.alpha") == 7.0
     assert {tensor.tensor_type for tensor in reader.tensors} == {gguf.GGMLQuantizationType.F32}
     shapes = {tensor.name: tuple(map(int, tensor.shape)) for tensor in reader.tensors}  # ggml's order: columns first
-    assert shapes["blk.0.ffn_down.weight.lora_a"] == (96, 7)
+    assert shapes["blk.0.ffn_down.weight.lora_a"] == (128, 7)
     assert shapes["blk.0.ffn_down.weight.lora_b"] == (7, 64)
 
 

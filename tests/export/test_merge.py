@@ -515,7 +515,7 @@ def test_a_base_that_has_changed_is_refused(tmp_path: Path, base: Path, capsys: 
 
 @pytest.fixture
 def pair(base: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A base in three shards and an adapter on it, alone in a folder: what is refused leaves nothing beside them."""
+    """A base in four shards and an adapter on it, alone in a folder: what is refused leaves nothing beside them."""
     folder = base_with_tokenizer(tmp_path / "base", CONFIGS["llama"], base)
     make_adapter(tmp_path / "adapter", folder)
     return folder, tmp_path / "adapter"
@@ -536,7 +536,7 @@ def test_a_base_whose_index_leads_out_of_its_folder_is_refused(
     index = folder / "model.safetensors.index.json"
     text = index.read_text()
     for file_name in ("../model.safetensors", "/etc/passwd", "a\\u0000b"):
-        index.write_text(text.replace("model-00001-of-00003.safetensors", file_name))
+        index.write_text(text.replace("model-00001-of-00004.safetensors", file_name))
         assert "weight_map that names" in refused_to_merge(adapter, capsys)
 
 
@@ -544,9 +544,9 @@ def test_a_shard_of_the_base_that_is_cut_short_is_refused(
     pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, adapter = pair
-    path = folder / "model-00002-of-00003.safetensors"
+    path = folder / "model-00002-of-00004.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    assert "model-00002-of-00003.safetensors" in refused_to_merge(adapter, capsys)
+    assert "model-00002-of-00004.safetensors" in refused_to_merge(adapter, capsys)
 
 
 def test_numbers_that_a_dtype_does_not_hold_are_refused(

@@ -179,9 +179,9 @@ def test_nothing_of_the_intermediate_size_is_there_for_all_tokens(name: str, pre
         widths -= {base.config.hidden_size}
         assert widths
         with _Made() as made:
-            step_of(model, size, lengths=(40, 50, 38))
+            step_of(model, size, lengths=(70, 80, 42))
         num_rows = {torch.Size(shape[:-1]).numel() for shape in made.shapes if shape[-1] in widths}
-        assert (128 in num_rows) == (size == 0)
+        assert (192 in num_rows) == (size == 0)
         assert (size in num_rows) == (size > 0)
 
 

@@ -32,7 +32,7 @@ WINDOW = 12  # shorter than the documents of the tests
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -70,7 +70,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**_SIZES, head_dim=32, hidden_act="gelu_pytorch_tanh"),
     "gemma2": Gemma2Config(
         **_SIZES,
-        head_dim=32,
+        head_dim=48,  # queries are as wide as nothing else
         query_pre_attn_scalar=24,  # not the head size, so that a wrong scale shows
         sliding_window=WINDOW,
         layer_types=_ONE_OF_EACH,

@@ -122,8 +122,8 @@ def test_runs_that_quantized_their_bases_otherwise_are_refused(tmp_path: Path, b
 def test_an_adapter_of_another_base_names_the_first_five_differences(tmp_path: Path, base: Path, adapter: Path) -> None:
     other_base = write_base(tmp_path / "other")
     config = json.loads((other_base / "config.json").read_text())
-    assert config["intermediate_size"] == 96
-    wide = {"intermediate_size": 128}
+    assert config["intermediate_size"] == 128
+    wide = {"intermediate_size": 192}
     (other_base / "config.json").write_text(json.dumps(config | wide))
     from transformers import AutoConfig, AutoModelForCausalLM
 
