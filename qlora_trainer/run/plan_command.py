@@ -14,7 +14,7 @@ from qlora_trainer.planning.plan import DEVICE_KEY, Plan
 from qlora_trainer.run.continue_from import filled_in
 from qlora_trainer.run.dry_run import counted_documents
 from qlora_trainer.run.inputs import find_base, read_documents
-from qlora_trainer.run.planned import asked_bytes, documents_of
+from qlora_trainer.run.planned import asked_bytes, documents_of, process_bytes
 
 
 def plan_on(
@@ -50,6 +50,7 @@ def plan_on(
                 model_config=inputs.base.config,
                 can_pack=inputs.base.can_pack,
                 documents=documents_of(inputs, config.training.global_batch_size),
+                interpreter_bytes=process_bytes,  # as a run has read the same by then
                 with_frontier=True,
             )
             return plan, counted_documents(inputs)

@@ -58,7 +58,7 @@ def plan_run(config: RunConfig, inputs: Inputs, machine: MachineKnobs) -> Plan:
         model_config=inputs.base.config,
         can_pack=inputs.base.can_pack,
         documents=documents_of(inputs, config.training.global_batch_size),
-        interpreter_bytes=_process_bytes,
+        interpreter_bytes=process_bytes,
     )
 
 
@@ -180,7 +180,7 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def _process_bytes() -> int:
+def process_bytes() -> int:
     """What this process takes now, before a model is loaded, without what it no longer uses."""
     gc.collect()
     release_free_memory()

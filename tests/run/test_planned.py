@@ -20,7 +20,9 @@ from qlora_trainer.model.adapters import trainable_parameters
 from qlora_trainer.planning import make_plan as planning
 from qlora_trainer.planning.budget import gpu_budget
 from qlora_trainer.planning.plan import Plan
-from qlora_trainer.run import attempts, knobs, loop, prepare
+from qlora_trainer.report.reading import watched
+from qlora_trainer.report.screen import stderr_console
+from qlora_trainer.run import attempts, knobs, loop, plan_command, prepare
 from qlora_trainer.run import planned as plans
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.folder import open_run_folder
@@ -315,12 +317,29 @@ def test_a_resume_computes_as_the_run_began(tmp_path: Path, base: Path, monkeypa
     assert "compute_dtype: float32" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_a_plan_of_the_same_config_is_that_of_the_run(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process is measured for both. Mutation tried: `plan` takes what such a process usually takes."""
+    process_bytes = resident_bytes() + 2**26
+    for module in (plans, plan_command):
+        monkeypatch.setattr(module, "process_bytes", lambda: process_bytes)
+    config = tiny_config(tmp_path, base, f"memory.budget={process_bytes + 2**30}B")
+    *_, of_run = dry_run(config)
+    planned = watched(
+        plan_command.plan_on(config, gpu=None, vram_bytes=None, ram_bytes=None, with_data=True), stderr_console()
+    )[0]
+    assert isinstance(of_run, Plan)
+    assert planned.predicted == of_run.predicted
+    assert planned.predicted.process_peak_bytes >= process_bytes + planned.predicted.allocated_peak_bytes
+
+
 def test_another_budget_at_a_resume_cuts_otherwise_and_learns_the_same(
     tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutation tried: without memory.budget in `PLANNED_KEYS` the resumed run keeps its micro-batches."""
     process_bytes = resident_bytes()
-    monkeypatch.setattr(plans, "_process_bytes", lambda: process_bytes)  # it grows by more than a tiny run takes
+    monkeypatch.setattr(plans, "process_bytes", lambda: process_bytes)  # it grows by more than a tiny run takes
     options = ("lora.dropout=0.1", "training.max_steps=4", "training.optimizer=adamw_8bit")
 
     def config(budget_bytes: int, name: str) -> RunConfig:
