@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device_memory import cpu_memory
 from qlora_trainer.model.positions import require_positions
+from qlora_trainer.model.repeated_layers import with_repeated_layers
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths, full_length, require_micro_batch
 from qlora_trainer.planning.explain import gave_up, would_fit
@@ -53,8 +54,8 @@ def make_plan(
     Args:
         config: what was asked for; what it pins stays.
         budget: the device and its memory.
-        model_config: the architecture of `config.model.base`, if it has been accepted; None reads it and sees to that
-            (see `read_model_config`).
+        model_config: the architecture of `config.model.base`, with layers repeated as asked, if it has been accepted;
+            None reads it and sees to that (see `read_model_config`).
         can_pack: whether documents of that base may share a row; read with it where `model_config` is None.
         documents: lengths of the data; None plans for global batches of documents of full length.
         interpreter_bytes: asked once the traces are made: what the process takes without a model. None for what a
@@ -65,11 +66,12 @@ def make_plan(
         The plan; if nothing fits, the smallest, with `fits` false.
 
     Raises:
-        ConfigError: documents longer than the model's positions or than a pinned micro-batch, or a base that is unknown
-            or cannot be trained.
+        ConfigError: documents longer than the model's positions or than a pinned micro-batch, or a base that is
+            unknown, cannot be trained, or does not have the layers that are to be repeated.
     """
     if model_config is None:
         model_config, can_pack = read_model_config(config.model.base, config.model.revision)
+        model_config = with_repeated_layers(model_config, config.lora.layer_replication)
     seq_len = documents.seq_len if documents is not None else full_length(config, model_config)
     require_positions(seq_len, model_config, config.model.base)
     require_micro_batch(seq_len, config)

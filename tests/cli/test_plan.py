@@ -87,6 +87,19 @@ def test_json_for_a_card_that_is_not_here(tiny: Path, capsys: pytest.CaptureFixt
         assert max(predicted["phases"].values()) == predicted["allocated_peak_bytes"]
 
 
+@pytest.mark.parametrize("asked", [[[0, 20], [15, 30]], [[0, 31]]], ids=str)
+def test_layers_of_a_known_name_are_repeated(asked: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
+    """Without data, too: 35 layers of 30; a range that the base does not have is refused."""
+    fits = asked[-1][1] <= 30
+    options = ("--vram", "8GiB", *SHORT, "--set", f"lora.layer_replication={asked}", "--json")
+    out, err = called(capsys, "plan", "--model", "smollm2-135m", *options, exit_code=0 if fits else 2)
+    if not fits:
+        assert "lora.layer_replication: found [[0, 31]]; expected [first, end] of a base of 30 layers" in err
+        return
+    knobs = json.loads(out)["knobs"]
+    assert knobs["activation_keep_layers"] + knobs["activation_recompute_layers"] == 35
+
+
 def test_tables_and_a_heat_map(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plot = tmp_path / "frontier.png"
     out, err = called(capsys, "plan", "--model", str(tiny), "--gpu", "rtx-4060", *SHORT, "--plot", str(plot))
