@@ -232,8 +232,11 @@ def _take_diagonals(weights: dict[str, Tensor], path: Path) -> None:
     """B diag(d) for B, of KaSA.
 
     Raises:
-        ConfigError: a diagonal without a B of its size.
+        ConfigError: a diagonal without a B of its size, or a B without one, which PEFT draws at random.
     """
+    diagonals = {name: name.removesuffix(".lora_B") + _DIAGONAL for name in weights if name.endswith(".lora_B")}
+    if alone := next((name for name, diagonal in diagonals.items() if diagonal not in weights), None):
+        raise wrong_adapter(path, f"{alone}, and no {diagonals[alone]}", "KaSA's diagonal beside each B")
     for name in [name for name in weights if name.endswith(_DIAGONAL)]:
         owner, diagonal_R = name.removesuffix(_DIAGONAL), weights.pop(name)
         b_OR = weights.get(f"{owner}.lora_B")

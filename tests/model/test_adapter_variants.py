@@ -383,3 +383,6 @@ def test_a_diagonal_of_another_size_is_refused(bases: dict[str, Base], tmp_path:
         save_file(tensors | {first: wrong}, path)
         with pytest.raises(ConfigError, match=r"lora_diag \(.*KaSA's diagonal beside a B of as many columns"):
             ours(bases["llama"], tmp_path / "theirs")
+    save_file({name: own for name, own in tensors.items() if name != first}, path)
+    with pytest.raises(ConfigError, match=r"lora_B, and no .*lora_diag; expected KaSA's diagonal beside each B"):
+        ours(bases["llama"], tmp_path / "theirs")
