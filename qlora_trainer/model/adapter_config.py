@@ -116,6 +116,8 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     _check_variants(path, fields)
     _check_token_ids(path, fields.get("trainable_token_indices"))
     _check_excluded(path, fields.get("exclude_modules"))
+    if isinstance(targets, str):
+        require_expressions([targets], where=f"{path}, target_modules")
     layers = fields.get("layers_to_transform")
     one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
     one_form |= {"layers_to_transform": [layers]} if isinstance(layers, int) else {}

@@ -17,7 +17,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import has_biases, take_biases
 from qlora_trainer.model.adapter_config import asked_updates, read_config_fields, settings_of, wrong_adapter
-from qlora_trainer.model.adapter_variants import Variant, as_target_modules, variant_of
+from qlora_trainer.model.adapter_variants import Variant, as_target_modules, require_named, variant_of
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
@@ -89,14 +89,19 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     """The checked `adapter_config.json` of an adapter folder.
 
     Raises:
-        ConfigError: no adapter here, only a pickled one, or a variant that this version does not compute.
+        ConfigError: no adapter here, only a pickled one, or a variant that this version does not compute; or
+            `target_parameters`, and LoRA in the file that no field names.
     """
     pickled = [name for name in _PICKLES if (folder / name).exists()]
     if not (folder / WEIGHTS_FILE).is_file():
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
     fields = read_config_fields(folder / ADAPTER_CONFIG_FILE)
-    return as_target_modules(fields, lora_modules(folder)) if fields.get("target_parameters") else fields
+    if not fields.get("target_parameters"):
+        return fields
+    modules = lora_modules(folder)
+    require_named(folder / ADAPTER_CONFIG_FILE, fields, modules)
+    return as_target_modules(fields, modules)
 
 
 def trains_biases(folder: Path) -> bool:

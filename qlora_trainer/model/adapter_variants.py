@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.lora_settings import pattern_fits
+from qlora_trainer.model.lora_settings import ALL_LINEAR, in_layers, pattern_fits
 from qlora_trainer.model.table_names import means
 
 STARTS = ("pissa", "olora")  # values of `init_lora_weights` whose change of the base can be found again there
@@ -175,6 +175,45 @@ def as_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> dict
     }
     elsewhere = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))  # of `target_modules` only
     return {**fields, **elsewhere, **patterns, "target_modules": list(modules)}
+
+
+def require_named(path: Path, fields: Mapping[str, Any], modules: Sequence[str]) -> None:
+    """Refuse LoRA that `target_modules` and `target_parameters` do not name: PEFT passes over it.
+
+    Args:
+        path: of the config, for the error.
+        fields: checked.
+        modules: full names of what has LoRA in the file.
+
+    Raises:
+        ConfigError: names the first such module.
+    """
+    for name in modules:
+        if not (_is_target(fields, name) or any(means(own, name + _WEIGHT) for own in fields["target_parameters"])):
+            raise ConfigError(
+                where=str(path),
+                found=f"LoRA on {name} beside it",
+                expected="LoRA on what target_modules and target_parameters name, which is all that PEFT loads",
+                fix="Point to another adapter folder.",
+            )
+
+
+def _is_target(fields: Mapping[str, Any], name: str) -> bool:
+    """Whether `target_modules` and what limits it mean a module, by PEFT's rules."""
+    wanted, excluded, layers = (fields.get(key) for key in ("target_modules", "exclude_modules", "layers_to_transform"))
+    is_meant = any(map(str.isdigit, name.split("."))) if wanted == ALL_LINEAR else _are_meant(wanted, name)
+    if not is_meant or _are_meant(excluded, name):
+        return False
+    pattern = fields.get("layers_pattern") or ()
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    return not layers or name in wanted or bool(in_layers([name], layers, patterns))
+
+
+def _are_meant(entries: str | Sequence[str] | None, name: str) -> bool:
+    """Whether a regular expression is the whole name, or one of these names is its end."""
+    if isinstance(entries, str):
+        return bool(entries) and re.fullmatch(entries, name) is not None
+    return any(means(entry, name) for entry in entries or ())
 
 
 def require_variant(path: Path, fields: Mapping[str, Any]) -> None:

@@ -331,6 +331,20 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (ON_WEIGHTS, {"target_parameters": ["experts.gate_up_proj"]}, "there are no experts"),
     (ON_WEIGHTS, {"target_parameters": "v_proj.weight"}, "target_parameters = 'v_proj.weight'"),
     (ON_WEIGHTS, {"target_parameters": None}, "v_proj"),
+    (
+        ON_WEIGHTS,
+        {"target_modules": ["q_proj", "o_proj", "up_proj"]},
+        r"LoRA on model\.layers\.0\.mlp\.down_proj beside",
+    ),
+    (ON_WEIGHTS, {"target_modules": None}, r"LoRA on model\.layers\.0\.mlp\.down_proj beside"),
+    (
+        ON_WEIGHTS,
+        {"target_parameters": ["layers.0.self_attn.v_proj.weight"]},
+        r"LoRA on model\.layers\.1\.self_attn\.v",
+    ),
+    (ON_WEIGHTS, {"exclude_modules": ".*o_proj"}, r"LoRA on model\.layers\.0\.self_attn\.o_proj beside"),
+    (ON_WEIGHTS, {"layers_to_transform": [0]}, r"LoRA on model\.layers\.1\.mlp\.down_proj beside"),
+    (ON_WEIGHTS, {"target_modules": "(q_proj"}, "a broken regular expression"),
     ({"use_qalora": True}, {"use_qalora": 16}, "use_qalora = 16"),
 ]
 
