@@ -104,8 +104,8 @@ def take_updates(
     """
     embedding, head = tables.embeddings[0], tables.head
     token_ids, targets = dict(asked.token_ids), set(asked.targets)
-    is_one = tables.is_tied and asked.ties and bool({embedding, head} & targets)
-    if is_one:
+    is_one = has_one_pair = tables.is_tied and asked.ties and bool({embedding, head} & targets)
+    if has_one_pair:
         if asked.variant is not None:
             _refuse(where, "A variant of LoRA on embedding and head, which are one table", "plain LoRA there")
         targets |= {embedding, head}
@@ -135,6 +135,8 @@ def take_updates(
             updates[name] = _update(name, parts, targets, token_ids, settings, asked, tables=tables, where=where)
     if not (tables.is_tied and {embedding, head} & updates.keys()) or {embedding, head} & {*settings.modules_to_save}:
         return _with_tables(settings, updates, tables), updates
+    if has_one_pair and not _is_same_pair(updates[embedding], updates[head]):  # of which PEFT loads one for both
+        _refuse(where, "different updates of embedding and head, with ensure_weight_tying", "one update")
     is_one |= not targets & {embedding, head} and not token_ids.keys() & {embedding, head}  # only tables of its own
     return _tied(settings, updates, tables, is_one=is_one, where=where)
 
@@ -214,10 +216,13 @@ def _with_tables(settings: LoraSettings, updates: Collection[str], tables: BaseT
 
 
 def _is_same_sum(one: TableUpdate, other: TableUpdate) -> bool:
+    return _is_same_pair(one, other) and one.scale == other.scale and other.magnitude_V is None
+
+
+def _is_same_pair(one: TableUpdate, other: TableUpdate) -> bool:
     if one.rows_VR is None or one.columns_RH is None or other.rows_VR is None or other.columns_RH is None:
         return False
-    is_same = torch.equal(one.rows_VR, other.rows_VR) and torch.equal(one.columns_RH, other.columns_RH)
-    return is_same and one.scale == other.scale and other.magnitude_V is None
+    return torch.equal(one.rows_VR, other.rows_VR) and torch.equal(one.columns_RH, other.columns_RH)
 
 
 def require_updates_fit(

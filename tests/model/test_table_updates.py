@@ -154,6 +154,12 @@ def changed(folder: Path, how: str) -> None:
         ("llama", target("lm_head"), "rank", "of lm_head; expected rank 5"),
         ("llama", target("lm_head"), "saved as well", "lm_head trained whole and with an update as well"),
         ("qwen3", target("lm_head", ensure_weight_tying=True), "other update", "different updates of embedding"),
+        (
+            "qwen3",
+            target("lm_head", use_dora=True, ensure_weight_tying=True),
+            "other update",
+            "different updates of embedding",
+        ),
         ("qwen3", target("embed_tokens", "lm_head"), "other table", "different tables for embedding"),
         ("qwen3", target("lm_head", trainable_token_indices=[3]), "", "other rows of model.embed_tokens"),
     ],
