@@ -106,10 +106,9 @@ def write_beside(
     """
     base = source.base.folder
     own = decode(read_capped(base / "config.json"))
-    if source.base.layer_replication:  # each a layer of its own now
-        own |= {
-            name: one for name, one in source.base.config.to_dict().items() if name in own and _is_by_layer(name, one)
-        }
+    if source.base.layer_replication:  # each a layer of its own now, of the kind that it was
+        stored = read_config(base).to_dict()
+        own |= {name: one for name, one in source.base.config.to_dict().items() if stored.get(name) != one}
     config = {**merged_config(own, dtype=dtype, unties=unties), **added_fields}
     write_checked(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode(), storage)
     for name in _COPIED:
@@ -118,10 +117,6 @@ def write_beside(
     if source.chat_template is not None:
         write_checked(folder / CHAT_TEMPLATE_FILE, source.chat_template.encode(), storage)
     _require_same(folder, source, added_fields)
-
-
-def _is_by_layer(name: str, value: object) -> bool:
-    return name == "num_hidden_layers" or isinstance(value, list)
 
 
 def merged_config(config: Mapping[str, Any], *, dtype: torch.dtype, unties: bool) -> dict[str, Any]:

@@ -119,6 +119,25 @@ def test_weights_and_logits_are_those_of_pefts_merge(
     assert relative_error(before_TV, expected_TV) > 1e-2  # the adapter does something
 
 
+def test_repeated_layers_stay_of_their_kind(base: Path, tmp_path: Path) -> None:
+    """An older config tells by number which layers have a window: here none of two, but the last two of four."""
+    config = small_config("qwen2", sliding_window=12, tie_word_embeddings=False)
+    base = base_with_tokenizer(tmp_path / "base", config, base)
+    fields = json.loads((base / "config.json").read_text())
+    del fields["layer_types"]
+    (base / "config.json").write_text(json.dumps(fields | {"use_sliding_window": True, "max_window_layers": 2}))
+    adapter = tmp_path / "adapter"
+    make_adapter(adapter, base, target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)])
+    folder = unmeasured(adapter, tmp_path / "to")
+    assert json.loads((folder / "config.json").read_text())["layer_types"] == ["full_attention"] * 4
+    model = load_base(base)
+    with torch.no_grad():
+        wrapped = load_adapter(model, adapter).eval()
+        model.config.layer_types = ["full_attention"] * 4  # PEFT leaves two, and transformers asks for four
+        expected_TV = logits(wrapped, DOCUMENTS)
+    assert relative_error(model_logits(folder, DOCUMENTS), expected_TV) <= 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
 @pytest.mark.parametrize(
     "name, targets, fields",
