@@ -20,6 +20,7 @@ from qlora_trainer.errors import ConfigError
 
 _KEY = "lora.layer_replication"
 _MAX_LAYERS = 1024  # beyond any base that is trained here
+_OF_MODEL, _OF_TOKENS = ("architectures",), ("_token_id", "_token_ids")  # lists that may be as long as one by layer
 _IN_LAYER = re.compile(r"(?P<list>(?:.*\.)?layers\.)(?P<index>\d+)(?P<rest>\..*)")
 
 
@@ -44,7 +45,11 @@ def with_repeated_layers(config: PreTrainedConfig, ranges: LayerRanges) -> PreTr
             f"{[list(own) for own in ranges]}"[:200],
             f"[first, end] of a base of {num_layers} layers, {_MAX_LAYERS} in all",
         )
-    fields = {name: own for name, own in vars(config).items() if isinstance(own, list) and len(own) == num_layers}
+    fields = {
+        name: own
+        for name, own in vars(config).items()
+        if isinstance(own, list) and len(own) == num_layers and not (name in _OF_MODEL or name.endswith(_OF_TOKENS))
+    }
     if any(len(set(map(str, own))) > 1 for own in fields.values()):
         raise _wrong(f"a base whose layers differ ({', '.join(fields)})", "a base of equal layers")
     found = copy.deepcopy(config)

@@ -41,6 +41,16 @@ def test_each_is_the_layer_that_is_meant(tmp_path: Path) -> None:
     assert len(keys) == 2
 
 
+def test_only_lists_by_layer_get_longer() -> None:
+    """Of two layers, and with two of each token: those stay."""
+    tokens = {"eos_token_id": [2, 3], "pad_token_id": 0, "architectures": ["LlamaForCausalLM", "Other"]}
+    found = with_repeated_layers(small_config("qwen3", **tokens), RANGES)
+    assert {name: getattr(found, name) for name in tokens} == tokens
+    assert found.layer_types == ["full_attention"] * 3
+    one = small_config("llama", num_hidden_layers=1, architectures=["LlamaForCausalLM"])
+    assert with_repeated_layers(one, ((0, 1), (0, 1))).architectures == ["LlamaForCausalLM"]
+
+
 def test_a_layer_that_is_left_out_is_not_there() -> None:
     files = {f"model.layers.{layer}.x": Path("a") for layer in range(12)} | {"lm_head.weight": Path("b")}
     found = stored_weights(files, ((10, 12), (1, 2)))
