@@ -135,10 +135,8 @@ def take_updates(
             updates[name] = _update(name, parts, targets, token_ids, settings, asked, tables=tables, where=where)
     if not (tables.is_tied and {embedding, head} & updates.keys()) or {embedding, head} & {*settings.modules_to_save}:
         return _with_tables(settings, updates, tables), updates
-    if has_one_pair and not _is_same_pair(updates[embedding], updates[head]):  # of which PEFT loads one for both
-        _refuse(where, "different updates of embedding and head, with ensure_weight_tying", "one update")
     is_one |= not targets & {embedding, head} and not token_ids.keys() & {embedding, head}  # only tables of its own
-    return _tied(settings, updates, tables, is_one=is_one, where=where)
+    return _tied(settings, updates, tables, is_one=is_one, has_one_pair=has_one_pair, where=where)
 
 
 def _update(
@@ -189,11 +187,19 @@ def _update(
 
 
 def _tied(
-    settings: LoraSettings, updates: dict[str, TableUpdate], tables: BaseTables, *, is_one: bool, where: Path
+    settings: LoraSettings,
+    updates: dict[str, TableUpdate],
+    tables: BaseTables,
+    *,
+    is_one: bool,
+    has_one_pair: bool,
+    where: Path,
 ) -> tuple[LoraSettings, dict[str, TableUpdate]]:
     """Of tables that the base ties: one for both, or two, which PEFT makes of the one that the file has, if it has."""
     embedding, head = tables.embeddings[0], tables.head
     both = {name: updates.get(name, TableUpdate()) for name in (embedding, head)}
+    if has_one_pair and not _is_same_pair(both[embedding], both[head]):  # of which PEFT loads one for both
+        _refuse(where, "different updates of embedding and head, with ensure_weight_tying", "one update")
     owns = [own for update in both.values() if (own := update.own_VH) is not None]
     if len(owns) == 2 and not torch.equal(*owns):
         _refuse(where, "different tables for embedding and head, which are one in the base", "one table")
