@@ -14,7 +14,7 @@ from qlora_trainer.export.gguf_adapter import gguf_architecture, write_gguf
 from qlora_trainer.export.modelfile import MODELFILE_NAME, write_modelfile
 from qlora_trainer.export.new_folder import differs, digest_of, new_folder, write_checked, write_tensors_checked
 from qlora_trainer.export.portable import portable_adapter, require_portable
-from qlora_trainer.export.source import Source, read_source, with_plain_lora
+from qlora_trainer.export.source import Source, peft_trouble, read_source, with_plain_lora
 from qlora_trainer.model.adapter_config import adapter_config
 from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, adapter_tensors, read_adapter_folder
 from qlora_trainer.model.base import fetch_weights
@@ -30,11 +30,13 @@ class Exported:
         paths: folder and files, in the order they were written.
         num_bytes: of all of it.
         settings: of the adapter as it was written.
+        trouble: that others have with it, see `peft_trouble`.
     """
 
     paths: tuple[Path, ...]
     num_bytes: int
     settings: LoraSettings
+    trouble: str | None = None
 
 
 def export(
@@ -85,7 +87,7 @@ def export(
         if ollama:
             write_modelfile(gguf, source, storage=storage)
             paths.append(gguf.with_name(MODELFILE_NAME))
-    return Exported(tuple(paths), sum(map(_num_bytes, paths)), settings)
+    return Exported(tuple(paths), sum(map(_num_bytes, paths)), settings, peft_trouble(source.base))
 
 
 def write_peft_folder(

@@ -18,7 +18,7 @@ from qlora_trainer import __version__
 from qlora_trainer.config.bases import SHIPPED_BASES, is_hub_id
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.config.strict_json import decode, read_capped
-from qlora_trainer.export.source import Source
+from qlora_trainer.export.source import Source, peft_trouble
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.run.fingerprints import saved_fingerprints
 from qlora_trainer.run.folder import RunFolder
@@ -184,6 +184,8 @@ def _usage(source: Source) -> str:
         template = "\nTrained with the chat template in `chat_template.jinja`, not with the base's own.\n"
     if source.base_name in SHIPPED_BASES:  # a name that only we know
         return f"## Use\n\n`qlora-trainer generate` with this folder.\n{template}"
+    if (trouble := peft_trouble(source.base)) is not None:
+        return f"## Use\n\n{trouble}.\n{template}"
     return (
         "## Use\n\n```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         f"base = AutoModelForCausalLM.from_pretrained({json.dumps(source.base_name)})\n"

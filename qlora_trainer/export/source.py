@@ -18,6 +18,7 @@ from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_fields, read_adapter_folder, require_whole
 from qlora_trainer.model.adapter_variants import Variant
 from qlora_trainer.model.base import Base, resolve_base
+from qlora_trainer.model.base_config import read_config
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.repeated_layers import ranges_of
@@ -134,3 +135,14 @@ def _run_of(folder: Path) -> RunFolder | None:
     """The run whose `adapter/` this is."""
     run = RunFolder(folder.parent)
     return run if folder.name == run.adapter_path.name and run.config_path.is_file() else None
+
+
+def peft_trouble(base: Base) -> str | None:
+    """What to tell of an adapter with repeated layers that PEFT makes no running model of; None for any other.
+
+    PEFT 0.21 leaves `layer_types` of the config as long as it was, and transformers asks it for each layer.
+    """
+    has_types = getattr(base.config, "layer_types", None) is not None
+    if not has_types or base.config.num_hidden_layers <= read_config(base.folder).num_hidden_layers:
+        return None
+    return f"PEFT 0.21 cannot run repeated layers of {base.config.model_type}: use qlora-trainer, or merge it"

@@ -30,7 +30,8 @@ def exported_lines(exported: Exported) -> RenderableType:
     if num_biases := len(settings.biases) + len(settings.targets) * settings.lora_bias:
         about += f", {counted(num_biases, 'bias vector')}"
     lines = [Text(f"wrote {path}") for path in exported.paths]
-    return Group(*lines, Text(f"{about}; {format_bytes(exported.num_bytes)}, read back and compared", style="dim"))
+    lines.append(Text(f"{about}; {format_bytes(exported.num_bytes)}, read back and compared", style="dim"))
+    return Group(*lines, *([] if exported.trouble is None else [Text(exported.trouble, style="yellow")]))
 
 
 def measured_table(measured: Measured) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 from huggingface_hub import ModelCard
 from rich.console import Console
 
+from qlora_trainer.cli.app import main
 from qlora_trainer.export.adapter import Exported
 from qlora_trainer.export.card import model_card
 from qlora_trainer.export.source import Source, read_source
 from qlora_trainer.report.export_tables import exported_lines
 from qlora_trainer.run.checkpoint.manifest import read_manifest
-from tests.export.made_adapters import PATTERNS, make_adapter
+from tests.export.made_adapters import PATTERNS, make_adapter, peft_logits
 from tests.model.tiny_bases import CONFIGS, write_base
+from tests.model.tiny_models import tiny_documents
 
 
 def card_of(source: Source, title: str = "my adapter") -> str:
@@ -84,6 +87,25 @@ def test_nothing_is_invented_for_an_adapter_without_its_run(tmp_path: Path) -> N
     assert [line for line in card.splitlines() if line.startswith("## ")] == ["## Adapter", "## Use"]
     assert "(rank-stabilized)" in card
     assert facts(card)["rank pattern"] == r'`{"layers\\.1\\.mlp\\.down_proj": 7, "o_proj": 2}`'
+
+
+@pytest.mark.parametrize(
+    "name, ranges, runs",
+    [("qwen3", ((0, 2), (1, 2)), False), ("qwen3", ((1, 2), (1, 2)), True), ("llama", ((0, 2), (1, 2)), True)],
+)
+def test_where_peft_cannot_run_repeated_layers_it_is_told(
+    name: str, ranges: tuple[tuple[int, int], ...], runs: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the card and where it is exported."""
+    base = write_base(tmp_path / "base", CONFIGS[name])
+    make_adapter(tmp_path / "adapter", base, layer_replication=list(ranges))
+    with nullcontext() if runs else pytest.raises(IndexError):
+        peft_logits(base, tmp_path / "adapter", tiny_documents(9))
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "adapter"), "--to", str(tmp_path / "to")]) == 0
+    told, card = "PEFT 0.21 cannot run repeated layers of qwen3", (tmp_path / "to" / "README.md").read_text()
+    assert (told in capsys.readouterr().out) == (told in card) == (not runs)
+    assert ("from peft import" in card) == runs
 
 
 @pytest.mark.parametrize("missing", ["plan.json", "summary.json", "checkpoints"])
