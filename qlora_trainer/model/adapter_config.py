@@ -211,7 +211,9 @@ def _targets(
         return (), ()
     table_names = () if tables is None or wanted == ALL_LINEAR else tables.names
     names = (*linear_names, *table_names)
-    targets = _meant(names, _of_this_base(wanted, names), where, "target_modules", "linears inside the layers")
+    targets = _meant(
+        names, _of_this_base(wanted, names), where, "target_modules", "linears inside the layers", kind="linear"
+    )
     targets = tuple(name for name in targets if not _is_excluded(name, excluded))
     if layers is not None and layers != []:
         pattern = fields.get("layers_pattern") or ()
@@ -240,10 +242,12 @@ def _saved_modules(fields: Mapping[str, Any], tables: BaseTables, where: Path) -
     return tuple(name for name in tables.embeddings if name in (both[0], *chosen)), tables.head
 
 
-def _meant(names: Sequence[str], wanted: str | Sequence[str], where: Path, field: str, what: str) -> tuple[str, ...]:
+def _meant(
+    names: Sequence[str], wanted: str | Sequence[str], where: Path, field: str, what: str, *, kind: str = "table"
+) -> tuple[str, ...]:
     """`select_targets` for a file that others wrote, of which nobody is told to correct it."""
     try:
-        return select_targets(names, wanted, where=field)
+        return select_targets(names, wanted, where=field, kind=kind)
     except ConfigError as error:
         leaves = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
         expected = f"{what} of this base, which are all that adapters may have here: {leaves}"

@@ -97,10 +97,13 @@ def require_plain_lora(path: Path, fields: Mapping[str, Any]) -> None:
         if name == "init_lora_weights" and is_loftq_of_nf4(fields):
             continue
         if name in fields and folded(fields[name]) not in allowed:
-            is_loftq = fields[name] == "loftq"  # of several steps, or 8 bits: PEFT finds its base again
+            loftq, is_loftq = (
+                fields.get("loftq_config"),
+                fields[name] == "loftq",
+            )  # of several steps, or 8 bits: PEFT finds its base again
             raise ConfigError(
                 where=str(path),
-                found=f"{name} = {fields[name]!r}",
+                found=f"{name} = {fields[name]!r}"[:200] + f", loftq_config = {loftq!r}"[:200] * is_loftq,
                 expected=_shown(name, allowed),
                 fix=_MERGE if is_loftq else fix,
             )

@@ -141,7 +141,11 @@ def require_patterns(patterns: Sequence[str], targets: Sequence[str], *, where: 
 
 
 def select_targets(
-    linear_names: Sequence[str], target_modules: str | Sequence[str], *, where: str = "lora.target_modules"
+    linear_names: Sequence[str],
+    target_modules: str | Sequence[str],
+    *,
+    where: str = "lora.target_modules",
+    kind: str = "linear",
 ) -> tuple[str, ...]:
     """The linears that `target_modules` means, by PEFT's rules.
 
@@ -150,6 +154,7 @@ def select_targets(
         target_modules: `all-linear`; a regular expression that a full name must match as a whole; or a list of names,
             each a full name or the end of one after a dot.
         where: what to call them in an error.
+        kind: what to call one of `linear_names` there.
 
     Raises:
         ConfigError: no linear is meant, an entry of the list means none, or the expression is broken.
@@ -164,11 +169,11 @@ def select_targets(
             raise _wrong_targets(where, f"{target_modules!r}, a broken regular expression ({error})", leaves) from error
         chosen = tuple(name for name in linear_names if pattern.fullmatch(name))
         if not chosen:
-            raise _wrong_targets(where, f"{target_modules!r}, which matches no linear", leaves)
+            raise _wrong_targets(where, f"{target_modules!r}, which matches no {kind}", leaves)
         return chosen
     for entry in target_modules:
         if not any(means(entry, name) for name in linear_names):
-            raise _wrong_targets(where, f"{entry!r}, which names no linear", leaves)
+            raise _wrong_targets(where, f"{entry!r}, which names no {kind}", leaves)
     return tuple(name for name in linear_names if any(means(entry, name) for entry in target_modules))
 
 

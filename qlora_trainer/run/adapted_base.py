@@ -165,11 +165,12 @@ def _shared_base(named: Mapping[str, _BaseName], folders: Mapping[str, Path]) ->
     for name, other in named.items():
         if other != named[first]:
             texts = [_shown(own) for own in (named[first], other)]
+            way = ", or name the base that both were trained on with --model" * (other[2] == layers)
             raise ConfigError(
                 where="adapters",
                 found=f"{folders[first]} for the base {texts[0]} and {folders[name]} for {texts[1]}",
                 expected="adapters of one base",
-                fix="Take them one at a time, or name the base that both were trained on with --model.",
+                fix=f"Take them one at a time{way}.",
             )
     return resolve_base(base_name, revision, with_weights=False, layer_replication=layers)
 

@@ -87,12 +87,17 @@ def filled_in(config: RunConfig) -> RunConfig:
             fields["target_modules"] = lora_modules(folder)
         elif isinstance(fields["target_modules"], list):  # PEFT passes over entries that name nothing
             fields["target_modules"] = _naming(fields["target_modules"], lora_modules(folder))
-    values = {key: _as_config(fields.get(field) or otherwise) for key, (field, otherwise) in _FIELDS.items()}
+    values = {
+        key: _as_config(otherwise if fields.get(field) in (None, "", [], {}, ()) else fields[field])
+        for key, (field, otherwise) in _FIELDS.items()
+    }
     values["target_modules"] = _as_config(fields["target_modules"]) or ()  # of none too, where tables alone are trained
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
     for key in ("rank", "alpha", "use_rslora", "use_dora", "untie_tables", "bias", "lora_bias", "layer_replication"):
         if asked.get(key, "auto") not in ("auto", values[key]):
-            raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it")
+            told = variant_told(fields) if key in ("rank", "alpha") else None  # which has more of both
+            as_read = "" if told is None else f" ({told})"
+            raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it{as_read}")
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
     kept = {key: value for key, value in given.items() if value != "auto"}
     try:

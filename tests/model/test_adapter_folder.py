@@ -233,6 +233,15 @@ def test_variants_are_refused_by_name(field: str, value: object, tmp_path: Path)
     assert f"{field} = {value!r}" in str(error.value)
 
 
+def test_what_is_refused_is_told_in_a_line_with_what_it_depends_on(tmp_path: Path) -> None:
+    loftq = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4, "loftq_iter": 5}}
+    with pytest.raises(ConfigError, match=r"'loftq', loftq_config = \{'loftq_bits': 4, 'loftq_iter': 5\}; expected"):
+        read_adapter_fields(_plain_folder(tmp_path / "loftq", **loftq))
+    with pytest.raises(ConfigError) as error:
+        read_adapter_fields(_plain_folder(tmp_path / "long", init_lora_weights="x" * 5000))
+    assert len(str(error.value)) < 1000
+
+
 def test_every_field_of_peft_is_known(tmp_path: Path) -> None:
     """A PEFT that has another one fails here, and in a file it is refused. Mutation tried: `velora_config` left out."""
     fields = {field.name for field in fields_of(peft.LoraConfig)}

@@ -452,6 +452,32 @@ def test_what_the_config_asks_otherwise_is_refused(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
+@pytest.mark.parametrize(
+    "changes, options, told",
+    [
+        ({"lora_alpha": 0}, ("lora.rank=3",), "found lora_alpha = 0;"),
+        ({"lora_alpha": -0.0}, ("lora.rank=3",), "found lora_alpha = -0.0;"),
+        (
+            {"init_lora_weights": "pissa"},
+            ("lora.rank=3",),
+            "lora.rank: found 3; expected 6, as .* has it \\(read as plain LoRA: PiSSA, of twice the rank\\)",
+        ),
+        ({"modules_to_save": ["norm"]}, (), "modules_to_save with 'norm', which names no table"),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_is_told_as_the_file_has_it(
+    changes: dict[str, Any], options: tuple[str, ...], told: str, tmp_path: Path, base: Path
+) -> None:
+    folder = peft_folder(tmp_path / "theirs", base)
+    path, weights = folder / "adapter_config.json", load_file(folder / "adapter_model.safetensors")
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    saved = {f"base_model.model.model.{name}.weight": torch.ones(8) for name in changes.get("modules_to_save", [])}
+    save_file(weights | saved, folder / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=told):
+        filled_in(tiny_config(tmp_path, base, f"lora.init_from={folder}", *options))
+
+
 def refusal(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command says of a file that has those keys alone which `config` was given."""
     path = Path(config.output.dir).with_suffix(".yaml")
