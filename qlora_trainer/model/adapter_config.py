@@ -290,6 +290,7 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
         raise wrong_adapter(path, f"layers_to_transform = {layers!r} with a regular expression", "a list of names")
     if not (pattern is None or isinstance(pattern, str) or _are_names(pattern)):
         raise wrong_adapter(path, f"layers_pattern = {pattern!r}", "the name of a list of layers")
+    require_expressions([pattern] if isinstance(pattern, str) else pattern or (), where=f"{path}, layers_pattern")
     _check_ranges(path, fields.get("layer_replication") or [])
     saved = fields.get("modules_to_save")
     if saved is not None and not _are_names(saved):

@@ -206,7 +206,7 @@ def _is_target(fields: Mapping[str, Any], name: str) -> bool:
         return False
     pattern = fields.get("layers_pattern") or ()
     patterns = [pattern] if isinstance(pattern, str) else pattern
-    return not layers or name in wanted or bool(in_layers([name], layers, patterns))
+    return not layers or name in fields["target_modules"] or bool(in_layers([name], layers, patterns))
 
 
 def _are_meant(entries: str | Sequence[str] | None, name: str) -> bool:

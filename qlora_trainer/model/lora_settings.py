@@ -12,6 +12,7 @@ from qlora_trainer.config.schema import LoraSection
 from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import asked_biases
+from qlora_trainer.model.expressions import MOST_BITS, bits_of_ways
 from qlora_trainer.model.table_names import BaseTables, asked_tables, means
 
 ALL_LINEAR = "all-linear"
@@ -115,16 +116,20 @@ def pattern_fits(pattern: str, name: str) -> bool:
 
 
 def require_expressions(patterns: Iterable[str], *, where: str) -> None:
-    """Refuse patterns that are no regular expressions.
+    """Refuse patterns that are no regular expressions, or that may take longer to match than anyone waits.
 
     Raises:
         ConfigError: names the first such pattern.
     """
     for pattern in patterns:
         try:
+            bits = bits_of_ways(pattern)
             pattern_fits(pattern, "")
         except (re.error, RecursionError, OverflowError) as error:
             raise _wrong_pattern(where, f"{pattern!r}, a broken regular expression ({error})", "q_proj") from error
+        if bits > MOST_BITS:
+            found = f"{pattern!r}"[:200] + ", which can be matched in more ways than can be tried"
+            raise _wrong_pattern(where, found, r".*\.(q|k)_proj, with few .* and none inside a repeated group")
 
 
 def require_patterns(patterns: Sequence[str], targets: Sequence[str], *, where: str) -> None:
