@@ -230,7 +230,7 @@ def require_variant(path: Path, fields: Mapping[str, Any]) -> None:
     blocks = fields["use_bdlora"] if _is_on(fields, "use_bdlora") else {}
     names = [blocks.get(f"target_modules_bd_{which}") or [] for which in "ab"]
     is_number = type(blocks.get("nblocks", 1)) is int and blocks.get("nblocks", 1) > 0
-    if not (is_number and all(_are_names(own) for own in names)):
+    if not (is_number and all(isinstance(own, list) and all(isinstance(one, str) for one in own) for own in names)):
         raise _wrong(path, "use_bdlora", fields, "nblocks, a positive whole number, and names")
     wanted = fields.get("target_parameters")
     if wanted and not (_are_names(wanted) and all(own.endswith(_WEIGHT) for own in wanted)):

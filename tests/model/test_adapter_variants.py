@@ -107,6 +107,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"use_bdlora": BdLoraConfig(**BLOCKS, nblocks=2, match_strict=False), "r": 4, **PATTERNS}),
     ("llama", {"use_bdlora": BdLoraConfig(**BLOCKS, nblocks=4, match_strict=False), "r": 4, "lora_bias": True}),
     ("llama", {"use_bdlora": BdLoraConfig(**BLOCKS, match_strict=False), "init_lora_weights": "olora"}),
+    ("llama", {"use_bdlora": BdLoraConfig(target_modules_bd_a=[""], nblocks=2), "r": 4}),  # all of them
     ("llama", {"monteclora_config": MontecloraConfig(), **PATTERNS}),
     ("llama", {"use_qalora": True}),  # which PEFT ignores on a linear that is not GPTQ's
 ]
