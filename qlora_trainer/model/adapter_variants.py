@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from qlora_trainer.errors import ConfigError
@@ -78,6 +79,26 @@ class Variant:
         if self.may_pool and found_A is not None and found_A.ndim == 2 and found_A.numel():
             width = found_A.shape[1] if num_inputs % found_A.shape[1] == 0 else num_inputs
         return (rank, width), (num_outputs, rank // self.num_blocks if in_B else rank)
+
+    def without_blocks(self, name: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A [R, I] and B [O, R] of the linear of that full name, from those in the file.
+
+        Raises:
+            ConfigError: rows that are no equal blocks.
+        """
+        in_A, in_B = self.has_blocks(name)
+        return (self._on_diagonal(a, name) if in_A else a), (self._on_diagonal(b, name) if in_B else b)
+
+    def _on_diagonal(self, rows: Tensor, name: str) -> Tensor:
+        """Blocks below each other, [N, M / num_blocks], on the diagonal of [N, M]."""
+        if rows.shape[0] % self.num_blocks:
+            raise ConfigError(
+                where=name,
+                found=f"{rows.shape[0]} rows",
+                expected=f"{self.num_blocks} equal blocks (use_bdlora)",
+                fix="Use the base that the adapter was trained on.",
+            )
+        return torch.block_diag(*rows.chunk(self.num_blocks))
 
 
 def variant_of(fields: Mapping[str, Any]) -> Variant | None:

@@ -77,23 +77,11 @@ def _whole(
             expected=f"a weight that lora_A {tuple(a.shape)} and lora_B {tuple(b.shape)} of this adapter fit",
             fix=_FIX,
         )
-    in_A, in_B = variant.has_blocks(name)
-    a_RI, b_OR = (
-        _block_diagonal(own.float(), variant.num_blocks if is_in else 1, name) for own, is_in in ((a, in_A), (b, in_B))
-    )
+    a_RI, b_OR = variant.without_blocks(name, a.float(), b.float())
     if variant.may_pool and (num_groups := a_RI.shape[1]) < shape[1]:
         group_size = shape[1] // num_groups
         a_RI = a_RI.repeat_interleave(group_size, dim=1) * (num_groups / group_size)
     return a_RI, b_OR
-
-
-def _block_diagonal(rows: Tensor, num_blocks: int, name: str) -> Tensor:
-    """Blocks below each other, [N, M / num_blocks], on the diagonal of [N, M]."""
-    if rows.shape[0] % num_blocks:
-        raise ConfigError(
-            where=name, found=f"{rows.shape[0]} rows", expected=f"{num_blocks} equal blocks (use_bdlora)", fix=_FIX
-        )
-    return rows if num_blocks == 1 else torch.block_diag(*rows.chunk(num_blocks))
 
 
 def _beside(

@@ -167,8 +167,11 @@ def _update(
     a, b = (parts[leaf] for leaf in pair)
     variant = asked.variant or Variant()
     rank = settings.rank_of(name) // variant.rank_factor
-    if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank):
+    num_blocks_B = variant.num_blocks if not is_lookup and variant.has_blocks(name)[1] else 1
+    if a.ndim != 2 or b.ndim != 2 or (a.shape[0], b.shape[1]) != (rank, rank // num_blocks_B):
         _refuse(where, f"{pair[0]} {tuple(a.shape)} and {pair[1]} {tuple(b.shape)} of {name}", f"rank {rank}")
+    if not is_lookup:  # PEFT has blocks in linears alone
+        a, b = variant.without_blocks(name, a, b)
     # What a start has left of a table is in the file, if tables were saved. PEFT begins an embedding as plain LoRA.
     is_of_rest = bool(variant.parts) and own_VH is None and not is_lookup
     if is_of_rest and tables.is_tied:

@@ -152,6 +152,9 @@ TABLE_CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": [HEAD], "init_lora_weights": "olora", "use_dora": True}),
     ("llama", {"target_modules": ["q_proj", EMBEDDING], "init_lora_weights": "pissa"}),  # of which only q_proj is begun
     ("llama", {"target_modules": ["q_proj", HEAD], "kasa_config": KasaConfig(), "rank_pattern": {HEAD: 5}}),
+    ("llama", {"target_modules": [HEAD], "use_bdlora": BdLoraConfig([], [HEAD], nblocks=2), "r": 4}),
+    ("llama", {"target_modules": [HEAD], "use_bdlora": BdLoraConfig([HEAD], [], nblocks=2), "r": 4}),
+    ("llama-tied", {"target_modules": [HEAD], "use_bdlora": BdLoraConfig([], [HEAD], nblocks=2), "r": 4}),
     ("llama", {"target_modules": ["q_proj", HEAD], "monteclora_config": MontecloraConfig()}),
     ("llama-tied", {"target_modules": ["q_proj", HEAD], "init_lora_weights": "olora"}),
     ("llama-tied", {"target_modules": ["q_proj", HEAD], "kasa_config": KasaConfig()}),
@@ -328,6 +331,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     (BLOCKY, {"use_bdlora": {"target_modules_bd_a": "o_proj"}}, "and names"),
     (BLOCKY, {"use_bdlora": BLOCKS | {"nblocks": 4}}, r"o_proj\.lora_A: adapter \(4, 32\), base \(4, 16\)"),
     (BLOCKY, {"use_bdlora": BLOCKS | {"nblocks": 10**9}}, r"o_proj\.lora_A: adapter \(4, 32\), base \(4, 0\)"),
+    (BLOCKY | {"target_modules": [HEAD]}, {"use_bdlora": {"target_modules_bd_b": [HEAD], "nblocks": 128}}, "rank 4"),
     (BLOCKY, {"use_bdlora": {"target_modules_bd_a": ["q_"], "target_modules_bd_b": ["q_proj"]}}, "both"),
     (ON_WEIGHTS, {"target_parameters": ["experts.gate_up_proj"]}, "there are no experts"),
     (ON_WEIGHTS, {"target_parameters": "v_proj.weight"}, "target_parameters = 'v_proj.weight'"),
@@ -354,7 +358,7 @@ REFUSED: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 def test_what_contradicts_itself_is_refused(
     fields: dict[str, Any], changes: dict[str, Any], message: str, bases: dict[str, Base], tmp_path: Path
 ) -> None:
-    make_adapter(tmp_path / "theirs", bases["llama"].folder, target_modules=LEAVES, **fields)
+    make_adapter(tmp_path / "theirs", bases["llama"].folder, **{"target_modules": LEAVES, **fields})
     config = tmp_path / "theirs" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | changes))
     with pytest.raises(ConfigError, match=message):
