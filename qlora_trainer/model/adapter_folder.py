@@ -17,7 +17,14 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import has_biases, take_biases
 from qlora_trainer.model.adapter_config import asked_updates, read_config_fields, settings_of, wrong_adapter
-from qlora_trainer.model.adapter_variants import Variant, as_target_modules, require_named, variant_of
+from qlora_trainer.model.adapter_variants import (
+    Variant,
+    as_target_modules,
+    of_fewer_ranks,
+    require_named,
+    taken_start,
+    variant_of,
+)
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
@@ -97,6 +104,8 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
     fields = read_config_fields(folder / ADAPTER_CONFIG_FILE)
+    if taken_start(fields) is not None:
+        fields |= of_fewer_ranks(fields, _whole_ranks(folder))
     if not fields.get("target_parameters"):
         return fields
     modules = lora_modules(folder)
@@ -130,6 +139,19 @@ def lora_modules(folder: Path) -> list[str]:
         ConfigError: the file is broken or not safetensors.
     """
     return sorted({name.partition(".lora_")[0] for name in _names(folder) if ".lora_" in name})
+
+
+def _whole_ranks(folder: Path) -> dict[str, int]:
+    """Of the modules whose A and B have as many ranks as a matrix between their sides can: their number."""
+    _names(folder)
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if ".lora_" in name}  # noqa: SIM118
+    found = {}
+    for name, a in shapes.items():
+        b = shapes.get(name.replace(".lora_A.", ".lora_B."), ())
+        if ".lora_A." in name and len(a) == len(b) == 2 and a[0] == b[1] == min(a[1], b[0]):
+            found[name.partition(".lora_A.")[0].removeprefix(_PREFIX)] = a[0]
+    return found
 
 
 def _names(folder: Path) -> list[str]:

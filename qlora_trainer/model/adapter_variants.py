@@ -98,7 +98,8 @@ class Variant:
                 expected=f"{self.num_blocks} equal blocks (use_bdlora)",
                 fix="Use the base that the adapter was trained on.",
             )
-        return torch.block_diag(*rows.chunk(self.num_blocks))
+        whole: Tensor = torch.block_diag(*rows.chunk(self.num_blocks))
+        return whole
 
 
 def variant_of(fields: Mapping[str, Any]) -> Variant | None:
@@ -171,6 +172,34 @@ def of_more_rank(fields: Mapping[str, Any]) -> dict[str, Any]:
         "rank_pattern": {name: factor * rank for name, rank in ranks.items()},
         "alpha_pattern": {name: of_alpha * alpha for name, alpha in alphas.items()},
     }
+
+
+def of_fewer_ranks(fields: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The patterns of an adapter whose start has fewer ranks than were asked for, at the scale of those.
+
+    PiSSA and OLoRA take no more singular values, or columns of Q, than a weight has (PEFT 0.21).
+
+    Args:
+        fields: checked.
+        ranks: full name -> ranks in the file, of the modules whose weight can have no more.
+    """
+    factor = (variant_of(fields) or Variant()).rank_factor
+    patterns: dict[str, dict[str, Any]] = {"rank_pattern": {}, "alpha_pattern": {}}
+    for name, rank in ranks.items():
+        asked, alpha = (
+            _of_pattern(fields, *own, name) for own in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        )
+        if (share := factor * rank / asked) < 1.0:
+            patterns["rank_pattern"][re.escape(name)] = factor * rank
+            patterns["alpha_pattern"][re.escape(name)] = alpha * (
+                math.sqrt(share) if fields.get("use_rslora") else share
+            )
+    return {field: {**own, **(fields.get(field) or {})} for field, own in patterns.items() if own}
+
+
+def _of_pattern(fields: Mapping[str, Any], field: str, otherwise: str, name: str) -> Any:
+    found = ((pattern_fits(own, name), value) for own, value in (fields.get(field) or {}).items())
+    return next((value for is_meant, value in found if is_meant), fields[otherwise])
 
 
 def as_target_modules(fields: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:

@@ -108,6 +108,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"use_bdlora": BdLoraConfig(**BLOCKS, nblocks=4, match_strict=False), "r": 4, "lora_bias": True}),
     ("llama", {"use_bdlora": BdLoraConfig(**BLOCKS, match_strict=False), "init_lora_weights": "olora"}),
     ("llama", {"use_bdlora": BdLoraConfig(target_modules_bd_a=[""], nblocks=2), "r": 4}),  # all of them
+    ("llama", {"r": 100, "init_lora_weights": "pissa", **PATTERNS}),  # of 64 ranks at most
+    ("llama", {"r": 100, "init_lora_weights": "olora", "target_modules": ["k_proj", "up_proj"], "use_dora": True}),
+    ("llama", {"r": 64, "init_lora_weights": "pissa", "target_modules": ["k_proj"], "alpha_pattern": {"k_proj": 9}}),
     ("llama", {"monteclora_config": MontecloraConfig(), **PATTERNS}),
     ("llama", {"use_qalora": True}),  # which PEFT ignores on a linear that is not GPTQ's
 ]
