@@ -40,10 +40,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
+    """Of 2,500 rows."""
     path = tmp_path / "train.jsonl"
     lines = [json.dumps({"prompt": f"What is {number}?", "completion": f"It is {number}."}) for number in range(2500)]
     path.write_text("\n".join(lines))
     return path
+
+
+@pytest.fixture
+def few(data: Path) -> Path:
+    """The first 300 of them, where it does not matter how many there are."""
+    data.write_text("\n".join(data.read_text().splitlines()[:300]))
+    return data
 
 
 @pytest.fixture
@@ -104,14 +112,14 @@ def test_tokens_are_made_once_and_found_again(
 
 
 def test_anything_that_changes_what_is_learned_makes_other_tokens(
-    cache: Path, data: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
+    cache: Path, few: Path, tokenizer: KnownTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mutations tried, each of which fails here: any one part left out of the key."""
 
     def num_made() -> int:
         return len(list(cache.iterdir()))
 
-    section = DataSection(train=str(data))
+    section = DataSection(train=str(few))
     drained(tokenize_named(section, "train", tokenizer))
     drained(tokenize_named(section.model_copy(update={"seq_len": 77, "packing": False}), "train", tokenizer))
     assert num_made() == 1, "the length is not cut before the tokens are stored"
@@ -127,23 +135,23 @@ def test_anything_that_changes_what_is_learned_makes_other_tokens(
         assert num_made() == number, change
     drained(tokenize_named(section, "train", replace(tokenizer, content_hash="another template")))
     assert num_made() == 6
-    data.write_text(data.read_text().replace("It is 7.", "It is 8."))
+    few.write_text(few.read_text().replace("It is 7.", "It is 8."))
     drained(tokenize_named(section, "train", tokenizer))
     assert num_made() == 7
-    data.rename(data.with_name("renamed.jsonl"))  # errors name the file
-    drained(tokenize_named(DataSection(train=str(data.with_name("renamed.jsonl"))), "train", tokenizer))
+    few.rename(few.with_name("renamed.jsonl"))  # errors name the file
+    drained(tokenize_named(DataSection(train=str(few.with_name("renamed.jsonl"))), "train", tokenizer))
     assert num_made() == 8
     monkeypatch.setattr(token_cache, "version", lambda name: f"another {name}")
-    drained(tokenize_named(DataSection(train=str(data.with_name("renamed.jsonl"))), "train", tokenizer))
+    drained(tokenize_named(DataSection(train=str(few.with_name("renamed.jsonl"))), "train", tokenizer))
     assert num_made() == 9
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "learned.bin", "rows.bin", "files.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_a_damaged_cache_is_made_again(
-    cache: Path, data: Path, tokenizer: KnownTokenizer, name: str, damage: str
+    cache: Path, few: Path, tokenizer: KnownTokenizer, name: str, damage: str
 ) -> None:
-    section = DataSection(train=str(data))
+    section = DataSection(train=str(few))
     made = tokens(drained(tokenize_named(section, "train", tokenizer))[1])
     [folder] = cache.iterdir()
     raw = (folder / name).read_bytes()

@@ -266,9 +266,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], str, int]] = {
     "weights": ({"target_parameters": ["v_proj.weight"], "alpha_pattern": {"v_proj.weight": 9}}, "LoRA on weights", 3),
 }
 
+QUICK_VARIANTS = ("pissa", "bdlora", "weights")  # .ci/run has the others, too
+
 
 @pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match")  # of a weight; PEFT takes it
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [*QUICK_VARIANTS, *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in QUICK_VARIANTS)],
+)
 def test_a_run_goes_on_from_a_variant_as_plain_lora(variant: str, tmp_path: Path, base: Path) -> None:
     """Of what rank it takes, with PEFT's logits over the base as it was published; `chat` has the same ones."""
     folder, (fields, told, rank) = tmp_path / "theirs", VARIANTS[variant]
@@ -296,7 +301,11 @@ def test_a_run_goes_on_from_a_variant_as_plain_lora(variant: str, tmp_path: Path
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`", "ignore:.*embedding layers")
-@pytest.mark.parametrize("fields", [{"init_lora_weights": "pissa"}, {"kasa_config": KasaConfig()}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [{"init_lora_weights": "pissa"}, pytest.param({"kasa_config": KasaConfig()}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_a_run_goes_on_from_what_a_start_has_left_of_a_head(
     fields: dict[str, Any], tmp_path: Path, bases: dict[bool, Path]
 ) -> None:
@@ -313,7 +322,13 @@ def test_a_run_goes_on_from_what_a_start_has_left_of_a_head(
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"use_dora": True, "rank_pattern": {r"layers\.3\..*": 5}}, {"modules_to_save": ["lm_head"]}], ids=str
+    "fields",
+    [
+        {},
+        pytest.param({"use_dora": True, "rank_pattern": {r"layers\.3\..*": 5}}, marks=pytest.mark.slow),
+        pytest.param({"modules_to_save": ["lm_head"]}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_a_run_goes_on_with_repeated_layers(fields: dict[str, Any], tmp_path: Path, bases: dict[bool, Path]) -> None:
     """PEFT's copies share their weights, ours do not: trained, exported, used and merged, the logits are PEFT's.
