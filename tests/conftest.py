@@ -36,12 +36,14 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def tokens_are_made_here() -> Iterator[None]:
-    """By the same function in this process: starting one of its own takes a second, for hundreds of tests.
+    """By the same function in this process: starting one of its own takes a second, for hundreds of tests. Nor is this
+    one's heap given back around it, which takes a while where it is a gigabyte.
 
     That process is what `tests/data/test_token_process.py` is about; commands that tests run in children begin it, too.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(token_cache, "make_tokens_apart", make_tokens)
+        patch.setattr(token_cache, "release_free_memory", lambda: None)
         yield
 
 

@@ -33,6 +33,7 @@ def test_the_page_has_every_card_and_model() -> None:
         assert len(column(PAGE.read_text(), size)) == len(CATALOGUE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size, key", [("1B", "rtx-4090"), ("3B", "rtx-5070")])
 def test_a_cell_is_what_the_command_makes(size: str, key: str) -> None:
     """A sample; the slow test below compares all of it."""

@@ -207,20 +207,22 @@ def test_it_ends_with_the_process_that_began_it(
 ) -> None:
     """A real command, killed or interrupted while its data is tokenised: nobody goes on, nothing is left or printed.
 
-    It does not get to the next line: a thousand rows of 20 kB take some ten seconds. Mutations tried: it learns of the
-    other's end by a line that nobody reads; it flushes what nobody reads.
+    It does not get to the next line: there is none before a thousand rows, and rows are of 20 kB. Mutations tried: it
+    learns of the other's end by a line that nobody reads; it flushes what nobody reads.
     """
     long = " ".join(map(str, range(4000)))
     path = tmp_path / "rows.jsonl"
     row = json.dumps({"prompt": "Count.", "completion": long})
-    path.write_text("\n".join([row] * 900))
+    path.write_text("\n".join([row] * 500))
     saved = tmp_path / "tokenizer"
     tokenizer.tokenizer.save_pretrained(saved)
     code = f"""
+import signal
 from transformers import PreTrainedTokenizerFast
 from qlora_trainer.config.schema import DataSection
 from qlora_trainer.data.known_tokenizer import KnownTokenizer
 from qlora_trainer.data.token_cache import tokenize_named
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 fast = PreTrainedTokenizerFast.from_pretrained({str(saved)!r})
 list(tokenize_named(DataSection(train={str(path)!r}), "train", KnownTokenizer(fast, "hash", "base")))
 """

@@ -191,8 +191,10 @@ ALL_PULLED = (Levers(tile_tokens=SEQ_LEN, embedding_residency="host"), NUM_LAYER
     "name, device, overrides, how",
     [
         ("llama", "accelerator", [], ALL_PULLED),
-        ("gemma2", "accelerator", [], HALF_KEPT),
-        ("qwen3", "accelerator", ["lora.use_dora=true", "lora.dropout=0.1"], ALL_PULLED),
+        pytest.param("gemma2", "accelerator", [], HALF_KEPT, marks=pytest.mark.slow),
+        pytest.param(
+            *("qwen3", "accelerator", ["lora.use_dora=true", "lora.dropout=0.1"], ALL_PULLED), marks=pytest.mark.slow
+        ),
         ("olmo3", "cpu", ["lora.modules_to_save=[embed_tokens, lm_head]"], HALF_KEPT),
     ],
 )

@@ -123,7 +123,8 @@ def traced_on() -> Callable[[str], Traced]:
     return cache(lambda device: Traced(budgets[device]))
 
 
-@pytest.mark.parametrize("device", [pytest.param("gpu", marks=pytest.mark.slow), "cpu"])
+@pytest.mark.slow
+@pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_more_memory_is_never_slower_and_is_used(device: str, traced_on: Callable[[str], Traced]) -> None:
     traced = traced_on(device)
     plans = [traced.plan(budget_bytes) for budget_bytes in traced.grid(6)]
@@ -218,6 +219,7 @@ def test_a_card_without_bf16_is_planned_in_fp16_with_fp32_adapters(
     assert 12 * num_elements <= used.paged_bytes <= 12.5 * num_elements
 
 
+@pytest.mark.slow
 def test_a_rank_of_max_takes_what_costs_little_speed() -> None:
     traced = Traced(CPU, "lora.rank=max", num_layers=2)
     roomy = traced.plan(64 * GIB)
@@ -257,7 +259,7 @@ PINNED_BATCH = [*GENEROUS, "memory.micro_batch_tokens=1024"]
         pytest.param([], 0.6, id="auto-far", marks=pytest.mark.slow),
         pytest.param(GENEROUS, 0.97, id="generous", marks=pytest.mark.slow),
         pytest.param(GENEROUS, 0.6, id="generous-far", marks=pytest.mark.slow),
-        pytest.param(PINNED_BATCH, 0.97, id="pinned-batch"),
+        pytest.param(PINNED_BATCH, 0.97, id="pinned-batch", marks=pytest.mark.slow),
         pytest.param(PINNED_BATCH, 0.6, id="pinned-batch-far", marks=pytest.mark.slow),
     ],
 )
@@ -364,7 +366,7 @@ def test_under_an_option_for_a_gpu_the_option_is_offered(traced_on: Callable[[st
     assert offer == "--vram"
 
 
-@pytest.mark.parametrize("policy, before", [("false", "false"), ("1", 1)])
+@pytest.mark.parametrize("policy, before", [("false", "false"), pytest.param("1", 1, marks=pytest.mark.slow)])
 def test_a_change_goes_out_from_what_was_asked_for(policy: str, before: int | str) -> None:
     """Fails where it goes out from what was made of it: whole rows of 64, a chunk no longer than those."""
     asked = ["memory.micro_batch_tokens=1000", "memory.loss_chunk_tokens=4096", "lora.rank=2"]

@@ -287,7 +287,7 @@ def check_old_card(seen: Seen) -> None:
     assert devices([scaler.scale, scaler._num_good_steps]) == {NAME}
 
 
-@pytest.mark.slow  # 16 s; .ci/run has them, and the suite a run with every lever at once
+@pytest.mark.slow  # 16 s; .ci/run has them, and a run with every lever at once
 @pytest.mark.parametrize(
     "levers, check",
     [
@@ -307,6 +307,7 @@ def test_a_run_with_levers_and_its_resume_leave_nothing_on_the_wrong_device(
     run_and_resume(levers, check, seen, tmp_path, base)
 
 
+@pytest.mark.slow
 def test_a_run_with_every_lever_dora_and_a_head_in_nf4_leaves_nothing_on_the_wrong_device(
     seen: Seen, tmp_path: Path
 ) -> None:
