@@ -49,6 +49,15 @@ def test_gradients_that_differ_are_seen(lever: Lever, error: float, verdict: str
     assert judged_gradients(lever, found, RUN).verdict == verdict
 
 
+@pytest.mark.parametrize("error, verdict", [(1.4e-2, "ok"), (1.6e-2, "failed"), (float("nan"), "failed")])
+def test_in_16_bits_a_gradient_is_no_further_from_fp32_than_the_plain_one(error: float, verdict: str) -> None:
+    """Two that are rounded otherwise are further from each other than either from what is right."""
+    plain = replace(RUN, gradient=GRADIENT * (1.0 - 1e-2), compute_dtype="bfloat16")
+    found = replace(plain, gradient=GRADIENT * (1.0 + error))
+    assert judged_gradients(REORDERED, found, plain, RUN).verdict == verdict
+    assert judged_gradients(EXACT, found, plain, RUN).verdict == "failed"
+
+
 def test_a_device_whose_sums_have_no_order_is_compared_with_itself() -> None:
     noisy = replace(RUN, noise=1e-4)
     assert judged_gradients(EXACT, replace(RUN, gradient=GRADIENT * (1.0 + 3e-4)), noisy).verdict == "ok"
