@@ -39,6 +39,7 @@ from qlora_trainer.step.document import Document
 from qlora_trainer.step.train_step import accumulate_gradients, evaluate
 
 _LEARNING_RATE = 1e-2  # of the one update: afterwards B is no longer zero, so that A has a gradient
+_B_DEVIATION = 1e-2  # about what such an update makes of each B
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,14 @@ class Measured:
     Attributes:
         phases: phase -> (predicted, measured) allocated peak in bytes.
         gradient: of all adapters after one update, flat, fp32, on the host.
+        gradient_of_same: likewise, with matrices B that are every run's.
         noise: relative difference of the same gradient computed twice; not 0 where a device's sums have no fixed order.
         compute_dtype: that was trained in.
     """
 
     phases: Mapping[str, tuple[int, int]]
     gradient: Tensor
+    gradient_of_same: Tensor
     noise: float
     compute_dtype: str
 
@@ -74,9 +77,12 @@ def measure(config: RunConfig, device: torch.device) -> Measured:
         finally:
             meter.stop()
         gradients = [_gradient(session, micro_batch) for _ in range(2)]
+        _set_same_b(session)
+        gradient_of_same = _gradient(session, micro_batch)
     return Measured(
         phases=_compared(session, plan, meter.peaks, before_bytes),
         gradient=gradients[0],
+        gradient_of_same=gradient_of_same,
         noise=relative_difference(gradients[1], gradients[0]),
         compute_dtype=session.knobs.machine.compute_dtype,
     )
@@ -146,6 +152,18 @@ def _go_through(session: Session, micro_batch: MicroBatch, meter: PhaseMeter) ->
     meter.mark("resume")
     restore(load_checkpoint(saved.path), session.optimizer, session.scaler)
     meter.mark("end")
+
+
+def _set_same_b(session: Session) -> None:
+    """Sets each B to numbers that are every run's; of zeros A would have no gradient.
+
+    Adam's first step is as large for a gradient that is rounding alone as for any, so two runs that round otherwise are
+    further apart once they have updated than their gradients are.
+    """
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in sorted(trainable_parameters(session.model).items()):
+        if name.endswith("lora_B"):
+            parameter.data.copy_(_B_DEVIATION * torch.randn(parameter.shape, generator=random))
 
 
 def _accumulate(session: Session, micro_batch: MicroBatch) -> None:
