@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_trainer.config.strict_json import json_sha256
+from qlora_trainer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ def tokenizer_of(content: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The inverse of `tokenizer_content`. Imports no torch, which `AutoTokenizer` does.
 
     Raises:
-        ValueError: what was made is not what was written down.
+        ConfigError: what was made is not what was written down.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -65,5 +66,10 @@ def tokenizer_of(content: dict[str, Any]) -> PreTrainedTokenizerBase:
         **content["special_tokens"],
     )
     if tokenizer_content(tokenizer) != content:
-        raise ValueError("the tokenizer is another one when it is made from its own content")
+        raise ConfigError(
+            where="the base's tokenizer",
+            found="one that is another when it is made from its pipeline, special tokens and template",
+            expected="one that these decide",
+            fix="Use another base, and report this with the base's name.",
+        )
     return tokenizer

@@ -52,7 +52,7 @@ def job_of(entry: dict[str, Any]) -> TokenJob:
     """The inverse of `job_as_json`, after a way through JSON.
 
     Raises:
-        ValueError: the tokenizer would be another one.
+        ConfigError: the tokenizer would be another one.
     """
     return TokenJob(
         folder=Path(entry["folder"]),

@@ -69,7 +69,7 @@ def make_tokens_apart(job: TokenJob) -> Generator[Reading]:
         lines.close()
         _end(process)
     if process.returncode in _ENDED_FROM_OUTSIDE:
-        raise _too_little_memory(job.key, f"a process that was ended from outside ({process.returncode})")
+        raise _too_little_memory(f"a process that was ended from outside ({process.returncode})")
     if process.returncode:
         raise RuntimeError(f"the process that tokenises data.{job.key} ended with {process.returncode}")
 
@@ -78,16 +78,15 @@ def main(descriptor: int) -> None:
     """The process: takes a job on stdin, and writes lines of JSON to an open file."""
     signal.signal(signal.SIGTERM, _leave)
     Thread(target=_end_unread, args=(descriptor,), daemon=True).start()
-    with os.fdopen(descriptor, "wb", buffering=0) as lines:
-        job = job_of(json.load(sys.stdin.buffer))
-        with suppress(BrokenPipeError), closing(make_tokens(job)) as making:
-            try:
+    with os.fdopen(descriptor, "wb", buffering=0) as lines, suppress(BrokenPipeError):
+        try:
+            with closing(make_tokens(job_of(json.load(sys.stdin.buffer)))) as making:
                 for reading in making:
                     _tell(lines, reading=asdict(reading))
-            except QloraTrainerError as error:
-                _tell(lines, error=_error_as_json(error))
-            except MemoryError:
-                _tell(lines, error=_error_as_json(_too_little_memory(job.key, "too little of it to tokenise the data")))
+        except QloraTrainerError as error:
+            _tell(lines, error=_error_as_json(error))
+        except MemoryError:
+            _tell(lines, error=_error_as_json(_too_little_memory("too little of it")))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # all is done; it would disturb Python's own end
 
 
@@ -170,9 +169,9 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _too_little_memory(key: str, found: str) -> DoesNotFitError:
+def _too_little_memory(found: str) -> DoesNotFitError:
     return DoesNotFitError(
-        where=f"tokenising data.{key}",
+        where="tokenising the data",
         found=found,
         expected="memory for a process beside this one: 200 to 350 MiB",
         fix="Free memory, or tokenise where there is more (train --dry-run) and bring the cache folder along.",
