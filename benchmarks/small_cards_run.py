@@ -33,8 +33,8 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import asked_settings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.offload import keep_least
-from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_vectors import biased_modules
 from qlora_trainer.planning.budget import cpu_budget
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.step.batch import make_micro_batch

@@ -94,7 +94,7 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
     (Counterpart(("training.learning_rate",)), "lr"),
     (Counterpart(("training.loraplus_lr_ratio",)), "loraplus_ratio lora_plus_ratio lorap_lr_ratio lora_plus_lr_ratio"),
     (
-        Counterpart(("lora.modules_to_save",), "it takes the embedding and the head, no other module"),
+        Counterpart(("lora.modules_to_save",), "it takes the embedding, the head and norms, no other module"),
         "lora_modules_to_save additional_target unfreeze_lm_head unfrozen_parameters",
     ),
     (Counterpart(("lora.bias",)), "lora_bias_trainable peft_bias"),

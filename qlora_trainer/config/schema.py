@@ -110,7 +110,8 @@ class LoraSection(Section):
     modules_to_save: Names = Field(
         (),
         description="Tables over the vocabulary that are trained whole, such as [embed_tokens, lm_head]: a copy each, "
-        "with a gradient and an optimizer state; both where the base ties them, which is then one.",
+        "with a gradient and an optimizer state; both where the base ties them, which is then one. Norms, too, by the "
+        "ends of their names, such as [input_layernorm, model.norm], in float32.",
     )
     untie_tables: bool = Field(
         False,
@@ -222,8 +223,8 @@ class TrainingSection(Section):
     loraplus_lr_ratio: float = Field(
         1.0,
         gt=0,
-        description="Learning rate of the B matrices (as in PEFT also of DoRA's magnitudes and of trained biases) over "
-        "learning_rate, which the A matrices keep (LoRA+); 1 = one rate for all.",
+        description="Learning rate of the B matrices (as in PEFT also of DoRA's magnitudes, trained biases and norms) "
+        "over learning_rate, which the A matrices keep (LoRA+); 1 = one rate for all.",
     )
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="Learning rate after the warm-up: cosine or linear fall to 0, or constant."
@@ -235,7 +236,9 @@ class TrainingSection(Section):
         "adamw_8bit, paged_adamw_32bit, paged_adamw_8bit; auto = 32 bits, paged on a GPU.",
     )
     weight_decay: float = Field(
-        0.0, ge=0, description="Decoupled weight decay of AdamW; trained biases, also a trained head's, have none."
+        0.0,
+        ge=0,
+        description="Decoupled weight decay of AdamW; trained biases (also a trained head's) and norms have none.",
     )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="Gradients are scaled down to this norm; null = never."
@@ -323,9 +326,6 @@ class RunConfig(Section):
             raise _disagreement("memory.micro_batch_tokens", tokens, f"at least data.seq_len = {seq_len}")
         if self.data.streaming:
             _require_streamable(self.data, self.training)
-        if self.memory.embedding_residency == "host" and self.lora.modules_to_save:
-            expected = "auto or device, since lora.modules_to_save trains a table, which stays where it is trained"
-            raise _disagreement("memory.embedding_residency", "host", expected)
         _require_trainable(self.lora)
         _require_one_residency(self.training.optimizer, self.memory.optimizer_residency)
         patience = self.training.early_stopping_patience

@@ -76,6 +76,8 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
         facts.append(("layers of the base", _code(json.dumps(settings.layer_replication))))
     if settings.modules_to_save:
         facts.append(("trained whole", ", ".join(map(_code, settings.modules_to_save))))
+    if settings.norms:
+        facts.append(("trained norms", f"{len(settings.norms)}, whole"))
     if settings.biases:
         facts.append(("trained biases", f"{len(settings.biases)} modules"))
     if settings.lora_bias:

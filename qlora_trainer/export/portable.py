@@ -28,9 +28,8 @@ def require_portable(settings: LoraSettings, where: Path) -> None:
     """
     found = ["DoRA's magnitudes"] if settings.use_dora else []
     found += ["trained biases"] if settings.biases or settings.lora_bias else []
-    found += [f"modules that were trained whole ({', '.join(settings.modules_to_save)})"] * bool(
-        settings.modules_to_save
-    )
+    if whole := ", ".join((*settings.modules_to_save, *([f"{len(settings.norms)} norms"] * bool(settings.norms)))):
+        found.append(f"modules that were trained whole ({whole})")
     found += ["repeated layers"] if settings.layer_replication else []
     if found:
         raise ConfigError(

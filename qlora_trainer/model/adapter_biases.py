@@ -75,7 +75,7 @@ def take_biases(
         lora_bias: whether the config says that each B has one.
         linear_names: of the base.
         tables: of the base: of these, only a head's bias is looked at, where nothing else of it was trained.
-        whole: full names of the tables that are trained whole, their biases too.
+        whole: full names of the tables and norms that are trained whole, their biases too.
         where: the file, for errors.
 
     Returns:
@@ -84,18 +84,18 @@ def take_biases(
     Raises:
         ConfigError: a bias twice, or one of a B that is to have none.
 
-    Of a table in `modules_to_save` that has a bias, PEFT writes that three times under `bias: all`: as the table's, as
+    Of what is in `modules_to_save` and has a bias, PEFT writes that three times under `bias: all`: as the module's, as
     its wrapper's copy, and the base's own.
     """
     found: set[str] = set()
     for name in [name for name in weights if name.endswith(_OWN)]:
         leaf = next(leaf for leaf in (_OF_B, _OWN_OF_TARGET, _OWN) if name.endswith(leaf))
         owner = name.removesuffix(leaf)
-        if tables is not None and any(owner == own or owner.startswith(f"{own}.") for own in tables.names):
+        if tables is not None and any(owner == own or owner.startswith(f"{own}.") for own in (*tables.names, *whole)):
             if owner == tables.head and owner not in whole:
                 found.add(owner)
             elif owner in (f"{own}.original_module" for own in whole):
-                del weights[name]  # of the base, beside the table that PEFT computes with
+                del weights[name]  # of the base, beside what PEFT computes with
             elif owner in (f"{own}.modules_to_save" for own in whole):
                 _forget_second(weights, name, f"{owner.removesuffix('.modules_to_save')}.bias", where)
             continue

@@ -54,7 +54,9 @@ def adapter_config(
         "layers_to_transform": None,  # targets are full names where not every layer is meant
         "lora_alpha": _whole_if_it_is(settings.alpha),
         "lora_dropout": settings.dropout,
-        "modules_to_save": short_target_modules(settings.modules_to_save, settings.modules_to_save) or None,
+        # Of norms full names: PEFT takes every module whose name ends like that, and "norm" is the end of many.
+        "modules_to_save": [*short_target_modules(settings.modules_to_save, settings.modules_to_save), *settings.norms]
+        or None,
         "peft_type": "LORA",
         "r": settings.rank,
         "rank_pattern": _in_any_order(settings.rank_pattern, settings.targets),
@@ -136,7 +138,7 @@ def settings_of(
     Args:
         fields: of `read_config_fields`.
         linear_names: the linears of the base.
-        tables: its embeddings and head, which `modules_to_save` may name; None where it may not.
+        tables: its embeddings, head and norms, which `modules_to_save` may name; None where it may not.
         where: the file, for errors.
 
     Raises:
@@ -158,7 +160,7 @@ def settings_of(
             expected="null: adapters of linears are all that is put on a base here",
             fix="Merge the adapter into its base with qlora-trainer merge, or choose another one.",
         )
-    modules_to_save, tied_head = _saved_modules(fields, tables, where) if saved and tables is not None else ((), None)
+    modules_to_save, tied_head, norms = _saved_modules(fields, tables, where)
     return LoraSettings(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
@@ -170,6 +172,7 @@ def settings_of(
         alpha_pattern=tuple((fields.get("alpha_pattern") or {}).items()),
         modules_to_save=modules_to_save,
         tied_head=tied_head,
+        norms=norms,
         lora_bias=bool(fields.get("lora_bias")),
         layer_replication=ranges_of(fields),
     )
@@ -232,14 +235,27 @@ def _of_this_base(wanted: str | Sequence[str], names: Sequence[str]) -> str | Se
     return [entry for entry in wanted if any(means(entry, name) for name in names)] or wanted
 
 
-def _saved_modules(fields: Mapping[str, Any], tables: BaseTables, where: Path) -> tuple[tuple[str, ...], str | None]:
-    """`LoraSettings.modules_to_save` and `.tied_head`: PEFT unties what it trains of two, unless it is told not to."""
-    wanted = _of_this_base(fields["modules_to_save"], tables.names)
-    chosen = _meant(tables.names, wanted, where, "modules_to_save", "embeddings and head")
-    both = (tables.embeddings[0], tables.head)
+def _saved_modules(
+    fields: Mapping[str, Any], tables: BaseTables | None, where: Path
+) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
+    """`LoraSettings.modules_to_save`, `.tied_head` and `.norms`, by PEFT's rule: an entry means every name that ends
+    with it, after a dot or not. It unties what it trains of two tables, unless it is told not to.
+
+    Entries that mean nothing here are passed over where another does; what they meant is in the file, if anything.
+    """
+    if tables is None or not fields.get("modules_to_save"):
+        return (), None, ()
+    names = (*tables.names, *tables.norms)
+    meant = tuple(name for name in names if name.endswith(tuple(fields["modules_to_save"])))
+    if not meant:
+        leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        found = f"modules_to_save with {fields['modules_to_save'][0]!r}, which names no embedding, head or norm"
+        raise wrong_adapter(where, found, f"some of these, which are all that may be trained whole here: {leaves}")
+    norms = tuple(name for name in meant if name in tables.norms)
+    chosen, both = tuple(name for name in meant if name in tables.names), (tables.embeddings[0], tables.head)
     if not (tables.is_tied and fields.get("ensure_weight_tying") and set(both) & set(chosen)):
-        return chosen, None
-    return tuple(name for name in tables.embeddings if name in (both[0], *chosen)), tables.head
+        return chosen, None, norms
+    return tuple(name for name in tables.embeddings if name in (both[0], *chosen)), tables.head, norms
 
 
 def _meant(
@@ -293,7 +309,7 @@ def _check_variants(path: Path, fields: Mapping[str, Any]) -> None:
     require_expressions([pattern] if isinstance(pattern, str) else pattern or (), where=f"{path}, layers_pattern")
     _check_ranges(path, fields.get("layer_replication") or [])
     saved = fields.get("modules_to_save")
-    if saved is not None and not _are_names(saved):
+    if saved is not None and not (_are_names(saved) and all(saved)):
         raise wrong_adapter(path, f"modules_to_save = {saved!r}", "a list of names")
     if type(fields.get("ensure_weight_tying", False)) is not bool:
         raise wrong_adapter(path, f"ensure_weight_tying = {fields['ensure_weight_tying']!r}", "true or false")

@@ -13,12 +13,12 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.skeleton import Parts
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import require_updates_fit
-from qlora_trainer.model.trained_biases import require_trainable_biases
+from qlora_trainer.model.trained_vectors import require_trainable_biases
 
 
 def base_tables(parts: Parts) -> BaseTables:
-    """The embeddings and the head of a base."""
-    return BaseTables(parts.embeddings, parts.head, parts.is_tied)
+    """The embeddings, the head and the norms of a base."""
+    return BaseTables(parts.embeddings, parts.head, parts.is_tied, parts.norms)
 
 
 def modules_with_bias(parts: Parts) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def expected_shapes(skeleton: PreTrainedModel, settings: LoraSettings) -> dict[s
     for name in settings.biases:
         if (bias := by_name.get(f"{name}.bias")) is not None:
             shapes[f"{name}.bias"] = tuple(bias.shape)
-    for name in settings.modules_to_save:
+    for name in settings.trained_whole:
         for leaf, parameter in skeleton.get_submodule(name).named_parameters():
             shapes[f"{name}.{leaf}"] = tuple(parameter.shape)
     return shapes

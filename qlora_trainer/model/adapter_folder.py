@@ -67,8 +67,8 @@ def adapter_tensors(weights: Mapping[str, Tensor], settings: LoraSettings) -> di
 
     Args:
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R]; `{target}.lora_magnitude_vector` [O] of DoRA;
-            `{target}.lora_B_bias` [O] of `lora_bias`; `{linear}.bias` [O] of trained biases; `{module}.weight` [V, H]
-            and `{module}.bias` [V] of modules that are trained whole.
+            `{target}.lora_B_bias` [O] of `lora_bias`; `{linear}.bias` [O] of trained biases; `{table}.weight` [V, H]
+            and `{table}.bias` [V], `{norm}.weight` [H] and `{norm}.bias` [H] of what is trained whole.
         settings: what the adapter is. A table that serves embedding and head is in the file twice, as with PEFT.
     """
     whole = {}
@@ -113,23 +113,15 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     return as_target_modules(fields, modules)
 
 
-def trains_biases(folder: Path) -> bool:
-    """Whether an adapter's file has biases: of a base without any, one that was to train them is plain LoRA.
-
-    Raises:
-        ConfigError: the file is broken or not safetensors.
-    """
-    return has_biases(_names(folder))
-
-
-def outside_layers(folder: Path) -> list[str]:
-    """The modules of an adapter's file that lie in no numbered layer, by name: embedding and head, and what else.
+def has_only_lora_in_layers(folder: Path) -> bool:
+    """Whether an adapter's file has nothing but LoRA of modules in numbered layers: no bias, table or norm.
 
     Raises:
         ConfigError: the file is broken or not safetensors.
     """
     names = _names(folder)
-    return sorted({name.rpartition(".")[0] for name in names if not any(map(str.isdigit, name.split(".")))})
+    are_of_lora = all(".lora_" in name and any(map(str.isdigit, name.split("."))) for name in names)
+    return are_of_lora and not has_biases(names)
 
 
 def lora_modules(folder: Path) -> list[str]:
@@ -171,7 +163,7 @@ def read_adapter_folder(
     Args:
         folder: where it lies.
         linear_names: the linears of its base.
-        tables: the base's embeddings and head; None refuses an adapter with `modules_to_save`.
+        tables: the base's embeddings, head and norms; None refuses an adapter with `modules_to_save`.
         may_change_base: the caller makes whole tables of LoRA on embedding or head, and of trained rows; else such an
             adapter is refused.
 
@@ -204,7 +196,7 @@ def read_adapter_folder(
         lora_bias=settings.lora_bias,
         linear_names=linear_names,
         tables=tables,
-        whole=settings.modules_to_save,
+        whole=settings.trained_whole,
         where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)

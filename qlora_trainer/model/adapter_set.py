@@ -22,8 +22,8 @@ from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import build_adapters, detach_adapters, put_adapters
 from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import held_biases, require_trainable_biases
 from qlora_trainer.model.trained_tables import held_tables, put_tensors, tensors_at
+from qlora_trainer.model.trained_vectors import held_vectors, require_trainable_biases
 
 _HELD_AS_STORED = (torch.float32, torch.bfloat16, torch.float16)
 _MATRICES = (".lora_A", ".lora_B")
@@ -75,7 +75,7 @@ class AdapterSet:
         self._modules: dict[tuple[str, tuple[str, ...]], LoraAdapter] = {}  # by linear and kind
         self._in_place: dict[
             str, dict[tuple[str, str], Tensor]
-        ] = {}  # tables, biases; by adapter, then module and leaf
+        ] = {}  # tables, norms, biases; by adapter, then module and leaf
         self._replaced: dict[tuple[str, str], Tensor] = {}  # of the base, where an adapter has its own
         self._active: str | None = None
         detach_adapters(model)
@@ -124,7 +124,7 @@ class AdapterSet:
             raise ConfigError(
                 where=f"adapter {name}", found=error.found, expected=error.expected, fix=error.fix
             ) from error
-        in_place = held_biases(self._model, adapter.settings, adapter.weights)
+        in_place = held_vectors(self._model, adapter.settings, adapter.weights)
         in_place |= held_tables(self._model, adapter.settings, adapter.weights)
         self._replaced = tensors_at(self._model, in_place) | self._replaced
         held = {linear: _Held.of(module) for linear, module in built.items()}

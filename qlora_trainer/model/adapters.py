@@ -17,8 +17,8 @@ from qlora_trainer.model.lora_adapter import LoraAdapter
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.random_draws import key32
-from qlora_trainer.model.trained_biases import bias_parameters, bias_weights, train_biases
 from qlora_trainer.model.trained_tables import table_parameters, table_shapes, table_weights, train_tables
+from qlora_trainer.model.trained_vectors import train_vectors, vector_parameters, vector_weights
 
 MAGNITUDE = "lora_magnitude_vector"  # of DoRA, as PEFT calls it
 BIAS_OF_B = "lora_B_bias"
@@ -32,8 +32,8 @@ def attach_new_adapters(model: QuantizedModel, settings: LoraSettings, *, dtype:
 def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int) -> dict[str, Tensor]:
     """Fresh adapters: A uniform in +-1/sqrt(I) as in PEFT, B zero, so the model starts unchanged.
 
-    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have. Biases
-    and tables that are trained are what the model has.
+    Each A is drawn from (seed, its name) alone, in fp32. DoRA's magnitudes are the lengths that the rows have. Biases,
+    norms and tables that are trained are what the model has.
     """
     weights = {}
     for name in settings.targets:
@@ -49,7 +49,7 @@ def initial_weights(model: QuantizedModel, settings: LoraSettings, *, seed: int)
             weights[f"{name}.{MAGNITUDE}"] = magnitude_O
         if settings.lora_bias:
             weights[f"{name}.{BIAS_OF_B}"] = torch.zeros(linear.out_features)
-    return weights | bias_weights(model, settings) | table_weights(model, settings)
+    return weights | vector_weights(model, settings) | table_weights(model, settings)
 
 
 def attach_adapters(
@@ -57,10 +57,10 @@ def attach_adapters(
 ) -> None:
     """Give every target an adapter with the given weights, in place of any it had; see `build_adapters`.
 
-    Biases and tables that are trained take the place of the base's, which are gone.
+    Biases, norms and tables that are trained take the place of the base's, which are gone.
     """
     put_adapters(model, build_adapters(model, settings, weights, dtype=dtype))
-    train_biases(model, settings, weights)
+    train_vectors(model, settings, weights)
     train_tables(model, settings, weights, dtype=dtype)
 
 
@@ -73,7 +73,7 @@ def build_adapters(
         model: whose linears they are for.
         settings: which linears, and the scale.
         weights: `{target}.lora_A` [R, I] and `{target}.lora_B` [O, R], with DoRA `{target}.lora_magnitude_vector` [O],
-            with `lora_bias` `{target}.lora_B_bias` [O], and what else is trained (see `model.trained_biases`,
+            with `lora_bias` `{target}.lora_B_bias` [O], and what else is trained (see `model.trained_vectors`,
             `model.trained_tables`); exactly these names. They are copied.
         dtype: what the matrices are held in; magnitudes and biases are fp32. Gradients are accumulated in fp32
             whatever it is.
@@ -130,7 +130,7 @@ def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
     """`{target}.lora_A`, `{target}.lora_B`, and `{target}.lora_magnitude_vector` or `{target}.lora_B_bias` where there
     are such, in model order.
 
-    Behind them the biases that are trained, then the tables that are trained whole.
+    Behind them the biases and norms that are trained, then the tables that are trained whole.
     """
     low_rank = {
         f"{name}.{leaf}": parameter
@@ -138,7 +138,7 @@ def trainable_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
         if linear.adapter is not None
         for leaf, parameter in linear.adapter.named_parameters()
     }
-    return low_rank | bias_parameters(model) | table_parameters(model)
+    return low_rank | vector_parameters(model) | table_parameters(model)
 
 
 def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -153,8 +153,8 @@ def adapter_shapes(model: QuantizedModel, settings: LoraSettings) -> dict[str, t
                 shapes[f"{name}.{MAGNITUDE}"] = (linear.out_features,)
             if settings.lora_bias:
                 shapes[f"{name}.{BIAS_OF_B}"] = (linear.out_features,)
-    biases = {name: tuple(bias_O.shape) for name, bias_O in bias_weights(model, settings).items()}
-    return shapes | biases | table_shapes(model, settings)
+    vectors = {name: tuple(own.shape) for name, own in vector_weights(model, settings).items()}
+    return shapes | vectors | table_shapes(model, settings)
 
 
 def require_shapes(

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_trainer.model.trained_norm import TrainedNorm
+
 
 class FinalNorm(nn.Module):
     """Drop-in for a model's last norm, with its parameters and under its name.
@@ -24,8 +26,6 @@ class FinalNorm(nn.Module):
         is_deferred: whether hidden states pass through as they are, for `apply_to` to be called on them.
         tile_tokens: rows that the loss norms at a time; 0 where all of them are normed here.
     """
-
-    bias: nn.Parameter  # of a norm that has one
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
@@ -42,15 +42,22 @@ class FinalNorm(nn.Module):
         return own
 
     @property
-    def trained_bias(self) -> nn.Parameter | None:
-        """The bias [H] where it is trained."""
-        bias_H = self._parameters.get("bias")
-        return bias_H if bias_H is not None and bias_H.requires_grad else None
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """Weight and bias [H], as far as they are trained."""
+        return tuple(own for own in self.parameters() if own.requires_grad)
 
-    def hold_bias(self, bias_H: nn.Parameter) -> None:
-        """Take another bias in the place of the one that is there."""
-        for part in (self, self.norm):
-            part.register_parameter("bias", bias_H)
+    def take_any_dtype(self) -> None:
+        """From now on, for weight and bias: they are rounded to that of what is normed."""
+        if not isinstance(self.norm, TrainedNorm):
+            self.__dict__["_norm"] = TrainedNorm(self.norm)
+
+    def hold(self, leaf: str, parameter_H: nn.Parameter) -> None:
+        """Take another "weight" or "bias" in the place of the one that is there."""
+        self.register_parameter(leaf, parameter_H)
+        if isinstance(self.norm, TrainedNorm):
+            self.norm.hold(leaf, parameter_H)
+        else:
+            self.norm.register_parameter(leaf, parameter_H)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, working_bytes
 from qlora_trainer.model.attention import packed_attention, packed_attention_backward
@@ -34,17 +34,23 @@ from qlora_trainer.model.row_ops import (
     rms_norm,
     rms_norm_again,
     rms_norm_backward_,
+    rms_norm_weight_gradient,
     rotate_,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """An RMSNorm: `x / rms(x) * (offset + weight)`."""
+    """An RMSNorm: `x / rms(x) * (offset + weight)`.
+
+    Attributes:
+        trained_H: the parameter that the weight was rounded from, where it is trained.
+    """
 
     weight_H: Tensor
     eps: float
     offset: float
+    trained_H: nn.Parameter | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,10 @@ class AttentionHalf:
     def inputs(self) -> tuple[NF4Linear, ...]:
         return (self.q, self.k, self.v)
 
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        return (self.norm, self.q_norm, self.k_norm)
+
 
 @dataclass(frozen=True, slots=True)
 class MlpHalf:
@@ -90,12 +100,16 @@ class MlpHalf:
     def inputs(self) -> tuple[NF4Linear, ...]:
         return (self.gate, self.up)
 
+    @property
+    def norms(self) -> tuple[Norm | None, ...]:
+        return (self.norm,)
+
 
 def attention_half(
     x_BTH: Tensor, half: AttentionHalf, cos_TD: Tensor, sin_TD: Tensor, document_lengths: Sequence[int]
 ) -> Tensor:
     """x + attention(norm(x)) [B, T, H]; the tables have a row for each of the B x T tokens."""
-    parameters = adapter_parameters([*half.inputs, half.o])
+    parameters = [*adapter_parameters([*half.inputs, half.o]), *norm_parameters(half)]
     out_BTH: Tensor = _AttentionFunction.apply(  # type: ignore[no-untyped-call]
         x_BTH, cos_TD, sin_TD, half, tuple(document_lengths), *parameters
     )
@@ -104,7 +118,7 @@ def attention_half(
 
 def mlp_half(x_BTH: Tensor, half: MlpHalf) -> Tensor:
     """x + mlp(norm(x)) [B, T, H]."""
-    parameters = adapter_parameters([*half.inputs, half.down])
+    parameters = [*adapter_parameters([*half.inputs, half.down]), *norm_parameters(half)]
     out_BTH: Tensor = _MlpFunction.apply(x_BTH, half, *parameters)  # type: ignore[no-untyped-call]
     return out_BTH
 
@@ -189,17 +203,20 @@ class _AttentionFunction(torch.autograd.Function):
         del grad_heads
         for rotated in (grad_q, grad_k):
             rotate_(rotated, cos_TD, sin_TD, True)
+        head_norm_grads: list[Tensor | None] = [None, None]
         if before_norm is not None and half.q_norm is not None and half.k_norm is not None:
-            heads_backward_(grad_q, before_norm[0], q_inverse, half.q_norm)
-            heads_backward_(grad_k, before_norm[1], k_inverse, half.k_norm)
+            head_norm_grads = [
+                heads_backward_(grad_q, before_norm[0], q_inverse, half.q_norm),
+                heads_backward_(grad_k, before_norm[1], k_inverse, half.k_norm),
+            ]
         grads = [grad.flatten(1) for grad in (grad_q, grad_k, grad_v)]
         del grad_q, grad_k, grad_v
 
-        grad_x_TH, in_grads = _inputs_backward(
+        grad_x_TH, in_grads, norm_grad = _inputs_backward(
             half, x_TH, inverse_T1, grads, low_ranks, grad_TH if ctx.needs_input_grad[0] else None
         )
         grad_x_BTH = None if grad_x_TH is None else grad_x_TH.view(grad_BTH.shape)
-        return grad_x_BTH, None, None, None, None, *in_grads, *o_grads
+        return grad_x_BTH, None, None, None, None, *in_grads, *o_grads, norm_grad, *head_norm_grads
 
 
 def _make_room(half: AttentionHalf, q_BnTD: Tensor, document_lengths: Sequence[int]) -> None:
@@ -237,11 +254,11 @@ class _MlpFunction(torch.autograd.Function):
         down_grads = parameter_gradients([half.down], gated_TI, [grad_TH], low_out, low_grads)
         del gate_TI, up_TI, grad_TI, gated_TI
 
-        grad_x_TH, in_grads = _inputs_backward(
+        grad_x_TH, in_grads, norm_grad = _inputs_backward(
             half, x_TH, inverse_T1, grads, low_ranks, grad_TH if ctx.needs_input_grad[0] else None
         )
         grad_x_BTH = None if grad_x_TH is None else grad_x_TH.view(grad_BTH.shape)
-        return grad_x_BTH, None, *in_grads, *down_grads
+        return grad_x_BTH, None, *in_grads, *down_grads, norm_grad
 
 
 def _inputs_backward(
@@ -251,8 +268,8 @@ def _inputs_backward(
     grads: Sequence[Tensor],
     low_ranks: Sequence[Tensor],
     added_TH: Tensor | None,
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """Back through a half's first linears and its norm: the gradient of x, and those of the linears' adapters.
+) -> tuple[Tensor | None, list[Tensor | None], Tensor | None]:
+    """Back through a half's first linears and its norm: the gradient of x, those of the linears' adapters, the norm's.
 
     `added_TH` is the residual's gradient, which goes into that of x; None where x needs none.
     """
@@ -264,11 +281,24 @@ def _inputs_backward(
         normed_TH = rms_norm_again(x_TH, inverse_T1, norm.weight_H, norm.offset)
         parameter_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)
         del normed_TH
-    if added_TH is None:
-        return None, parameter_grads
+    if added_TH is None and norm.trained_H is None:
+        return None, parameter_grads, None
     grad_x_TH = input_gradient(half.inputs, grads, low_grads)
+    norm_grad = norm_gradient(norm, grad_x_TH, x_TH, inverse_T1)
+    if added_TH is None:
+        return None, parameter_grads, norm_grad
     rms_norm_backward_(grad_x_TH, x_TH, inverse_T1, norm.weight_H, norm.offset, added_TH)
-    return grad_x_TH, parameter_grads
+    return grad_x_TH, parameter_grads, norm_grad
+
+
+def norm_parameters(half: AttentionHalf | MlpHalf) -> list[Tensor | None]:
+    """Weights of the norms, None for what is not trained: so autograd functions take and answer them."""
+    return [None if norm is None else norm.trained_H for norm in half.norms]
+
+
+def norm_gradient(norm: Norm, grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor) -> Tensor | None:
+    """That of its weight [H], fp32, from that of the normed rows; None where it is not trained."""
+    return None if norm.trained_H is None else rms_norm_weight_gradient(grad_TH, x_TH, inverse_T1)
 
 
 def _by_head(tensor_TnD: Tensor, num_rows: int) -> Tensor:
@@ -293,6 +323,9 @@ def _normed_again(heads_TnD: Tensor, inverse: Tensor, norm: Norm) -> Tensor:
     return _as_heads(normed, heads_TnD)
 
 
-def heads_backward_(grad_TnD: Tensor, heads_TnD: Tensor, inverse: Tensor, norm: Norm) -> None:
-    """Turns the gradient of normed heads into that of the heads, in place."""
-    rms_norm_backward_(grad_TnD.flatten(0, 1), heads_TnD.flatten(0, 1), inverse, norm.weight_H, norm.offset, None)
+def heads_backward_(grad_TnD: Tensor, heads_TnD: Tensor, inverse: Tensor, norm: Norm) -> Tensor | None:
+    """Turns the gradient of normed heads into that of the heads, in place; returns that of the norm's weight."""
+    grad, heads = grad_TnD.flatten(0, 1), heads_TnD.flatten(0, 1)
+    norm_grad = norm_gradient(norm, grad, heads, inverse)
+    rms_norm_backward_(grad, heads, inverse, norm.weight_H, norm.offset, None)
+    return norm_grad

@@ -19,6 +19,7 @@ from qlora_trainer.model.fused_halves import AttentionHalf, MlpHalf, Norm, atten
 from qlora_trainer.model.row_ops import GELU, GELU_TANH, SILU
 from qlora_trainer.model.tiled import TiledMlp, is_token_wise, tiled_mlp_half
 from qlora_trainer.model.tiled_attention import tiled_attention_half
+from qlora_trainer.model.trained_norm import TrainedNorm
 
 # Class of a layer -> what its norms add to their weights.
 NORM_OFFSETS = {
@@ -70,14 +71,15 @@ class FusedLayer(GradientCheckpointingLayer):
         cos_TD, sin_TD = (_row_for_each(table, hidden_states) for table in position_embeddings)
         lengths = [hidden_states.shape[1]] if document_lengths is None else document_lengths
         tile_tokens = self.tile_tokens if self.gradient_checkpointing or not torch.is_grad_enabled() else 0
-        half = self._attention()
+        dtype = hidden_states.dtype
+        half = self._attention(dtype)
         if not tile_tokens:
-            return mlp_half(attention_half(hidden_states, half, cos_TD, sin_TD, lengths), self._mlp())
+            return mlp_half(attention_half(hidden_states, half, cos_TD, sin_TD, lengths), self._mlp(dtype))
         keeps_queries = torch.is_grad_enabled() and not self.is_to_be_computed_again
         hidden_states = tiled_attention_half(
             hidden_states, half, cos_TD, sin_TD, lengths, tile_tokens, keeps_queries=keeps_queries
         )
-        return tiled_mlp_half(hidden_states, self._mlp(), tile_tokens, is_output_read=not self.is_computed_again)
+        return tiled_mlp_half(hidden_states, self._mlp(dtype), tile_tokens, is_output_read=not self.is_computed_again)
 
     def _by_its_modules(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         own: Any = self
@@ -86,30 +88,33 @@ class FusedLayer(GradientCheckpointingLayer):
         out: Tensor = hidden_states + own.mlp(own.post_attention_layernorm(hidden_states))
         return out
 
-    def _attention(self) -> AttentionHalf:
+    def _attention(self, dtype: torch.dtype) -> AttentionHalf:
         own: Any = self.self_attn
         return AttentionHalf(
-            norm=self._norm(self.input_layernorm),
+            norm=self._norm(self.input_layernorm, dtype),
             q=own.q_proj,
             k=own.k_proj,
             v=own.v_proj,
             o=own.o_proj,
-            q_norm=self._norm(own.q_norm) if hasattr(own, "q_norm") else None,
-            k_norm=self._norm(own.k_norm) if hasattr(own, "k_norm") else None,
+            q_norm=self._norm(own.q_norm, dtype) if hasattr(own, "q_norm") else None,
+            k_norm=self._norm(own.k_norm, dtype) if hasattr(own, "k_norm") else None,
             head_dim=own.head_dim,
             scale=own.scaling,
             window=_window(own),
             softcap=0.0,
         )
 
-    def _mlp(self) -> MlpHalf:
+    def _mlp(self, dtype: torch.dtype) -> MlpHalf:
         own: Any = self.mlp
-        norm = self._norm(self.post_attention_layernorm)
+        norm = self._norm(self.post_attention_layernorm, dtype)
         return MlpHalf(norm, own.gate_proj, own.up_proj, own.down_proj, self._activation)
 
-    def _norm(self, norm: Any) -> Norm:
-        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-        return Norm(norm.weight, eps, self._norm_offset)
+    def _norm(self, norm: Any, dtype: torch.dtype) -> Norm:
+        plain: Any = norm.norm if isinstance(norm, TrainedNorm) else norm
+        eps = plain.variance_epsilon if hasattr(plain, "variance_epsilon") else plain.eps
+        if not norm.weight.requires_grad:
+            return Norm(norm.weight, eps, self._norm_offset)
+        return Norm(norm.weight.detach().to(dtype), eps, self._norm_offset, norm.weight)
 
 
 def fuse_layers(module: PreTrainedModel) -> None:

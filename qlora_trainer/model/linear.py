@@ -1,6 +1,6 @@
 """Frozen NF4 linear layers with an optional LoRA adapter: out = x W^T + bias + scale * (drop(x) A^T B^T + bias of B).
 
-A bias is frozen, too, unless it is a parameter (`model.trained_biases`). Few adapters have a bias of B (PEFT's
+A bias is frozen, too, unless it is a parameter (`model.trained_vectors`). Few adapters have a bias of B (PEFT's
 `lora_bias`); it is added where the linear's own is, or would be.
 
 Forward and backward each unpack a weight and drop it again: nothing dense is saved, and autograd's context holds the
@@ -46,7 +46,7 @@ class NF4Linear(nn.Module):
 
     Args:
         weight: the packed weight, [O, I].
-        bias_O: frozen bias or None; `model.trained_biases` may put a parameter in its place.
+        bias_O: frozen bias or None; `model.trained_vectors` may put a parameter in its place.
         resident_limit: asked for room before each product; one for all linears of a model.
     """
 

@@ -13,7 +13,7 @@ from qlora_trainer.config.values import LayerRanges
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_biases import asked_biases
 from qlora_trainer.model.expressions import MOST_BITS, bits_of_ways
-from qlora_trainer.model.table_names import BaseTables, asked_tables, means
+from qlora_trainer.model.table_names import BaseTables, asked_norms, asked_tables, means
 
 ALL_LINEAR = "all-linear"
 # The number of a layer in a name, as PEFT 0.21 finds it (`check_target_module_exists`).
@@ -34,8 +34,9 @@ class LoraSettings:
         use_rslora: scale by alpha / sqrt(R) instead (Kalajdzievski, 2023).
         use_dora: a trained magnitude for each output row as well (Liu et al., 2024).
         rank_pattern, alpha_pattern: (regular expression, value); the first that fits the end of a name decides.
-        modules_to_save: full names of the modules that are trained whole (embedding, head), in model order.
+        modules_to_save: full names of the tables that are trained whole (embedding, head), in model order.
         tied_head: full name of the head that uses the trained table of the embedding, of a base that ties both.
+        norms: full names of the norms that are trained whole, in model order: for PEFT, more of `modules_to_save`.
         biases: full names of the modules whose own bias is trained, in the order of `adapter_biases.in_order`; not of
             those that are trained whole.
         lora_bias: a trained bias of each B, scaled as B is, whether the linear has one of its own or not.
@@ -52,9 +53,15 @@ class LoraSettings:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     modules_to_save: tuple[str, ...] = ()
     tied_head: str | None = None
+    norms: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
     lora_bias: bool = False
     layer_replication: LayerRanges = ()
+
+    @property
+    def trained_whole(self) -> tuple[str, ...]:
+        """Full names of tables and norms: what `modules_to_save` is in PEFT's config."""
+        return (*self.modules_to_save, *self.norms)
 
     def rank_of(self, name: str) -> int:
         """R of the adapter on the linear of that full name."""
@@ -79,7 +86,7 @@ def asked_settings(
         section: of the config.
         rank: that was decided.
         linear_names: full names of every linear but the head.
-        tables: embeddings and head.
+        tables: embeddings, head and norms.
         biased: full names of the modules that have a bias.
 
     Raises:
@@ -91,6 +98,8 @@ def asked_settings(
     for key in ("rank_pattern", "alpha_pattern"):
         require_patterns([pattern for pattern, _ in getattr(section, key)], targets, where=f"lora.{key}")
     modules_to_save, tied_head = asked_tables(section.modules_to_save, tables, unties=section.untie_tables)
+    norms = asked_norms(section.modules_to_save, tables)
+    whole = {*modules_to_save, *norms}
     return LoraSettings(
         rank=rank,
         alpha=section.alpha_for(rank),
@@ -102,9 +111,8 @@ def asked_settings(
         alpha_pattern=section.alpha_pattern,
         modules_to_save=modules_to_save,
         tied_head=tied_head,
-        biases=asked_biases(
-            section.bias, targets=targets, biased=[own for own in biased if own not in modules_to_save]
-        ),
+        norms=norms,
+        biases=asked_biases(section.bias, targets=targets, biased=[own for own in biased if own not in whole]),
         lora_bias=section.lora_bias,
         layer_replication=section.layer_replication,
     )

@@ -5,7 +5,7 @@ Legend: B rows, T tokens a row, H hidden size, N positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.heap import ResidentLimit
-from qlora_trainer.model.biased_norm import BiasedNorm, take_over_biased_norms
 from qlora_trainer.model.final_norm import FinalNorm, replace_final_norm
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.fused_layer import fuse_layers, make_tileable
@@ -23,6 +22,7 @@ from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_adapter import DropoutKeys
 from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.skeleton import Parts, find_parts
+from qlora_trainer.model.trained_norm import norm_names
 
 
 class DenseSource(Protocol):
@@ -98,7 +98,7 @@ class QuantizedModel:
         dropout_keys: shared by all adapters.
         resident_limit: shared by all linears; nothing is done about it until it is given a number.
         final_norm: behind the last layer; None where there is none.
-        biased_norms: by name, the norms that have a bias, which may be trained.
+        norms: by name, those that have a weight, in model order.
     """
 
     module: PreTrainedModel
@@ -110,7 +110,7 @@ class QuantizedModel:
     dropout_keys: DropoutKeys
     resident_limit: ResidentLimit
     final_norm: FinalNorm | None = None
-    biased_norms: Mapping[str, BiasedNorm | FinalNorm] = field(default_factory=dict)
+    norms: dict[str, nn.Module] = field(default_factory=dict)
 
 
 def assemble(
@@ -154,7 +154,6 @@ def assemble(
         resident_limit=resident_limit,
         packed_head=_packed_head(parts, weights, device, levers) if levers.nf4_head else None,
     )
-    norms = take_over_biased_norms(module)
     fuse_layers(module)
     make_tileable(module)
     final_norm = replace_final_norm(module)
@@ -168,10 +167,7 @@ def assemble(
         DropoutKeys(),
         resident_limit,
         final_norm,
-        {
-            name: final_norm if final_norm is not None and final_norm.norm is norm else norm
-            for name, norm in norms.items()
-        },
+        {name: module.get_submodule(name) for name in norm_names(module.named_modules())},
     )
 
 

@@ -121,6 +121,23 @@ def _to_grad_of_x(
         grad_TH.copy_(scaled_TH)
 
 
+@torch.library.custom_op("qlora_trainer::rms_norm_weight_gradient", mutates_args=())
+def rms_norm_weight_gradient(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor) -> Tensor:
+    """The gradient of a norm's weight [H], fp32, from that of the normed rows."""
+    total_H = grad_TH.new_zeros(grad_TH.shape[1], dtype=torch.float32)
+    by_rows(_add_weight_gradient, (grad_TH, x_TH, inverse_T1), total_H)
+    return total_H
+
+
+@rms_norm_weight_gradient.register_fake
+def _(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor) -> Tensor:
+    return grad_TH.new_empty(grad_TH.shape[1], dtype=torch.float32)
+
+
+def _add_weight_gradient(grad_TH: Tensor, x_TH: Tensor, inverse_T1: Tensor, total_H: Tensor) -> None:
+    total_H.add_((grad_TH.float() * x_TH.float()).mul_(inverse_T1).sum(0))
+
+
 def _factor(weight_H: Tensor, offset: float) -> Tensor:
     return weight_H.float() + offset if offset else weight_H.float()
 

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.memory import is_out_of_memory
 from qlora_trainer.model.attention import IMPLEMENTATION
+from qlora_trainer.model.trained_norm import norm_names
 
 # What transformers raises for a model that its own classes cannot build or run from a config.
 TRANSFORMERS_ERRORS = (
@@ -68,6 +69,7 @@ class Parts:
         head: the output projection onto the vocabulary.
         is_tied: the head has no weight of its own but uses the input embedding's.
         dense_parameters: parameters that stay 16-bit (embeddings, norms, biases, an untied head).
+        norms: every norm that has a weight, in model order.
     """
 
     linears: tuple[str, ...]
@@ -75,6 +77,7 @@ class Parts:
     head: str
     is_tied: bool
     dense_parameters: tuple[str, ...]
+    norms: tuple[str, ...]
 
 
 def build_skeleton(config: PreTrainedConfig, *, with_buffers: bool) -> PreTrainedModel:
@@ -137,7 +140,7 @@ def find_parts(module: PreTrainedModel) -> Parts:
     renamed = get_model_conversion_mapping(module, add_legacy=False)
     if renamed:
         raise _refuse(model_type, f"weights whose files name them otherwise ({renamed[0].source_patterns[0]})")
-    return Parts(linears, embeddings, head, is_tied, tuple(dense))
+    return Parts(linears, embeddings, head, is_tied, tuple(dense), norm_names(by_name.items()))
 
 
 def _refuse(model_type: str, found: str) -> ConfigError:

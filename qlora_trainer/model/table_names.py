@@ -1,4 +1,4 @@
-"""Embeddings and head of a base by name: what `modules_to_save` may name, and what it means where they are one table.
+"""Embeddings, head and norms of a base by name: what `modules_to_save` may name, and what it means of tied tables.
 
 transformers models that tie both have one table. PEFT trains a copy of either for itself, which unties them, unless
 `ensure_weight_tying` is set: then one copy serves both. Here a run does so where `lora.untie_tables` says it, and
@@ -17,28 +17,30 @@ _KEY, _HEAD_KEY, _UNTIES_KEY = "lora.modules_to_save", "quantization.head", "lor
 
 @dataclass(frozen=True, slots=True)
 class BaseTables:
-    """The tables of a base over its vocabulary.
+    """The tables of a base over its vocabulary, and its norms.
 
     Attributes:
         embeddings: full names, the input embedding first.
         head: full name of the output projection.
         is_tied: the head has no table of its own, but the input embedding's.
+        norms: full names of those that have a weight, in model order.
     """
 
     embeddings: tuple[str, ...]
     head: str
     is_tied: bool
+    norms: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What `modules_to_save` may name, in model order."""
+        """Of the tables, in model order."""
         return (*self.embeddings, self.head)
 
 
 def asked_tables(
     wanted: Sequence[str], tables: BaseTables, *, unties: bool = False
 ) -> tuple[tuple[str, ...], str | None]:
-    """What `lora.modules_to_save` means on a base.
+    """What `lora.modules_to_save` means of the tables of a base.
 
     Args:
         wanted: full names, or their ends after a dot.
@@ -49,14 +51,16 @@ def asked_tables(
         Full names of what gets a table of its own that is trained, and the head that uses that of the embedding, too.
 
     Raises:
-        ConfigError: a name means no table, or one of two that the base ties; or nothing is there to be untied.
+        ConfigError: a name means neither a table nor a norm, or one of two tables that the base ties; or nothing is
+            there to be untied.
     """
     for name in wanted:
-        if not any(means(name, own) for own in tables.names):
+        if not any(means(name, own) for own in (*tables.names, *tables.norms)):
+            leaves = dict.fromkeys(_leaf(own) for own in (*tables.names, *tables.norms))
             raise ConfigError(
                 where=_KEY,
-                found=f"{name!r}, which names neither an embedding nor the head of this base",
-                expected=f"a list out of: {', '.join(_leaf(own) for own in tables.names)}",
+                found=f"{name!r}, which names no embedding, head or norm of this base",
+                expected=f"a list out of: {', '.join(leaves)}",
                 fix=f"Correct {_KEY}.",
             )
     chosen = tuple(own for own in tables.names if any(means(name, own) for name in wanted))
@@ -79,6 +83,11 @@ def asked_tables(
             fix=f"Write {_KEY}: [{', '.join(map(_leaf, both))}], or {_UNTIES_KEY}: true.",
         )
     return (chosen[:-1], tables.head) if tied else (chosen, None)
+
+
+def asked_norms(wanted: Sequence[str], tables: BaseTables) -> tuple[str, ...]:
+    """The norms that `lora.modules_to_save` means, by full name in model order."""
+    return tuple(own for own in tables.norms if any(means(name, own) for name in wanted))
 
 
 def require_nf4_head(head: str, *, is_tied: bool, trained: Sequence[str] = ()) -> None:
@@ -106,6 +115,24 @@ def require_nf4_head(head: str, *, is_tied: bool, trained: Sequence[str] = ()) -
             found=f"nf4, and {_leaf(head)} in {_KEY}",
             expected="a head that is trained in 16 bits or more, or one that is stored in NF4 and frozen",
             fix=f"{fix}, or take {_leaf(head)} out of {_KEY}.",
+        )
+
+
+def require_frozen_tables(trained: Sequence[str]) -> None:
+    """Refuse `memory.embedding_residency: host` where a table is trained.
+
+    Args:
+        trained: full names of the tables that are trained whole.
+
+    Raises:
+        ConfigError: there are some.
+    """
+    if trained:
+        raise ConfigError(
+            where="memory.embedding_residency",
+            found=f"host, and {', '.join(map(_leaf, trained))} in {_KEY}",
+            expected=f"auto or device, since {_KEY} trains a table, which stays where it is trained",
+            fix="Correct memory.embedding_residency.",
         )
 
 

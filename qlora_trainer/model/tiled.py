@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_trainer.model.fused_halves import MlpHalf
+from qlora_trainer.model.fused_halves import MlpHalf, norm_gradient, norm_parameters
 from qlora_trainer.model.linear import (
     NF4Linear,
     adapter_parameters,
@@ -49,7 +49,7 @@ def tiled_mlp_half(x_BTH: Tensor, half: MlpHalf, tile_tokens: int, *, is_output_
         is_output_read: False where a layer is computed again, for what it keeps: then nothing is computed, and what is
             returned is `x_BTH`.
     """
-    parameters = adapter_parameters([*half.inputs, half.down])
+    parameters = [*adapter_parameters([*half.inputs, half.down]), *norm_parameters(half)]
     out_BTH: Tensor = _TiledHalf.apply(  # type: ignore[no-untyped-call]
         x_BTH, half, tile_tokens, is_output_read, *parameters
     )
@@ -125,7 +125,7 @@ class _TiledHalf(torch.autograd.Function):
         x_TH, grad_TH = x_BTH.detach().flatten(0, 1), grad_outputs[0].flatten(0, 1)
         grad_x_TH = x_TH if ctx.needs_input_grad[0] else None  # nobody else reads it any more
         linears = [*half.inputs, half.down]
-        sums = no_parameter_gradients(linears)
+        sums = [*no_parameter_gradients(linears), None]
         with unpacked_once(linears):
             for tile in tiles(x_TH.shape[0], ctx.tile_tokens):
                 with drawn_for(linears, tile):
@@ -146,7 +146,7 @@ def _half_forward(half: MlpHalf, x_TH: Tensor) -> Tensor:
 
 
 def _half_backward(half: MlpHalf, x_TH: Tensor, grad_TH: Tensor, grad_x_TH: Tensor | None) -> list[Tensor | None]:
-    """One tile: its gradient goes into `grad_x_TH`, if any, those of its adapters are returned."""
+    """One tile: its gradient goes into `grad_x_TH`, if any, those of its adapters and of its norm are returned."""
     norm = half.norm
     normed_TH, inverse_T1 = rms_norm(x_TH, norm.weight_H, norm.eps, norm.offset)
     grads, low_ranks = multiply(half.inputs, normed_TH)  # gate and up, until their gradients take their place
@@ -159,11 +159,14 @@ def _half_backward(half: MlpHalf, x_TH: Tensor, grad_TH: Tensor, grad_x_TH: Tens
     low_grads = low_rank_gradients(half.inputs, grads)
     in_grads = parameter_gradients(half.inputs, normed_TH, grads, low_ranks, low_grads)
     del normed_TH
-    if grad_x_TH is not None:
+    norm_grad = None
+    if grad_x_TH is not None or norm.trained_H is not None:
         own_TH = input_gradient(half.inputs, grads, low_grads)
-        rms_norm_backward_(own_TH, x_TH, inverse_T1, norm.weight_H, norm.offset, grad_TH)
-        grad_x_TH.copy_(own_TH)
-    return [*in_grads, *down_grads]
+        norm_grad = norm_gradient(norm, own_TH, x_TH, inverse_T1)
+        if grad_x_TH is not None:
+            rms_norm_backward_(own_TH, x_TH, inverse_T1, norm.weight_H, norm.offset, grad_TH)
+            grad_x_TH.copy_(own_TH)
+    return [*in_grads, *down_grads, norm_grad]
 
 
 class _TiledModule(torch.autograd.Function):

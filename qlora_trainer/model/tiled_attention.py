@@ -19,7 +19,13 @@ from torch import Tensor
 
 from qlora_trainer.hardware.causal_attention import AttentionShape, working_bytes
 from qlora_trainer.model.attention_in_parts import attention_in_parts_, attention_in_parts_backward_, run_tokens
-from qlora_trainer.model.fused_halves import AttentionHalf, heads_backward_, normed_heads
+from qlora_trainer.model.fused_halves import (
+    AttentionHalf,
+    heads_backward_,
+    norm_gradient,
+    norm_parameters,
+    normed_heads,
+)
 from qlora_trainer.model.linear import (
     adapter_parameters,
     dense_weights,
@@ -59,7 +65,7 @@ def tiled_attention_half(
     Returns:
         What has one reader: in backward the gradient of the input takes the place of its gradient.
     """
-    parameters = adapter_parameters([*half.inputs, half.o])
+    parameters = [*adapter_parameters([*half.inputs, half.o]), *norm_parameters(half)]
     lengths = tuple(document_lengths) * x_BTH.shape[0]  # rows one after the other: documents are apart in any case
     out_BTH: Tensor = _TiledAttention.apply(  # type: ignore[no-untyped-call]
         x_BTH, cos_TD, sin_TD, half, lengths, tile_tokens, keeps_queries, *parameters
@@ -113,7 +119,8 @@ class _TiledAttention(torch.autograd.Function):
             )  # fmt: skip
         del attended_TnD, lse_nT, low_grads_TR
         grads = (q_TnD, k_TKD, v_TKD)
-        in_grads = no_parameter_gradients(half.inputs)
+        num_norms = len(half.norms)
+        in_grads = [*no_parameter_gradients(half.inputs), *[None] * num_norms]
         with unpacked_once(half.inputs):
             for tile in tiles(x_TH.shape[0], ctx.tile_tokens):
                 with drawn_for(half.inputs, tile):
@@ -121,7 +128,8 @@ class _TiledAttention(torch.autograd.Function):
                     own = [grad[tile] for grad in grads]
                     add_(in_grads, _inputs_backward(half, x_TH[tile], cos_TD[tile], sin_TD[tile], own, own_TH))
         grad_x_BTH = grad_TH.view(grad_outputs[0].shape) if ctx.needs_input_grad[0] else None
-        return grad_x_BTH, None, None, None, None, None, None, *in_grads, *o_grads
+        in_grads, norm_grads = in_grads[:-num_norms], in_grads[-num_norms:]
+        return grad_x_BTH, None, None, None, None, None, None, *in_grads, *o_grads, *norm_grads
 
 
 def _projected(
@@ -204,7 +212,7 @@ def _inputs_backward(
     grads: Sequence[Tensor],
     grad_TH: Tensor | None,
 ) -> list[Tensor | None]:
-    """One tile: the gradient of x takes the place of `grad_TH`, if any; those of adapters are returned.
+    """One tile: the gradient of x takes the place of `grad_TH`, if any; those of adapters and norms are returned.
 
     `grads` are of rotated queries and keys, and of values; they are written into.
     """
@@ -212,24 +220,28 @@ def _inputs_backward(
     normed_TH, inverse_T1 = rms_norm(x_TH, norm.weight_H, norm.eps, norm.offset)
     for rotated in grads[:2]:
         rotate_(rotated, cos_TD, sin_TD, True)
+    head_norm_grads: list[Tensor | None] = []
     if half.q_norm is not None and half.k_norm is not None:
         # Projected once more: to keep them from before their norms would take as much as rotated ones do.
         before, _ = multiply(half.inputs[:2], normed_TH)
         for grad_TnD, own, head_norm in zip(grads, before, (half.q_norm, half.k_norm), strict=False):
             heads_TnD = own.unflatten(1, (-1, half.head_dim))
             _, inverse = normed_heads(heads_TnD, head_norm)
-            heads_backward_(grad_TnD, heads_TnD, inverse, head_norm)
+            head_norm_grads.append(heads_backward_(grad_TnD, heads_TnD, inverse, head_norm))
         del before, own, heads_TnD, inverse
     outs = [grad.flatten(1) for grad in grads]
     low_grads = low_rank_gradients(half.inputs, outs)
     low_ranks = first_products(half.inputs, normed_TH)
     parameter_grads = parameter_gradients(half.inputs, normed_TH, outs, low_ranks, low_grads)
     del normed_TH, low_ranks
-    if grad_TH is not None:
+    norm_grad = None
+    if grad_TH is not None or norm.trained_H is not None:
         own_TH = input_gradient(half.inputs, outs, low_grads)
-        rms_norm_backward_(own_TH, x_TH, inverse_T1, norm.weight_H, norm.offset, grad_TH)
-        grad_TH.copy_(own_TH)
-    return parameter_grads
+        norm_grad = norm_gradient(norm, own_TH, x_TH, inverse_T1)
+        if grad_TH is not None:
+            rms_norm_backward_(own_TH, x_TH, inverse_T1, norm.weight_H, norm.offset, grad_TH)
+            grad_TH.copy_(own_TH)
+    return [*parameter_grads, norm_grad, *(head_norm_grads or (None, None))]
 
 
 def _make_room(half: AttentionHalf, q_TnD: Tensor, document_lengths: Sequence[int], tile_tokens: int) -> None:

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_trainer.model.adapter_folder import AdapterFolder
-from qlora_trainer.model.biased_norm import BiasedNorm
 from qlora_trainer.model.final_norm import FinalNorm
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import CausalModel, QuantizedModel
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import require_updates_fit, update_table_
+from qlora_trainer.model.trained_norm import norm_names
 
 Table = FrozenEmbedding | FrozenHead
 _LEAVES = ("weight", "bias")
@@ -33,12 +33,13 @@ def tables_of(model: CausalModel) -> dict[str, Table]:
 
 
 def base_tables_of(model: CausalModel) -> BaseTables:
-    """Their names."""
+    """Their names, and those of the norms."""
     found = tables_of(model)
     embeddings = [name for name, part in found.items() if isinstance(part, FrozenEmbedding)]
     embeddings.sort(key=lambda name: found[name] is not model.module.get_input_embeddings())  # stable: that one first
     head = next(name for name, part in found.items() if part is model.head)
-    return BaseTables(tuple(embeddings), head, bool(getattr(model.module.config, "tie_word_embeddings", False)))
+    is_tied = bool(getattr(model.module.config, "tie_word_embeddings", False))
+    return BaseTables(tuple(embeddings), head, is_tied, norm_names(model.module.named_modules()))
 
 
 def table_shapes(model: CausalModel, settings: LoraSettings) -> dict[str, tuple[int, ...]]:
@@ -162,12 +163,12 @@ def tensors_at(model: CausalModel, places: Iterable[tuple[str, str]]) -> dict[tu
 
 
 def put_tensors(model: CausalModel, tensors: Mapping[tuple[str, str], Tensor]) -> None:
-    """Put tables and biases, not to be trained, where they belong; no weight is copied."""
+    """Put tables, norms and biases, not to be trained, where they belong; no weight is copied."""
     for (name, leaf), tensor in tensors.items():
         part = model.module.get_submodule(name)
         if getattr(part, leaf) is tensor:
             continue
-        if isinstance(part, BiasedNorm | FinalNorm) and isinstance(tensor, nn.Parameter):
-            part.hold_bias(tensor)
+        if isinstance(part, FinalNorm) and isinstance(tensor, nn.Parameter):
+            part.hold(leaf, tensor)
         else:
             setattr(part, leaf, tensor)

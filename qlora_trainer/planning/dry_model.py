@@ -24,7 +24,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel, assemble
 from qlora_trainer.model.skeleton import build_skeleton
 from qlora_trainer.model.tables import tables_of
-from qlora_trainer.model.trained_biases import bias_weights
+from qlora_trainer.model.trained_vectors import vector_weights
 from qlora_trainer.planning.fake_results import FakeResults
 from qlora_trainer.planning.tracker import StorageTracker
 
@@ -120,7 +120,7 @@ def dry_store(dry: DryModel) -> InputStore:
 
 
 def without_replaced(dry: DryModel, settings: LoraSettings) -> DryModel:
-    """The same model, of which tables and biases that are trained are counted no more: a run drops the frozen ones.
+    """The same model, of which what is trained of its own weights is counted no more: a run drops the frozen ones.
 
     A table that two modules share is there as long as one of them is not trained.
     """
@@ -131,8 +131,8 @@ def without_replaced(dry: DryModel, settings: LoraSettings) -> DryModel:
         names = [name.rpartition(".") for name in trained_tables.table_weights(dry.model, settings)]
         trained = [getattr(tables[owner], leaf) for owner, _, leaf in names]
         gone = {id(own): own.nbytes for own in trained if all(own is not other for other in kept)}
-        biases = bias_weights(dry.model, settings)
-        sizes = {"embedding": list(gone.values()), "base": [own.nbytes for own in biases.values()]}
+        vectors = vector_weights(dry.model, settings)
+        sizes = {"embedding": list(gone.values()), "base": [own.nbytes for own in vectors.values()]}
     left = {label: list(dry.resident.get(label, ())) for label in sizes}
     for label, dropped in sizes.items():
         for num_bytes in dropped:

@@ -44,6 +44,7 @@ ROW_OPS: dict[str, Callable[..., Any]] = {
         row_ops.rms_norm,
         row_ops.rms_norm_again,
         row_ops.rms_norm_backward_,
+        row_ops.rms_norm_weight_gradient,
         row_ops.rotate_,
         row_ops.gated,
         row_ops.gated_backward_,

@@ -17,9 +17,9 @@ from qlora_trainer.hardware.device import DTYPES, choose_adapter_dtype
 from qlora_trainer.hardware.python_accelerator import python_accelerator
 from qlora_trainer.model.activation_policy import can_tile
 from qlora_trainer.model.lora_settings import LoraSettings, asked_settings
-from qlora_trainer.model.table_names import require_nf4_head
-from qlora_trainer.model.trained_biases import biased_modules, require_trainable_biases
+from qlora_trainer.model.table_names import require_frozen_tables, require_nf4_head
 from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_vectors import biased_modules, require_trainable_biases
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.document_lengths import DocumentLengths
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model, without_replaced
@@ -110,6 +110,8 @@ class Planner:
         linears = list(dry.model.linears)
         settings = asked_settings(config.lora, rank, linears, tables, biased=biased_modules(dry.model))
         require_trainable_biases(dry.model.module, settings)
+        if config.memory.embedding_residency == "host":
+            require_frozen_tables(settings.modules_to_save)
         if config.quantization.head == "nf4":
             require_nf4_head(tables.head, is_tied=tables.is_tied, trained=settings.modules_to_save)
         dry = without_replaced(dry, settings)

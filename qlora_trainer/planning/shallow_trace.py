@@ -159,11 +159,13 @@ def trace_step(
 def layer_kinds_with_targets(dry: DryModel, settings: LoraSettings) -> list[tuple[str, ...]]:
     """`layer_kinds`, told apart also by what is trained of its linears, and by what gradients it sees.
 
-    That is the rank of an adapter (0 for none), and whether the bias is trained; that of a norm is, too.
+    That is the rank of an adapter (0 for none), and whether the bias is trained; of norms, what is trained.
     """
-    targets, biases = set(settings.targets), set(settings.biases)
-    names = {id(part): name for name, part in {**dry.model.linears, **dry.model.biased_norms}.items()}
-    trained = {name: (settings.rank_of(name) * (name in targets), name in biases) for name in names.values()}
+    targets, biases, norms = set(settings.targets), set(settings.biases), set(settings.norms)
+    names = {id(part): name for name, part in {**dry.model.linears, **dry.model.norms}.items()}
+    trained = {
+        name: (settings.rank_of(name) * (name in targets), name in biases, name in norms) for name in names.values()
+    }
     trained_of = [[trained[names[id(part)]] for part in layer.modules() if id(part) in names] for layer in dry.layers]
     first = next((index for index, own in enumerate(trained_of) if any(map(any, own))), 0)
     chosen = []
@@ -189,13 +191,13 @@ def _trace(
     probed = replace(settings, rank=probe.rank) if probe.has_rank else settings
     with dry.fake_mode, only_layers(dry, indices) as chosen:
         own, in_layers = ({id(part) for layer in layers for part in layer.modules()} for layers in (chosen, dry.layers))
-        parts = {**dry.model.linears, **dry.model.biased_norms}
+        parts = {**dry.model.linears, **dry.model.norms}
         gone = {name for name, part in parts.items() if id(part) in in_layers - own}
-        targets, biases = (
-            tuple(name for name in names if name not in gone) for names in (probed.targets, probed.biases)
+        targets, biases, norms = (
+            tuple(name for name in names if name not in gone) for names in (probed.targets, probed.biases, probed.norms)
         )
         with dry.results:
-            attach_dry_adapters(dry, replace(probed, targets=targets, biases=biases), dtype=adapter_dtype)
+            attach_dry_adapters(dry, replace(probed, targets=targets, biases=biases, norms=norms), dtype=adapter_dtype)
             for parameter in trainable_parameters(dry.model).values():
                 parameter.grad = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
             num_recomputed = 0 if policy == "keep" else len(indices)

@@ -27,6 +27,8 @@ def exported_lines(exported: Exported) -> RenderableType:
         about = "no LoRA on a linear"
     for name in settings.modules_to_save:
         about += f", {name} whole"
+    if settings.norms:
+        about += f", {counted(len(settings.norms), 'norm')} whole"
     if num_biases := len(settings.biases) + len(settings.targets) * settings.lora_bias:
         about += f", {counted(num_biases, 'bias vector')}"
     lines = [Text(f"wrote {path}") for path in exported.paths]

@@ -24,15 +24,15 @@ from qlora_trainer.config.schema import LoraSection, RunConfig
 from qlora_trainer.config.strict_json import json_sha256
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.sealed_folder import sha256_of
+from qlora_trainer.model.adapter_config import short_target_modules
 from qlora_trainer.model.adapter_fit import base_tables, modules_with_bias, require_adapter_fits
 from qlora_trainer.model.adapter_folder import (
     WEIGHTS_FILE,
     AdapterFolder,
+    has_only_lora_in_layers,
     lora_modules,
-    outside_layers,
     read_adapter_fields,
     read_adapter_folder,
-    trains_biases,
 )
 from qlora_trainer.model.adapter_variants import variant_told
 from qlora_trainer.model.base import Base, resolve_base
@@ -78,7 +78,7 @@ def filled_in(config: RunConfig) -> RunConfig:
     folder = initial_folder(config.lora.init_from)
     fields = read_adapter_fields(folder)
     fields["layer_replication"] = ranges_of(fields)
-    if outside_layers(folder) or trains_biases(folder):
+    if not has_only_lora_in_layers(folder):
         fields |= _beside_linears(config, folder, fields)
     else:
         fields["bias"] = "none"  # whatever it was to be, there is none
@@ -110,10 +110,10 @@ def filled_in(config: RunConfig) -> RunConfig:
 
 
 def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Targets, tables and biases of an adapter that has more than LoRA inside the layers, as a config has them.
+    """Targets, tables, norms and biases of an adapter that has more than LoRA inside the layers, as a config has them.
 
-    Tables that it has trained whole are named as anything else of it. Those that it changes in another way become
-    trained whole here, which takes memory that nobody has asked for: these the config must name.
+    Tables and norms that it has trained whole are named as anything else of it. Tables that it changes in another way
+    become trained whole here, which takes memory that nobody has asked for: these the config must name.
 
     Raises:
         ConfigError: it does not; or only some of the biases were trained that are trained together here.
@@ -141,11 +141,13 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
         wanted = list(adapter.settings.targets)
     elif wanted and not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
-    alone = [name for name in modules_with_bias(parts) if name not in whole]
+    norms = adapter.settings.norms
+    alone = [name for name in modules_with_bias(parts) if name not in (*whole, *norms)]
     bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, alone, folder)
     layers = fields.get("layers_to_transform") if adapter.settings.targets else None
     unties = tables.is_tied and not tied and bool({tables.embeddings[0], tables.head} & set(whole))
-    found = {"modules_to_save": list(whole), "untie_tables": unties, "target_modules": wanted, "bias": bias}
+    named = [*whole, *short_target_modules(norms, tables.norms)]
+    found = {"modules_to_save": named, "untie_tables": unties, "target_modules": wanted, "bias": bias}
     found |= {"layers_to_transform": layers}
     return found | _fitting_patterns(fields, adapter.settings.targets)
 
@@ -257,7 +259,10 @@ def initial_told(config: RunConfig, initial: AdapterFolder | None) -> Iterator[P
         base = initial.base_name or "a base that it does not name"
         settings = initial.settings
         biases = len(settings.biases) + len(settings.targets) * settings.lora_bias
-        more = f", and with the {biases} biases that it has trained" if biases else ""
+        trained = ([f"{biases} biases"] if biases else []) + (
+            [f"{len(settings.norms)} norms"] if settings.norms else []
+        )
+        more = f", and with the {' and '.join(trained)} that it has trained" if trained else ""
         yield Preparing(what=f"beginning with the adapter {config.lora.init_from}, trained on {base}{more}")
         if (told := variant_told(read_adapter_fields(initial_folder(str(config.lora.init_from))))) is not None:
             yield Preparing(what=told)
@@ -272,7 +277,7 @@ def initial_hash(config: RunConfig) -> dict[str, str]:
 
 
 def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> None:
-    if (asked.modules_to_save, asked.tied_head) != (given.modules_to_save, given.tied_head):
+    if (asked.trained_whole, asked.tied_head) != (given.trained_whole, given.tied_head):
         raise _mismatch("lora.modules_to_save", _whole(asked), f"{_whole(given)}, as {folder} has it")
     if asked.targets != given.targets:
         only = sorted(set(asked.targets) ^ set(given.targets))
@@ -291,7 +296,7 @@ def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> No
 
 
 def _whole(settings: LoraSettings) -> str:
-    names = ", ".join(settings.modules_to_save) or "nothing"
+    names = ", ".join(settings.trained_whole) or "nothing"
     return f"{names} trained whole{', as embedding and head in one' * (settings.tied_head is not None)}"
 
 

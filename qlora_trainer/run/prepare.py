@@ -31,8 +31,8 @@ from qlora_trainer.model.nf4_cache import prepare_nf4_cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of, updated_tables
+from qlora_trainer.model.trained_vectors import biased_modules
 from qlora_trainer.planning.plan import Plan, PlanKnobs, is_paged
 from qlora_trainer.run.checkpoint.load import Loaded, load_checkpoint
 from qlora_trainer.run.checkpoint.storage import check_free_space

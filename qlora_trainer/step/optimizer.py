@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from qlora_trainer.hardware.paging import zeros_paged
 from qlora_trainer.hardware.quant_library import dynamic_map, make_adamw
 from qlora_trainer.hardware.side_stream import SideStream
-from qlora_trainer.model.adapters import BIAS_OF_B, MAGNITUDE
+from qlora_trainer.model.adapters import MAGNITUDE
 
-_BIASES = (".bias", f".{BIAS_OF_B}")  # of linears, norms and a head, and of a B
 BLOCK_ELEMENTS = 256  # bitsandbytes' 8-bit optimizer block
 # bitsandbytes' CPU update makes five fp32 temporaries of its argument's size; pieces bound them to 20 MiB. The CUDA
 # kernel makes none, but a piece's state is copied before: 96 MiB in 32 bits, while no activations are there.
@@ -46,11 +45,11 @@ class OptimizerSettings:
         bits: width of the two moments, 32 or 8.
         residency: where master and moments live: with the model, in memory that can be paged out, or on the host, where
             they are updated, too: gradients go there in pieces, and rounded weights come back.
-        weight_decay: decoupled (Loshchilov & Hutter, 2019). Of trained biases none, as in PEFT and transformers: it
-            would pull them to 0, and what the base was trained with is not there.
+        weight_decay: decoupled (Loshchilov & Hutter, 2019). Of trained biases and norms none, as in PEFT and
+            transformers: it would pull them to 0, and what the base was trained with is not there.
         paging_folder: where the files of paged state lie on a CPU.
         rate_ratio: learning rate of the B matrices over that of A (LoRA+, Hayou et al., 2024); of DoRA's magnitudes
-            and of trained biases (a head's, too) as well, as in PEFT.
+            and of trained biases (a head's, too) and norms as well, as in PEFT.
     """
 
     bits: Literal[8, 32]
@@ -296,7 +295,7 @@ class AdapterOptimizer:
         piece_elements = CPU_PIECE_ELEMENTS if self._master.device.type == "cpu" else GPU_PIECE_ELEMENTS
         firsts: dict[tuple[float, float], int] = {}  # of each stretch with terms of its own
         for name, place in self._places.items():
-            firsts.setdefault(_terms_of(name, self.settings), place.first)
+            firsts.setdefault(_terms_of(name, place.shape, self.settings), place.first)
         ends = [*list(firsts.values())[1:], num_elements]
         pieces = []
         for (terms, begin), stop in zip(firsts.items(), ends, strict=True):
@@ -372,7 +371,8 @@ def _lay_out(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings
     usual = (1.0, settings.weight_decay)
 
     def differs(name: str) -> tuple[bool, ...]:
-        return tuple(own != common for own, common in zip(_terms_of(name, settings), usual, strict=True))
+        terms = _terms_of(name, parameters[name].shape, settings)
+        return tuple(own != common for own, common in zip(terms, usual, strict=True))
 
     places, first = {}, 0
     for name in sorted(parameters, key=differs):  # stable
@@ -382,18 +382,12 @@ def _lay_out(parameters: Mapping[str, nn.Parameter], settings: OptimizerSettings
     return places
 
 
-def _terms_of(name: str, settings: OptimizerSettings) -> tuple[float, float]:
+def _terms_of(name: str, shape: Sequence[int], settings: OptimizerSettings) -> tuple[float, float]:
     """Learning rate of a parameter over that of the step, and its weight decay."""
-    rate_ratio = settings.rate_ratio if _has_own_rate(name) else 1.0
-    return rate_ratio, settings.weight_decay if _decays(name) else 0.0
-
-
-def _has_own_rate(name: str) -> bool:
-    return name.endswith((".lora_B", MAGNITUDE, *_BIASES))
-
-
-def _decays(name: str) -> bool:
-    return not name.endswith(_BIASES)
+    is_vector = len(shape) == 1  # a bias, a norm, or a magnitude
+    rate_ratio = settings.rate_ratio if is_vector or name.endswith(".lora_B") else 1.0
+    decays = not is_vector or name.endswith(MAGNITUDE)
+    return rate_ratio, settings.weight_decay if decays else 0.0
 
 
 def _padded(num_elements: int) -> int:

@@ -33,7 +33,7 @@ def tiled_cross_entropy(
     chunk_tokens: int,
     gradient_scale: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies, 0-dim fp32, differentiable once in `hidden_TH` and in a trained bias of the norm.
+    """Sum of the cross-entropies, 0-dim fp32, differentiable once in `hidden_TH` and in what is trained of the norm.
 
     Args:
         hidden_TH: the last layer's output, not normed, in the compute dtype.
@@ -43,11 +43,11 @@ def tiled_cross_entropy(
         head, logit_shape, chunk_tokens, gradient_scale: see `step.loss.chunked_cross_entropy`.
         tile_tokens: positions at a time.
     """
-    is_any_trained = hidden_TH.requires_grad or norm.trained_bias is not None or head.is_trained
+    is_any_trained = hidden_TH.requires_grad or bool(norm.trained) or head.is_trained
     takes_gradient = torch.is_grad_enabled() and is_any_trained
     loss: Tensor = _TiledLoss.apply(  # type: ignore[no-untyped-call]
-        hidden_TH, norm.trained_bias, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens,
-        gradient_scale, takes_gradient,
+        hidden_TH, positions_N, targets_N, norm, head, logit_shape, tile_tokens, chunk_tokens, gradient_scale,
+        takes_gradient, *norm.trained,
     )  # fmt: skip
     return loss
 
@@ -59,7 +59,6 @@ class _TiledLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden_TH: Tensor,
-        bias_H: Tensor | None,
         positions_N: Tensor,
         targets_N: Tensor,
         norm: FinalNorm,
@@ -69,10 +68,11 @@ class _TiledLoss(torch.autograd.Function):
         chunk_tokens: int,
         gradient_scale: Tensor | None,
         takes_gradient: bool,
+        *trained: Tensor,
     ) -> Tensor:
         total = hidden_TH.new_zeros((), dtype=torch.float32)
         grad_TH = torch.zeros_like(hidden_TH) if takes_gradient and ctx.needs_input_grad[0] else None
-        grad_H = None if bias_H is None or not takes_gradient else torch.zeros_like(bias_H)
+        sums = [torch.zeros_like(own_H) for own_H in trained] if takes_gradient else []
         for tile in tiles(positions_N.numel(), tile_tokens):
             rows_NH = hidden_TH.detach().index_select(0, positions_N[tile]).requires_grad_(grad_TH is not None)
             with torch.set_grad_enabled(takes_gradient):
@@ -86,21 +86,19 @@ class _TiledLoss(torch.autograd.Function):
                     total=total,
                 )
             total = loss.detach()
-            trained = [
-                own for own, grad in ((rows_NH, grad_TH), (bias_H, grad_H)) if own is not None and grad is not None
-            ]
-            found = list(torch.autograd.grad(loss, trained)) if trained else []
-            if grad_H is not None:
-                grad_H += found.pop()
+            leaves = [*(trained if takes_gradient else ()), *([] if grad_TH is None else [rows_NH])]
+            found = list(torch.autograd.grad(loss, leaves)) if leaves else []
             if grad_TH is not None:
                 grad_TH.index_copy_(0, positions_N[tile], found.pop())
-            del found, trained
+            for sum_H, own_H in zip(sums, found, strict=True):
+                sum_H.add_(own_H)
+            del found, leaves
             del rows_NH, loss
-        ctx.grad_TH, ctx.grad_H = grad_TH, grad_H
+        ctx.grad_TH, ctx.sums = grad_TH, sums
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TH, grad_H), ctx.grad_TH, ctx.grad_H = (ctx.grad_TH, ctx.grad_H), None, None
-        scaled = [None if own is None else own.mul_(grad_outputs[0].to(own.dtype)) for own in (grad_TH, grad_H)]
-        return (*scaled, *[None] * 9)  # given away: multiplied in place, and gone with who gets it
+        (grad_TH, sums), ctx.grad_TH, ctx.sums = (ctx.grad_TH, ctx.sums), None, None
+        scaled = [None if own is None else own.mul_(grad_outputs[0].to(own.dtype)) for own in (grad_TH, *sums)]
+        return (scaled[0], *[None] * 9, *scaled[1:])  # given away: multiplied in place, and gone with who gets it

@@ -260,13 +260,6 @@ def test_keys_that_other_parts_of_the_project_promise() -> None:
     assert set(promised.split()) <= set(DOTTED_KEYS)
 
 
-def test_a_table_that_is_trained_stays_on_the_device() -> None:
-    sections = {"model": {"base": "a"}, "data": {"train": "b"}, "lora": {"modules_to_save": ["lm_head"]}}
-    RunConfig.model_validate(sections | {"memory": {"embedding_residency": "device"}})
-    with pytest.raises(ValidationError, match=r"auto or device, since lora\.modules_to_save trains a table"):
-        RunConfig.model_validate(sections | {"memory": {"embedding_residency": "host"}})
-
-
 @pytest.mark.parametrize(
     "lora, what",
     [

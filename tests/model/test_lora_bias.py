@@ -21,8 +21,8 @@ from qlora_trainer.model.adapters import attach_adapters, initial_weights
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import biased_modules
 from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_vectors import biased_modules
 from qlora_trainer.run.export import export_adapter
 from tests.model.peft_oracle import (
     PEFT_PREFIX,

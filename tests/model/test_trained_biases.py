@@ -22,8 +22,8 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_biases import bias_weights, biased_modules, require_trainable_biases
 from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_vectors import biased_modules, require_trainable_biases, vector_weights
 from qlora_trainer.run.export import export_adapter
 from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, moved_by_peft, oracle_step
 from tests.model.tiny_bases import CONFIGS
@@ -248,7 +248,7 @@ def test_a_bias_of_a_norm_is_added_in_the_dtype_that_is_normed(prepared: Prepare
     model = load_for_training(base, cache, torch.bfloat16)
     settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=(), biases=biased_modules(model))
     before_TV = packed_logits(model, DOCUMENTS)
-    gradients = our_step(model, settings, bias_weights(model, settings) | head_bias(model), DOCUMENTS).gradients
+    gradients = our_step(model, settings, vector_weights(model, settings) | head_bias(model), DOCUMENTS).gradients
     norms = [name for name in gradients if "layernorm" in name]
     assert len(norms) == 3
     assert all(gradients[name].dtype == torch.float32 and gradients[name].any() for name in norms)
@@ -260,25 +260,27 @@ def head_bias(model: QuantizedModel) -> dict[str, Tensor]:
     return {"lm_head.bias": model.head.bias.detach()}
 
 
-class OwnNorm(nn.LayerNorm):
-    """Such as Nemotron's, which adds one to its weight."""
+class Gate(nn.Module):
+    """Computes with a bias in its own way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
 
 
-def test_a_set_refuses_the_bias_of_such_a_norm_by_name(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_set_refuses_a_bias_of_neither_linear_nor_norm_by_name(prepared: Prepared, tmp_path: Path) -> None:
     base, cache = prepared["phi"]
     moved_by_peft(cache.folder, bias="all").save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
     adapter = read(tmp_path / "adapter", model)
-    model.module.get_submodule("model.layers.0.input_layernorm").__class__ = OwnNorm
-    with pytest.raises(
-        ConfigError, match=r"^adapter own: found that of model\.layers\.0\.input_layernorm, a OwnNorm; "
-    ):
+    model.module.get_submodule("model.layers.0.input_layernorm").__class__ = Gate
+    with pytest.raises(ConfigError, match=r"^adapter own: found that of model\.layers\.0\.input_layernorm, a Gate; "):
         AdapterSet(model).add("own", adapter)
 
 
-def test_a_norm_that_computes_with_its_bias_in_its_own_way_is_refused() -> None:
-    model: Any = nn.Sequential(nn.Linear(4, 4), OwnNorm(4))
+def test_a_module_that_computes_with_its_bias_in_its_own_way_is_refused() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), Gate(), nn.LayerNorm(4))
     settings = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=(), biases=("0", "1"))
-    with pytest.raises(ConfigError, match=r"that of 1, a OwnNorm; .*lora\.bias at none or lora_only"):
+    with pytest.raises(ConfigError, match=r"that of 1, a Gate; .*lora\.bias at none or lora_only"):
         require_trainable_biases(model, settings)
-    require_trainable_biases(model, replace(settings, biases=("0", "2")))
+    require_trainable_biases(model, replace(settings, biases=("0", "2", "3")))

@@ -230,7 +230,7 @@ def test_two_tables_that_were_to_be_one_are_refused(prepared: Prepared, tmp_path
 @pytest.mark.parametrize(
     "name, wanted, found, fix",
     [
-        ("llama", ["norm"], "'norm', which names neither an embedding nor the head", "Correct"),
+        ("llama", ["q_proj"], "'q_proj', which names no embedding, head or norm", "Correct"),
         (
             "qwen3",
             HEAD,

@@ -20,8 +20,8 @@ from qlora_trainer.model.load import load_quantized
 from qlora_trainer.model.lora_settings import LoraSettings, select_targets
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
 from qlora_trainer.model.quantized import QuantizedModel, hidden_states
-from qlora_trainer.model.trained_biases import bias_weights
 from qlora_trainer.model.trained_tables import table_parameters, table_weights
+from qlora_trainer.model.trained_vectors import vector_weights
 from qlora_trainer.step.batch import MicroBatch, make_micro_batch
 from qlora_trainer.step.document import IGNORE_INDEX, Document
 from qlora_trainer.step.train_step import accumulate_gradients
@@ -85,7 +85,7 @@ def random_adapter(model: QuantizedModel, settings: LoraSettings, *, b_size: flo
             weights[f"{name}.lora_magnitude_vector"] = 0.5 + torch.rand(linear.out_features, generator=generator)
         if settings.lora_bias:
             weights[f"{name}.lora_B_bias"] = b_size * torch.randn(linear.out_features, generator=generator)
-    for name, own in {**bias_weights(model, settings), **table_weights(model, settings)}.items():
+    for name, own in {**vector_weights(model, settings), **table_weights(model, settings)}.items():
         weights[name] = own.float() + b_size * torch.randn(own.shape, generator=generator)
     return {name: tensor.bfloat16().float() for name, tensor in weights.items()}
 

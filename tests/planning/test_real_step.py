@@ -23,7 +23,8 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.offload import keep_least
 from qlora_trainer.model.pull_levers import pull_levers
-from qlora_trainer.model.trained_biases import biased_modules
+from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.model.trained_vectors import biased_modules
 from qlora_trainer.planning.dry_model import DryModel, build_dry_model
 from qlora_trainer.planning.full_trace import trace_training
 from qlora_trainer.planning.price import Layout, Prices, evaluation_level
@@ -64,6 +65,7 @@ class Case:
     tables: tuple[str, ...] = ()
     tied_head: str | None = None
     biases: bool = False
+    norms: bool = False
     lora_bias: bool = False
     has_lora: bool = True
 
@@ -72,6 +74,7 @@ class Case:
         dtype = str(self.dtype).rpartition(".")[2]
         policy = f"recompute{self.num_recomputed}-dropout{self.dropout}{'-dora' * self.dora}"
         policy += "-tables" * bool(self.tables) + "-biases" * self.biases + "-lora_bias" * self.lora_bias
+        policy += "-norms" * self.norms
         policy += "-no_lora" * (not self.has_lora)
         policy += "".join(f"-{name}={value}" for name, value in self.pulled.items())
         return f"{self.name}-{policy}-{dtype}-{self.seq_len}-{rows}"
@@ -135,6 +138,10 @@ FAST = [
     Case("llama", 2, 0.0, FP32, 128, tables=("model.embed_tokens",), has_lora=False),
     Case("phi", 2, 0.0, FP32, 512, biases=True),
     Case("phi", 4, 0.0, BF16, 128, biases=True, has_lora=False, levers=Levers(tile_tokens=128)),
+    Case("qwen3", 4, 0.0, BF16, 512, norms=True),
+    Case("qwen3", 2, 0.0, FP32, 128, norms=True, has_lora=False, levers=Levers(tile_tokens=128)),
+    Case("gemma2", 4, 0.0, BF16, 128, norms=True),
+    Case("phi", 0, 0.0, BF16, 128, norms=True, has_lora=False),
 ]
 EVERY = [
     Case(name, num_recomputed, dropout, dtype, seq_len)
@@ -203,6 +210,7 @@ def check_training(case: Case, base: Base, cache: NF4Cache, folder: Path) -> Non
         use_dora=case.dora,
         modules_to_save=case.tables,
         tied_head=case.tied_head,
+        norms=base_tables_of(model).norms if case.norms else (),
         biases=biased_modules(model) if case.biases else (),
         lora_bias=case.lora_bias,
     )

@@ -351,6 +351,39 @@ def test_a_run_goes_on_with_repeated_layers(fields: dict[str, Any], tmp_path: Pa
     require_same_after_a_cut(tmp_path, base, folder, *options)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["norm"]},
+        pytest.param(
+            {"modules_to_save": ["norm", "lm_head"], "layer_replication": [(0, 2), (1, 2)]}, marks=pytest.mark.slow
+        ),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_norms_that_an_adapter_has_trained(
+    fields: dict[str, Any], tmp_path: Path, bases: dict[bool, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of it is to be named; trained, exported, used and merged, the logits are PEFT's."""
+    base, folder = bases[False], tmp_path / "theirs"
+    make_adapter(folder, base, target_modules=["q_proj", "down_proj"], **fields)
+    options = ("lora.dtype=float32", "training.max_steps=2")
+    run_to_end(begun_with(tmp_path, base, folder, *options, "training.learning_rate=1e-12"))
+    found, expected = (made_logits(base, path, tiny_documents(20)) for path in (tmp_path / "run" / "adapter", folder))
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
+    assert main(["merge", str(folder), "--to", str(tmp_path / "merged"), "--dtype", "fp32", "--force"]) == 0
+    assert relative_error(model_logits(tmp_path / "merged", tiny_documents(20)), expected) <= 1e-5
+    capsys.readouterr()
+    assert main(["export", str(folder), "--to", str(tmp_path / "portable"), "--portable"]) != 0
+    assert "norms" in capsys.readouterr().err
+    require_same_after_a_cut(tmp_path, base, folder, *options)
+    begun, learned = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("run", "whole"))
+    names = [name for name in begun if name.endswith("norm.weight")]
+    assert len(names) == 5 + 2 * ("layer_replication" in fields)
+    assert all(not torch.equal(begun[name], learned[name]) for name in names)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_new_run_trains_repeated_layers_and_a_head_that_it_unties(tmp_path: Path, base: Path) -> None:
     """What it exports PEFT makes the same model of, over the same base in NF4."""

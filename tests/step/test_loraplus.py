@@ -66,10 +66,17 @@ def test_a_state_goes_from_one_ratio_to_another(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ratio", [1.0, RATIO])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_trained_biases_do_not_decay_and_all_else_does(tmp_path: Path, bits: int, ratio: float) -> None:
-    """A bias among the others, as in a model; a pretrained bias is lost where it is pulled to 0."""
-    shapes = {"q.lora_A": (4, 300), "q.bias": (257,), **ALL_SHAPES, "q.lora_B_bias": (5,), "lm_head.bias": (3,)}
-    biases = {"q.bias", "q.lora_B_bias", "lm_head.bias"}
+def test_trained_biases_and_norms_do_not_decay_and_all_else_does(tmp_path: Path, bits: int, ratio: float) -> None:
+    """Some among the others, as in a model; a pretrained one is lost where it is pulled to 0."""
+    shapes = {
+        "q.lora_A": (4, 300),
+        "q.bias": (257,),
+        **ALL_SHAPES,
+        "q.lora_B_bias": (5,),
+        "lm_head.bias": (3,),
+        "norm.weight": (9,),
+    }
+    vectors = {"q.bias", "q.lora_B_bias", "lm_head.bias", "norm.weight"}
     found = {}
     for decay in (0.0, 0.5):
         parameters = make_parameters(torch.float32, shapes)
@@ -78,7 +85,7 @@ def test_trained_biases_do_not_decay_and_all_else_does(tmp_path: Path, bits: int
         assert [piece.weight_decay for piece in optimizer._pieces][-1] == 0.0
         run_steps(optimizer, parameters, range(3), RATE)
         found[decay] = {name: own.detach().clone() for name, own in parameters.items()}
-    assert set(differing(found[0.5], found[0.0])) == shapes.keys() - biases
+    assert set(differing(found[0.5], found[0.0])) == shapes.keys() - vectors
     begun = {name: own.detach() for name, own in make_parameters(torch.float32, shapes).items()}
     assert set(differing(found[0.5], begun)) == shapes.keys()
 
@@ -89,13 +96,15 @@ def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft(variant: s
         def __init__(self) -> None:
             super().__init__()
             self.up = nn.Linear(8, 8)
+            self.norm = nn.LayerNorm(8, bias=False)
             self.lm_head = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.lm_head(self.up(x))
+            out: Tensor = self.lm_head(self.norm(self.up(x)))
             return out
 
-    asked: dict[str, Any] = {"target_modules": ["up"], "modules_to_save": ["lm_head"], "bias": "lora_only"}
+    asked: dict[str, Any] = {"target_modules": ["up"], "modules_to_save": ["lm_head", "norm"]}
+    asked |= {"bias": "lora_only"}
     asked[variant] = True
     wrapped = peft.get_peft_model(Model(), peft.LoraConfig(**asked))
     theirs = create_loraplus_optimizer(
@@ -109,10 +118,12 @@ def test_which_weights_have_their_own_rate_and_no_decay_is_as_in_peft(variant: s
         id(own): (group["lr"] / RATE, group["weight_decay"]) for group in theirs.param_groups for own in group["params"]
     }
     names = {name: own for name, own in wrapped.named_parameters() if own.requires_grad}
-    assert len(names) == 6
+    assert len(names) == 7
     settings = make_settings(weight_decay=DECAY, rate_ratio=RATIO)
     for name, parameter in names.items():
         ours = optimizer_module._terms_of(
-            name.removesuffix(".default.weight").replace(".lora_B.default.bias", ".lora_B_bias"), settings
+            name.removesuffix(".default.weight").replace(".lora_B.default.bias", ".lora_B_bias"),
+            parameter.shape,
+            settings,
         )
         assert ours == pytest.approx(terms[id(parameter)]), name
