@@ -75,7 +75,8 @@ def take_biases(
         lora_bias: whether the config says that each B has one.
         linear_names: of the base.
         tables: of the base: of these, only a head's bias is looked at, where nothing else of it was trained.
-        whole: full names of the tables and norms that are trained whole, their biases too.
+        whole: full names of the modules that the file has whole; of linears among them the bias is one that is trained
+            beside LoRA.
         where: the file, for errors.
 
     Returns:
@@ -91,8 +92,9 @@ def take_biases(
     for name in [name for name in weights if name.endswith(_OWN)]:
         leaf = next(leaf for leaf in (_OF_B, _OWN_OF_TARGET, _OWN) if name.endswith(leaf))
         owner = name.removesuffix(leaf)
-        if tables is not None and any(owner == own or owner.startswith(f"{own}.") for own in (*tables.names, *whole)):
-            if owner == tables.head and owner not in whole:
+        names = () if tables is None else (*tables.names, *whole)
+        if owner not in linear_names and any(owner == own or owner.startswith(f"{own}.") for own in names):
+            if tables is not None and owner == tables.head and owner not in whole:
                 found.add(owner)
             elif owner in (f"{own}.original_module" for own in whole):
                 del weights[name]  # of the base, beside what PEFT computes with

@@ -76,6 +76,11 @@ def _shapes_in_file(
     found = dict(shapes)
     for name in adapter.settings.targets:
         a, b = f"{name}.lora_A", f"{name}.lora_B"
+        if name in variant.whole:
+            own = (found[b][0], found[a][1])
+            found = {key: shape for key, shape in found.items() if not key.startswith(f"{name}.lora_")}
+            found[f"{name}.weight"] = own
+            continue
         plain = ((shapes[a][0], shapes[a][1]), (shapes[b][0], shapes[b][1]))
         found[a], found[b] = variant.shapes_in_file(name, plain, adapter.weights.get(a))
         if variant.has_blocks(name)[1]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import TableUpdate, take_updates
+from qlora_trainer.model.whole_linears import trained_whole, with_whole_linears
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -104,13 +105,14 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
         found = f"only {pickled[0]}, a pickle, which is never read" if pickled else f"no {WEIGHTS_FILE}"
         raise wrong_adapter(folder, found, f"an adapter folder with {ADAPTER_CONFIG_FILE} and {WEIGHTS_FILE}")
     fields = read_config_fields(folder / ADAPTER_CONFIG_FILE)
+    shapes = _shapes(folder)
     if taken_start(fields) is not None:
-        fields |= of_fewer_ranks(fields, _whole_ranks(folder))
-    if not fields.get("target_parameters"):
-        return fields
-    modules = lora_modules(folder)
-    require_named(folder / ADAPTER_CONFIG_FILE, fields, modules)
-    return as_target_modules(fields, modules)
+        fields |= of_fewer_ranks(fields, _whole_ranks(shapes))
+    modules = _lora_modules(shapes)
+    if fields.get("target_parameters"):
+        require_named(folder / ADAPTER_CONFIG_FILE, fields, modules)
+        fields = as_target_modules(fields, modules)
+    return with_whole_linears(fields, *trained_whole(shapes), modules)
 
 
 def has_only_lora_in_layers(folder: Path) -> bool:
@@ -119,7 +121,7 @@ def has_only_lora_in_layers(folder: Path) -> bool:
     Raises:
         ConfigError: the file is broken or not safetensors.
     """
-    names = _names(folder)
+    names = _shapes(folder)
     are_of_lora = all(".lora_" in name and any(map(str.isdigit, name.split("."))) for name in names)
     return are_of_lora and not has_biases(names)
 
@@ -130,27 +132,32 @@ def lora_modules(folder: Path) -> list[str]:
     Raises:
         ConfigError: the file is broken or not safetensors.
     """
-    return sorted({name.partition(".lora_")[0] for name in _names(folder) if ".lora_" in name})
+    return _lora_modules(_shapes(folder))
 
 
-def _whole_ranks(folder: Path) -> dict[str, int]:
+def _lora_modules(names: Iterable[str]) -> list[str]:
+    return sorted({name.partition(".lora_")[0] for name in names if ".lora_" in name})
+
+
+def _whole_ranks(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Of the modules whose A and B have as many ranks as a matrix between their sides can: their number."""
-    _names(folder)
-    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys() if ".lora_" in name}  # noqa: SIM118
     found = {}
     for name, a in shapes.items():
         b = shapes.get(name.replace(".lora_A.", ".lora_B."), ())
         if ".lora_A." in name and len(a) == len(b) == 2 and a[0] == b[1] == min(a[1], b[0]):
-            found[name.partition(".lora_A.")[0].removeprefix(_PREFIX)] = a[0]
+            found[name.partition(".lora_A.")[0]] = a[0]
     return found
 
 
-def _names(folder: Path) -> list[str]:
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of all tensors in the file, by their names without PEFT's prefix."""
     try:
         require_sane_header(folder / WEIGHTS_FILE)
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return [name.removeprefix(_PREFIX) for name in file.keys()]  # noqa: SIM118  # it is no mapping
+            return {
+                name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape())
+                for name in file.keys()  # noqa: SIM118  # it is no mapping
+            }
     except (SafetensorError, ValueError, OSError) as error:
         raise wrong_adapter(folder / WEIGHTS_FILE, f"no safetensors file ({error})", "safetensors") from error
 
@@ -191,16 +198,16 @@ def read_adapter_folder(
     if tables is not None:
         asked = asked_updates(fields, linear_names=linear_names, tables=tables)
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
+    variant = variant_of(fields)
     biases = take_biases(
         weights,
         lora_bias=settings.lora_bias,
         linear_names=linear_names,
         tables=tables,
-        whole=settings.trained_whole,
+        whole=(*settings.trained_whole, *(() if variant is None else variant.whole)),
         where=folder / WEIGHTS_FILE,
     )
     settings = replace(settings, biases=biases)
-    variant = variant_of(fields)
     if settings.layer_replication and (biases or (variant is not None and variant.parts)):
         what = "biases" if biases else " and ".join(variant.parts if variant is not None else ())
         both = f"layer_replication = {fields['layer_replication']!r} and {what}, which copies of a layer share in PEFT"

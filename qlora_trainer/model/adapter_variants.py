@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import ALL_LINEAR, in_layers, pattern_fits
 from qlora_trainer.model.table_names import means
+from qlora_trainer.model.whole_linears import WHOLE_LINEARS
 
 STARTS = ("pissa", "olora")  # values of `init_lora_weights` whose change of the base can be found again there
 _SUBCONFIGS = ("kasa_config", "monteclora_config", "use_bdlora")
@@ -33,6 +34,7 @@ class Variant:
         blocks_A, blocks_B: BD-LoRA's: a linear with one of these in its full name has a block-diagonal A, or B.
         num_blocks: of each such matrix.
         may_pool: QALoRA's: A may be of means over groups of inputs.
+        whole: full names of the linears that the file has whole (see `model.whole_linears`).
     """
 
     parts: tuple[str, ...] = ()
@@ -40,6 +42,7 @@ class Variant:
     blocks_B: tuple[str, ...] = ()
     num_blocks: int = 1
     may_pool: bool = False
+    whole: tuple[str, ...] = ()
 
     @property
     def rank_factor(self) -> int:
@@ -113,6 +116,7 @@ def variant_of(fields: Mapping[str, Any]) -> Variant | None:
         blocks_B=tuple(blocks.get("target_modules_bd_b") or ()),
         num_blocks=blocks.get("nblocks", 1),
         may_pool=bool(fields.get("use_qalora")),
+        whole=fields.get(WHOLE_LINEARS, ()),
     )
     return None if found == Variant(num_blocks=found.num_blocks) else found
 
@@ -131,6 +135,8 @@ def variant_told(fields: Mapping[str, Any]) -> str | None:
         told.append("MonteCLoRA as it is evaluated, without its noise")
     if is_loftq_of_nf4(fields):
         told.append("LoftQ of one step, which has the base in NF4")
+    if variant.whole:
+        told.append(f"{len(variant.whole)} linears that were trained whole, of full rank")
     if fields.get("target_parameters"):
         told.append("LoRA on weights (target_parameters), on the linears that have them")
     return f"read as plain LoRA: {'; '.join(told)}" if told else None

@@ -6,6 +6,7 @@
   writes it. The part is found again in W. With DoRA the rows of the same sum are scaled.
 * KaSA (arXiv:2412.06071) takes the R smallest singular parts out of W likewise, and trains B diag(d) A.
 * BD-LoRA has a block-diagonal A or B, of which the file has the blocks.
+* A linear that was trained whole has LoRA of full rank (`model.whole_linears`).
 * QALoRA (arXiv:2309.14717), over GPTQ, multiplies A by the mean of each group of G inputs, times the number of groups
   P: each column of A stands for G inputs, times P / G. On linears that are not GPTQ's PEFT ignores it, and A is whole.
 
@@ -26,8 +27,10 @@ from torch import Tensor
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapter_variants import Variant
+from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.streamed import DiskWeights
 from qlora_trainer.model.table_updates import TableUpdate
+from qlora_trainer.model.whole_linears import lora_of_full_rank
 
 _FIX, _WRONG = "Use the base that the adapter was trained on.", "Point to another adapter folder."
 
@@ -49,7 +52,9 @@ def as_plain_lora(adapter: AdapterFolder, base_folder: Path) -> AdapterFolder:
         return adapter
     disk, weights = DiskWeights.of(base_folder, settings.layer_replication), dict(adapter.weights)
     for name in settings.targets:
-        if not {f"{name}.lora_A", f"{name}.lora_B"} <= weights.keys():
+        if name in variant.whole:
+            weights |= _of_whole(name, weights.pop(f"{name}.weight"), settings, disk)
+        if name in variant.whole or not {f"{name}.lora_A", f"{name}.lora_B"} <= weights.keys():
             continue  # which is refused where it is put on the base
         a_RI, b_OR = (weights[f"{name}.{leaf}"] for leaf in ("lora_A", "lora_B"))
         shape = disk.shape(f"{name}.weight") if f"{name}.weight" in disk.files else ()
@@ -62,6 +67,18 @@ def as_plain_lora(adapter: AdapterFolder, base_folder: Path) -> AdapterFolder:
         weights[f"{name}.lora_A"], weights[f"{name}.lora_B"] = a_RI, b_OR
     updates = {name: _untaken(variant, name, own, disk) for name, own in adapter.updates.items()}
     return replace(adapter, weights=weights, updates=updates, variant=None)
+
+
+def _of_whole(name: str, trained_OI: Tensor, settings: LoraSettings, disk: DiskWeights) -> dict[str, Tensor]:
+    """What LoRA of full rank has of a linear that was trained whole."""
+    base_OI = disk.copied(f"{name}.weight", device=torch.device("cpu"), dtype=torch.float32)
+    a_RI, b_OR = lora_of_full_rank(trained_OI, base_OI)
+    found = {f"{name}.lora_A": a_RI, f"{name}.lora_B": b_OR}
+    if settings.use_dora:
+        found[f"{name}.lora_magnitude_vector"] = torch.linalg.vector_norm(trained_OI.float(), dim=1)
+    if settings.lora_bias:
+        found[f"{name}.lora_B_bias"] = torch.zeros(b_OR.shape[0])
+    return found
 
 
 def _whole(

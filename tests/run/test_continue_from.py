@@ -384,6 +384,39 @@ def test_a_run_goes_on_with_norms_that_an_adapter_has_trained(
     assert all(not torch.equal(begun[name], learned[name]) for name in names)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"modules_to_save": ["layers.1.self_attn", "lm_head"]},
+        pytest.param({"modules_to_save": ["k_proj"], "layer_replication": [(0, 2), (1, 2)]}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_with_linears_that_an_adapter_has_trained_whole(
+    fields: dict[str, Any], tmp_path: Path, bases: dict[bool, Path]
+) -> None:
+    """As LoRA of full rank beside NF4; merged, they are what they were."""
+    base, folder = bases[False], tmp_path / "theirs"
+    made = make_adapter(folder, base, target_modules=["q_proj", "down_proj"], **fields)
+    options = ("lora.dtype=float32", "training.max_steps=2")
+    config = begun_with(tmp_path, base, folder, *options, "training.learning_rate=1e-12")
+    assert "lora.rank_pattern" not in config.lora.model_fields_set
+    run_to_end(config)
+    found, expected = (made_logits(base, path, tiny_documents(20)) for path in (tmp_path / "run" / "adapter", folder))
+    assert relative_error(found, expected) <= 1e-5
+    assert relative_error(model_logits(base, tiny_documents(20)), expected) > 1e-2
+    assert main(["merge", str(folder), "--to", str(tmp_path / "merged"), "--dtype", "fp32", "--force"]) == 0
+    whole = {
+        name.replace(".modules_to_save.default.", ".").removeprefix("base_model.model."): own
+        for name, own in made.named_parameters()
+        if ".modules_to_save.default." in name
+    }
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert whole
+    assert all(relative_error(merged[name], own.detach()) <= 1e-6 for name, own in whole.items())
+    require_same_after_a_cut(tmp_path, base, folder, *options)
+
+
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_new_run_trains_repeated_layers_and_a_head_that_it_unties(tmp_path: Path, base: Path) -> None:
     """What it exports PEFT makes the same model of, over the same base in NF4."""

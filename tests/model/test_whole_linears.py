@@ -1,0 +1,148 @@
+"""Linears that PEFT has trained whole: the model that it loads, as LoRA of full rank on its base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.model.plain_lora import as_plain_lora
+from qlora_trainer.model.skeleton import build_skeleton, find_parts
+from qlora_trainer.model.whole_linears import WHOLE_LINEARS, trained_whole, with_whole_linears
+from qlora_trainer.run.export import export_adapter
+from tests.export.made_adapters import load_base
+from tests.model.peft_oracle import load_adapter, logits, wrap
+from tests.model.tiny_bases import CONFIGS
+from tests.model.tiny_models import load_for_training, prepare_apart, relative_error, tiny_documents
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using Rank-Stabilized LoRA", "ignore:PiSSA changes the base weights", "ignore:`lora_bias=True` was passed"
+)
+DOCUMENTS = tiny_documents(33, 21)
+TOLERANCE = 1e-5
+Prepared = dict[str, tuple[Base, NF4Cache]]
+# Base, what PEFT is asked for, and how many linears it trains whole.
+CASES: list[tuple[str, dict[str, Any], int]] = [
+    ("llama", {"modules_to_save": ["down_proj"]}, 2),
+    ("llama", {"modules_to_save": ["up_proj", "norm", "lm_head"], "target_modules": "all-linear", "use_dora": True}, 2),
+    ("llama", {"modules_to_save": ["layers.1.mlp"], "use_rslora": True, "alpha_pattern": {"q_proj": 2}}, 3),
+    ("llama", {"modules_to_save": ["o_proj"], "init_lora_weights": "pissa"}, 2),
+    ("llama", {"modules_to_save": ["o_proj"], "lora_bias": True}, 2),
+    ("llama", {"modules_to_save": ["k_proj"], "layers_to_transform": [1]}, 2),
+    ("qwen2", {"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "o_proj"]}, 2),  # with its bias
+    ("qwen2", {"modules_to_save": ["v_proj"], "bias": "all"}, 2),
+    ("qwen3", {"modules_to_save": ["self_attn"], "target_modules": "all-linear"}, 8),  # and the norms of heads
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in ("llama", "qwen2", "qwen3")}
+
+
+def moved(folder: Path, base: Base, fields: dict[str, Any]) -> Any:
+    """Made by PEFT on the base in fp32, every trained weight of it moved, and saved."""
+    asked: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj"], **fields}
+    wrapped = wrap(load_base(base.folder), peft.LoraConfig(task_type="CAUSAL_LM", **asked))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    wrapped.save_pretrained(folder)
+    return wrapped
+
+
+def read(folder: Path, base: Base) -> AdapterFolder:
+    skeleton = build_skeleton(base.config, with_buffers=False)
+    parts = find_parts(skeleton)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
+    require_adapter_fits(skeleton, adapter, where=str(folder))
+    return adapter
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("name, fields, num_linears", CASES, ids=str)
+def test_it_is_what_peft_loads(
+    name: str, fields: dict[str, Any], num_linears: int, prepared: Prepared, tmp_path: Path
+) -> None:
+    """Put on the same base, by PEFT: a folder of ours, over a fresh one. Mutations tried: the factors the other way
+    round; a whole linear scaled as the others are."""
+    base, _ = prepared[name]
+    trained = moved(tmp_path / "trained", base, fields)
+    with torch.no_grad():
+        trained_TV, base_TV = logits(trained, DOCUMENTS), logits(load_base(base.folder), DOCUMENTS)
+        loaded_TV = logits(load_adapter(load_base(base.folder), tmp_path / "trained"), DOCUMENTS)
+    assert relative_error(loaded_TV, trained_TV) <= TOLERANCE
+    found = read(tmp_path / "trained", base)
+    assert found.variant is not None
+    assert len(found.variant.whole) == num_linears
+    adapter = as_plain_lora(found, base.folder)
+    assert adapter.variant is None
+    names = find_parts(build_skeleton(base.config, with_buffers=False)).linears
+    export_adapter(
+        tmp_path / "ours", adapter.weights, adapter.settings, linear_names=names, base_name="x", revision=None
+    )
+    with torch.no_grad():
+        ours_TV = logits(load_adapter(load_base(base.folder), tmp_path / "ours"), DOCUMENTS)
+    assert relative_error(ours_TV, trained_TV) <= TOLERANCE
+    assert relative_error(base_TV, trained_TV) > 1e-2
+
+
+def test_one_that_does_not_fit_is_named(prepared: Prepared, tmp_path: Path) -> None:
+    base, cache = prepared["llama"]
+    moved(tmp_path / "trained", base, {"modules_to_save": ["o_proj"]})
+    adapter = read(tmp_path / "trained", base)
+    with pytest.raises(ConfigError, match=r"adapter a: found weights of a variant: .*o_proj.*as_plain_lora"):
+        AdapterSet(load_for_training(base, cache)).add("a", adapter)
+    path = tmp_path / "trained" / WEIGHTS_FILE
+    tensors = load_file(path)
+    wrong = next(name for name in tensors if "o_proj" in name)
+    save_file(tensors | {wrong: torch.zeros(64, 32)}, path)
+    with pytest.raises(ConfigError, match=r"o_proj\.weight: adapter \(64, 32\), base \(64, 64\)"):
+        read(tmp_path / "trained", base)
+    save_file(tensors | {wrong.replace("o_proj", "score"): torch.zeros(64, 32)}, path)
+    with pytest.raises(ConfigError, match="score"):
+        read(tmp_path / "trained", base)
+
+
+def test_no_file_says_by_itself_what_was_whole(prepared: Prepared, tmp_path: Path) -> None:
+    base, _ = prepared["llama"]
+    moved(tmp_path / "trained", base, {})
+    path = tmp_path / "trained" / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps(fields | {WHOLE_LINEARS: ["model.layers.0.mlp.up_proj"]}))
+    with pytest.raises(ConfigError, match="a field that is not known"):
+        read(tmp_path / "trained", base)
+    path.write_text(json.dumps(fields | {WHOLE_LINEARS: 1}))  # a number is no field that computes
+    assert read(tmp_path / "trained", base).variant is None
+
+
+def test_what_is_whole_is_told_by_the_file() -> None:
+    shapes = {
+        "model.layers.0.q.lora_A.weight": (3, 8),
+        "model.layers.0.o.weight": (8, 6),
+        "model.layers.0.norm.weight": (8,),
+        "lm_head.weight": (9, 8),
+        "lm_head.original_module.weight": (9, 8),
+        "model.layers.0.o.bias": (8,),
+    }
+    linears, others = trained_whole(shapes)
+    assert linears == {"model.layers.0.o": (8, 6)}
+    assert others == ("model.layers.0.norm", "lm_head")
+    found = with_whole_linears({"use_rslora": True, "rank_pattern": None}, linears, others, ["model.layers.0.q"])
+    assert found["rank_pattern"] == {r"model\.layers\.0\.o": 6}
+    assert found["alpha_pattern"] == {r"model\.layers\.0\.o": 6**0.5}
+    assert found["modules_to_save"] == list(others)
+    plain = with_whole_linears({"modules_to_save": ["x"]}, {}, others, [])
+    assert plain == {"modules_to_save": ["x"], WHOLE_LINEARS: ()}
