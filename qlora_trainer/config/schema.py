@@ -23,6 +23,7 @@ from qlora_trainer.config.values import (
     PathText,
     RankPattern,
     TargetModules,
+    Tokens,
 )
 
 
@@ -127,6 +128,11 @@ class LoraSection(Section):
         False,
         description="Train a bias of each adapter's B as well, in float32, scaled as B is; the linear needs none "
         "of its own. Not with use_dora. PEFT computes it, other readers of adapters do not.",
+    )
+    alora_invocation_tokens: Tokens = Field(
+        (),
+        description="Numbers of the tokens that the adapter works from (Activated LoRA, as in PEFT): a document is the "
+        "base's up to the last place where they stand in a row. [] = it works at every token.",
     )
     init_from: PathText | None = Field(
         None,
@@ -345,6 +351,9 @@ def _require_trainable(lora: LoraSection) -> None:
         )
     if lora.lora_bias and not (lora.target_modules or lora.init_from):
         raise _disagreement("lora.lora_bias", True, "false without lora.target_modules: only a B has such a bias")
+    if lora.alora_invocation_tokens and (lora.use_dora or lora.lora_bias):
+        expected = "[] beside lora.use_dora or lora.lora_bias: what they add is added at every token"
+        raise _disagreement("lora.alora_invocation_tokens", list(lora.alora_invocation_tokens), expected)
     if lora.layer_replication and lora.bias != "none":
         raise _disagreement("lora.bias", lora.bias, "none beside lora.layer_replication: copies share them in PEFT")
     # What an adapter to begin with has, its folder says.

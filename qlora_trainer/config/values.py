@@ -93,6 +93,12 @@ def _layers(value: object) -> tuple[int, ...]:
     raise ValueError("a list of different numbers of layers, from 0")
 
 
+def _tokens(value: object) -> tuple[int, ...]:
+    if isinstance(value, (list, tuple)) and all(type(token) is int and token >= 0 for token in value):
+        return tuple(value)
+    raise ValueError("a list of numbers of tokens, from 0")
+
+
 def _ranges(value: object) -> tuple[tuple[int, int], ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(own, (list, tuple)) and len(own) == 2 for own in value):
         ranges = tuple((first, end) for first, end in value)
@@ -148,6 +154,7 @@ AlphaPattern = Annotated[
     tuple[tuple[str, float], ...], BeforeValidator(_alphas, json_schema_input_type=dict[str, float])
 ]
 Layers = Annotated[tuple[int, ...], BeforeValidator(_layers, json_schema_input_type=list[int])]
+Tokens = Annotated[tuple[int, ...], BeforeValidator(_tokens, json_schema_input_type=list[int])]
 LayerRanges = Annotated[
     tuple[tuple[int, int], ...], BeforeValidator(_ranges, json_schema_input_type=list[tuple[int, int]])
 ]

@@ -82,6 +82,8 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
         facts.append(("trained biases", f"{len(settings.biases)} modules"))
     if settings.lora_bias:
         facts.append(("biases of B", f"`lora_bias`, {len(settings.targets)} linears"))
+    if settings.invocation_tokens:
+        facts.append(("works from the tokens", f"{_code(json.dumps(settings.invocation_tokens))} on (Activated LoRA)"))
     if portable:
         facts.append(("scale", "folded into the weights: `lora_alpha = r`, for readers that know no other"))
     return facts

@@ -33,6 +33,7 @@ from qlora_trainer.export.merged_weights import (
     unties_head,
 )
 from qlora_trainer.export.new_folder import new_folder
+from qlora_trainer.export.portable import require_mergeable
 from qlora_trainer.export.source import Source, read_source, with_plain_lora
 from qlora_trainer.model.base import Base, fetch_weights, read_tokenizer
 from qlora_trainer.model.nf4_cache import NF4Cache, prepare_nf4_cache
@@ -96,6 +97,7 @@ def merge(
     """
     merged_dtype = _DTYPES[dtype]
     source = read_source(target, model=model, may_change_base=True)
+    require_mergeable(source.settings, source.folder)
     added_fields = added_bias_fields(source.base.config, source.parts, source.settings, where=source.folder)
     skeleton = source.skeleton
     if added_fields:

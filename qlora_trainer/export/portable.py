@@ -24,19 +24,36 @@ def require_portable(settings: LoraSettings, where: Path) -> None:
     """Refuse an adapter of which a reader of plain LoRA would see a part only.
 
     Raises:
-        ConfigError: it has DoRA's magnitudes, trained biases, repeated layers, or modules that were trained whole.
+        ConfigError: it has DoRA's magnitudes, trained biases, repeated layers, invocation tokens, or modules that were
+            trained whole.
     """
     found = ["DoRA's magnitudes"] if settings.use_dora else []
     found += ["trained biases"] if settings.biases or settings.lora_bias else []
     if whole := ", ".join((*settings.modules_to_save, *([f"{len(settings.norms)} norms"] * bool(settings.norms)))):
         found.append(f"modules that were trained whole ({whole})")
     found += ["repeated layers"] if settings.layer_replication else []
+    found += ["invocation tokens (alora_invocation_tokens)"] if settings.invocation_tokens else []
     if found:
         raise ConfigError(
             where=str(where),
             found=f"an adapter with {' and '.join(found)}",
             expected="LoRA alone, which is all that portable readers know",
             fix="Merge it instead: qlora-trainer merge.",
+        )
+
+
+def require_mergeable(settings: LoraSettings, where: Path) -> None:
+    """Refuse an adapter that no sum of weights is.
+
+    Raises:
+        ConfigError: it is Activated LoRA.
+    """
+    if settings.invocation_tokens:
+        raise ConfigError(
+            where=str(where),
+            found=f"Activated LoRA, which works from the tokens {list(settings.invocation_tokens)!r} on",
+            expected="an adapter that works at every token, which a sum of weights does, too",
+            fix="Use it beside its base: here, with PEFT or with vLLM.",
         )
 
 

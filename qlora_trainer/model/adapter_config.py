@@ -12,7 +12,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fields import require_plain_lora
-from qlora_trainer.model.adapter_variants import of_more_rank, require_variant, variant_of
+from qlora_trainer.model.adapter_variants import of_more_rank, require_activated, require_variant, variant_of
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,
@@ -74,6 +74,8 @@ def adapter_config(
         fields["lora_bias"] = True  # since PEFT 0.14; without it, the biases of the file are passed over
     if settings.layer_replication:
         fields["layer_replication"] = settings.layer_replication  # since PEFT 0.10; without it, layers are missing
+    if settings.invocation_tokens:
+        fields["alora_invocation_tokens"] = settings.invocation_tokens  # since PEFT 0.18; without it, it always works
     if settings.tied_head is not None:
         fields["ensure_weight_tying"] = True  # since PEFT 0.18; without it, two tables would be trained on
     return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
@@ -117,6 +119,7 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     require_variant(path, fields)
     _check_variants(path, fields)
     _check_token_ids(path, fields.get("trainable_token_indices"))
+    require_activated(path, fields)
     _check_excluded(path, fields.get("exclude_modules"))
     if isinstance(targets, str):
         require_expressions([targets], where=f"{path}, target_modules")
@@ -175,6 +178,7 @@ def settings_of(
         norms=norms,
         lora_bias=bool(fields.get("lora_bias")),
         layer_replication=ranges_of(fields),
+        invocation_tokens=tuple(fields.get("alora_invocation_tokens") or ()),
     )
 
 

@@ -17,6 +17,7 @@ from qlora_trainer.model.adapter_variants import STARTS, folded, is_loftq_of_nf4
 # Read in `model.adapter_config` and `run`, each with checks of its own.
 READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "base_model_name_or_path",
         "ensure_weight_tying",
@@ -74,7 +75,6 @@ _CONVERT = (
 # Field -> the values that are plain LoRA on the base as it is, and what to do with an adapter that has another.
 PLAIN: dict[str, tuple[tuple[object, ...], str]] = {
     "peft_type": (("LORA",), _MERGE),
-    "alora_invocation_tokens": ((None, []), "Use it with PEFT: where it begins to work depends on the tokens."),
     "bias": (("none", "all", "lora_only"), _MERGE),  # trained ones are seen in the weights
     "arrow_config": ((None,), "Use it with PEFT: its router cannot be merged. Or take one of its adapters."),
     "enable_lora": ((None, []), _MERGE),  # of PEFT 0.2, for joined linears

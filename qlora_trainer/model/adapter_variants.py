@@ -298,6 +298,27 @@ def require_variant(path: Path, fields: Mapping[str, Any]) -> None:
         )
 
 
+def require_activated(path: Path, fields: Mapping[str, Any]) -> None:
+    """Refuse invocation tokens that are none, and Activated LoRA beside what is not computed token by token.
+
+    Raises:
+        ConfigError: says which.
+    """
+    tokens = fields.get("alora_invocation_tokens")
+    if not (tokens is None or (isinstance(tokens, list) and all(type(own) is int and own >= 0 for own in tokens))):
+        raise _wrong(path, "alora_invocation_tokens", fields, "numbers of tokens")
+    variant = variant_of(fields)
+    beside = [name for name in ("use_dora", "lora_bias") if fields.get(name)]
+    beside += ["a variant of LoRA" for _ in (1,) if variant is not None]
+    if tokens and beside:
+        raise ConfigError(
+            where=str(path),
+            found=f"alora_invocation_tokens and {' and '.join(beside)}",
+            expected="Activated LoRA of plain LoRA: what else is added is added at every token",
+            fix="Use it with PEFT.",
+        )
+
+
 def _is_on(fields: Mapping[str, Any], name: str) -> bool:
     """PEFT makes its object of an empty one, too."""
     return isinstance(fields.get(name), dict)

@@ -60,6 +60,7 @@ def attach_adapters(
     Biases, norms and tables that are trained take the place of the base's, which are gone.
     """
     put_adapters(model, build_adapters(model, settings, weights, dtype=dtype))
+    model.of_tokens.invocation = settings.invocation_tokens
     train_vectors(model, settings, weights)
     train_tables(model, settings, weights, dtype=dtype)
 
@@ -97,7 +98,7 @@ def build_adapters(
             scale=settings.scale_of(name),
             dropout=settings.dropout,
             layer_key=key32("dropout", name),
-            keys=model.dropout_keys,
+            of_tokens=model.of_tokens,
             magnitude_O=magnitude_O,
             lora_B_bias_O=bias_O,
         )

@@ -255,7 +255,7 @@ def low_rank_gradients(linears: Sequence[NF4Linear], grads: Sequence[Tensor]) ->
     for (adapter, grad_TO), low_TR in zip(adapted, _parts(out_TS, ranks), strict=True):
         # With beta = 0 a product that is scaled for nothing: what `low_TR` held is not read.
         low_TR.addmm_(grad_TO, adapter.scaled_B(grad_TO.dtype), beta=0.0, alpha=adapter.scale)
-    return out_TS
+    return adapted[0][0].of_tokens.only_active_(out_TS)
 
 
 def parameter_gradients(
@@ -358,10 +358,10 @@ def first_products(linears: Sequence[NF4Linear], x_TI: Tensor) -> list[Tensor]:
         return []
     factors = [adapter.draw_dropout(x_TI.shape[0], x_TI.dtype) for adapter in adapters]
     if all(own is None for own in factors):
-        low_TS = torch.mm(x_TI, _joined_A(adapters, x_TI.dtype).t())
+        low_TS = adapters[0].of_tokens.only_active_(torch.mm(x_TI, _joined_A(adapters, x_TI.dtype).t()))
         return _parts(low_TS, [adapter.lora_A.shape[0] for adapter in adapters])
     return [
-        torch.mm(x_TI if own is None else x_TI * own, adapter.lora_A.to(x_TI.dtype).t())
+        adapter.of_tokens.only_active_(torch.mm(x_TI if own is None else x_TI * own, adapter.lora_A.to(x_TI.dtype).t()))
         for adapter, own in zip(adapters, factors, strict=True)
     ]
 

@@ -14,16 +14,27 @@ from qlora_trainer.model.random_draws import dropout_factors
 
 
 @dataclass(slots=True)
-class DropoutKeys:
-    """What dropout draws are keyed by, beside the layer: set by the step for each micro-batch, read by every adapter.
+class OfTokens:
+    """What adapters know of the tokens that go through: set for each micro-batch, read by every adapter of a model.
 
     Attributes:
-        row_keys_T: int64 [T], one key a token, made from (seed, step, document, position); None switches dropout off.
+        row_keys_T: int64 [T], one key a token, by which dropout is drawn, made from (seed, step, document, position);
+            None switches dropout off.
         tokens: those of them that go through the linears at present; None for all.
+        invocation: of Activated LoRA, the tokens that the adapters work from (see `model.activated`); empty for LoRA.
+        active_T1: bool [T, 1], at which tokens they do; None for all.
     """
 
     row_keys_T: Tensor | None = None
     tokens: slice | None = None
+    invocation: tuple[int, ...] = ()
+    active_T1: Tensor | None = None
+
+    def only_active_(self, low_TR: Tensor) -> Tensor:
+        """Zeroes the rows [T, R] of tokens that the adapters do not work at, in place."""
+        if self.active_T1 is None:
+            return low_TR
+        return low_TR.mul_(self.active_T1 if self.tokens is None else self.active_T1[self.tokens])
 
 
 class LoraAdapter(nn.Module):
@@ -35,7 +46,7 @@ class LoraAdapter(nn.Module):
         scale: factor on the update, alpha / rank for plain LoRA (Hu et al., 2021).
         dropout: probability that an input element of the low-rank path is zeroed in training.
         layer_key: which layer this is, for the dropout draws.
-        keys: shared by all adapters of the model.
+        of_tokens: shared by all adapters of the model.
         magnitude_O: fp32, of DoRA; None for none.
         lora_B_bias_O: fp32, PEFT's `lora_bias`: a bias of the up projection, scaled as that is; None for none.
 
@@ -53,7 +64,7 @@ class LoraAdapter(nn.Module):
         scale: float,
         dropout: float = 0.0,
         layer_key: int = 0,
-        keys: DropoutKeys | None = None,
+        of_tokens: OfTokens | None = None,
         magnitude_O: Tensor | None = None,
         lora_B_bias_O: Tensor | None = None,
     ) -> None:
@@ -66,12 +77,12 @@ class LoraAdapter(nn.Module):
         self.scale = scale
         self.dropout = dropout
         self.layer_key = layer_key
-        self.keys = keys or DropoutKeys()
+        self.of_tokens = of_tokens or OfTokens()
 
     @property
     def drops(self) -> bool:
         """Whether `draw_dropout` draws."""
-        return self.training and self.dropout > 0.0 and self.keys.row_keys_T is not None
+        return self.training and self.dropout > 0.0 and self.of_tokens.row_keys_T is not None
 
     def row_scale(self) -> Tensor | None:
         """With DoRA, the factor [O] on each row of W + scale B A, fp32; else None."""
@@ -87,9 +98,9 @@ class LoraAdapter(nn.Module):
 
     def draw_dropout(self, num_tokens: int, dtype: torch.dtype) -> Tensor | None:
         """Factors [T, I] that are 0 or 1 / (1 - p), the same at every call for one micro-batch; None for no dropout."""
-        if not self.drops or self.keys.row_keys_T is None:
+        if not self.drops or self.of_tokens.row_keys_T is None:
             return None
-        row_keys_T, tokens = self.keys.row_keys_T, self.keys.tokens
+        row_keys_T, tokens = self.of_tokens.row_keys_T, self.of_tokens.tokens
         if tokens is not None:
             row_keys_T = row_keys_T[tokens]
         if row_keys_T.numel() != num_tokens:

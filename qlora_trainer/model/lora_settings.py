@@ -41,6 +41,7 @@ class LoraSettings:
             those that are trained whole.
         lora_bias: a trained bias of each B, scaled as B is, whether the linear has one of its own or not.
         layer_replication: the base's layers that the model consists of (see `model.repeated_layers`).
+        invocation_tokens: of Activated LoRA, from which on it works (see `model.activated`); empty for LoRA.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class LoraSettings:
     biases: tuple[str, ...] = ()
     lora_bias: bool = False
     layer_replication: LayerRanges = ()
+    invocation_tokens: tuple[int, ...] = ()
 
     @property
     def trained_whole(self) -> tuple[str, ...]:
@@ -115,6 +117,7 @@ def asked_settings(
         biases=asked_biases(section.bias, targets=targets, biased=[own for own in biased if own not in whole]),
         lora_bias=section.lora_bias,
         layer_replication=section.layer_replication,
+        invocation_tokens=section.alora_invocation_tokens,
     )
 
 

@@ -15,11 +15,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from qlora_trainer.config.levers import NO_LEVERS, Levers
 from qlora_trainer.hardware.heap import ResidentLimit
+from qlora_trainer.model.activated import set_active_tokens
 from qlora_trainer.model.final_norm import FinalNorm, replace_final_norm
 from qlora_trainer.model.frozen import FrozenEmbedding, FrozenHead
 from qlora_trainer.model.fused_layer import fuse_layers, make_tileable
 from qlora_trainer.model.linear import NF4Linear
-from qlora_trainer.model.lora_adapter import DropoutKeys
+from qlora_trainer.model.lora_adapter import OfTokens
 from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.skeleton import Parts, find_parts
 from qlora_trainer.model.trained_norm import norm_names
@@ -95,7 +96,7 @@ class QuantizedModel:
         logit_shape: what happens to logits after the head.
         compute_dtype: dtype of activations and matrix products.
         device: where the weights are.
-        dropout_keys: shared by all adapters.
+        of_tokens: shared by all adapters: what they know of the tokens that go through.
         resident_limit: shared by all linears; nothing is done about it until it is given a number.
         final_norm: behind the last layer; None where there is none.
         norms: by name, those that have a weight, in model order.
@@ -107,7 +108,7 @@ class QuantizedModel:
     logit_shape: LogitShape
     compute_dtype: torch.dtype
     device: torch.device
-    dropout_keys: DropoutKeys
+    of_tokens: OfTokens
     resident_limit: ResidentLimit
     final_norm: FinalNorm | None = None
     norms: dict[str, nn.Module] = field(default_factory=dict)
@@ -164,7 +165,7 @@ def assemble(
         LogitShape.of(module.config),
         compute_dtype,
         device,
-        DropoutKeys(),
+        OfTokens(),
         resident_limit,
         final_norm,
         {name: module.get_submodule(name) for name in norm_names(module.named_modules())},
@@ -241,6 +242,8 @@ def hidden_states(
         input_ids_BT, position_ids_BT: int64; positions restart at 0 in each document.
         document_lengths: lengths that cut each row of T tokens into documents.
     """
+    if isinstance(model, QuantizedModel):
+        set_active_tokens(model.of_tokens, input_ids_BT, position_ids_BT, document_lengths, model.device)
     out = model.module.base_model(
         input_ids=input_ids_BT,
         position_ids=position_ids_BT,

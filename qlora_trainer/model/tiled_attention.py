@@ -193,7 +193,7 @@ def _to_gradients_(
         low_grads_TR,
         None if adapter is None else adapter.lora_A.detach().to(grad_TH.dtype),
         change_HI,
-        adapter.keys.row_keys_T if adapter is not None and adapter.drops else None,
+        adapter.of_tokens.row_keys_T if adapter is not None and adapter.drops else None,
         document_lengths,
         half.scale,
         half.window,

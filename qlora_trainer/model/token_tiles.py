@@ -22,7 +22,7 @@ def tiles(num_tokens: int, tile_tokens: int) -> list[slice]:
 @contextmanager
 def drawn_for(linears: Sequence[NF4Linear], tile: slice) -> Iterator[None]:
     """While active, dropout is drawn for these tokens of the micro-batch."""
-    keys = [linear.adapter.keys for linear in linears if linear.adapter is not None]
+    keys = [linear.adapter.of_tokens for linear in linears if linear.adapter is not None]
     for own in keys:
         own.tokens = tile
     try:

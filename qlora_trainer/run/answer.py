@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from qlora_trainer.data.chat import prompt_ids
 from qlora_trainer.data.rows import Message
 from qlora_trainer.data.template import require_chat_template
+from qlora_trainer.model.activated import activating
 from qlora_trainer.model.attention import IMPLEMENTATION
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.dora import refresh_norms
@@ -114,7 +115,7 @@ def generating(model: QuantizedModel, seed: int) -> Iterator[None]:
     model.module.eval()
     model.module.set_attn_implementation("eager" if has_softcap else "sdpa")
     try:
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), activating(model.module.base_model, model.of_tokens):
             torch.manual_seed(seed)
             yield
     finally:

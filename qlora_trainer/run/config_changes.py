@@ -36,6 +36,7 @@ REFUSED_KEYS = frozenset(
         "lora.untie_tables",
         "lora.bias",
         "lora.lora_bias",
+        "lora.alora_invocation_tokens",
         "data.train",
         "data.eval",
         "data.eval_fraction",

@@ -60,6 +60,7 @@ _FIELDS: dict[str, tuple[str, Any]] = {
     "untie_tables": ("untie_tables", False),  # which PEFT does where nothing else is said
     "bias": ("bias", "none"),
     "lora_bias": ("lora_bias", False),
+    "alora_invocation_tokens": ("alora_invocation_tokens", ()),
 }
 
 
@@ -93,7 +94,17 @@ def filled_in(config: RunConfig) -> RunConfig:
     }
     values["target_modules"] = _as_config(fields["target_modules"]) or ()  # of none too, where tables alone are trained
     asked = {key: getattr(config.lora, key) for key in config.lora.model_fields_set & _FIELDS.keys()}
-    for key in ("rank", "alpha", "use_rslora", "use_dora", "untie_tables", "bias", "lora_bias", "layer_replication"):
+    for key in (
+        "rank",
+        "alpha",
+        "use_rslora",
+        "use_dora",
+        "untie_tables",
+        "bias",
+        "lora_bias",
+        "layer_replication",
+        "alora_invocation_tokens",
+    ):
         if asked.get(key, "auto") not in ("auto", values[key]):
             told = variant_told(fields) if key in ("rank", "alpha") else None  # which has more of both
             as_read = "" if told is None else f" ({told})"

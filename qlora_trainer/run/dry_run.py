@@ -10,6 +10,7 @@ from qlora_trainer.hardware.device import choose_device
 from qlora_trainer.planning.plan import Plan
 from qlora_trainer.run.continue_from import filled_in, initial_told, read_initial
 from qlora_trainer.run.inputs import Inputs, read_inputs
+from qlora_trainer.run.invocations import invocations_told
 from qlora_trainer.run.knobs import decide_machine_knobs
 from qlora_trainer.run.planned import plan_run
 from qlora_trainer.run.records import Preparing, RowsSkipped
@@ -26,6 +27,7 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | RowsSkipped | P
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = yield from read_inputs(config)
     yield from inputs.data.told
+    yield from invocations_told(config.lora, inputs.data.train.documents)
     yield Preparing(what=counted_documents(inputs))
     plan = plan_run(config, inputs, machine)
     yield from initial_told(config, read_initial(config, inputs.base, plan.knobs.rank))

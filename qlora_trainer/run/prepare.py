@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ from qlora_trainer.run.config_changes import PLANNED_KEYS, REFUSED_KEYS, Change
 from qlora_trainer.run.continue_from import filled_in, initial_hash, initial_told, read_initial
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.inputs import Data, Inputs, read_inputs
+from qlora_trainer.run.invocations import invocations_told
 from qlora_trainer.run.knobs import (
     Knobs,
     MachineKnobs,
@@ -97,7 +99,7 @@ def prepare(
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
     inputs = yield from read_inputs(config)
     data = inputs.data
-    yield from data.told
+    yield from chain(data.told, invocations_told(config.lora, data.train.documents))
     batches = _batches(config, data, loaded)
     yield Preparing(what="planning the memory")
     knobs, plan = _decide(config, inputs, machine, batches.num_steps, loaded, changes)

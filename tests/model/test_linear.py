@@ -9,7 +9,7 @@ from torch import Tensor
 from qlora_trainer.hardware.heap import ResidentLimit
 from qlora_trainer.model import nf4
 from qlora_trainer.model.linear import NF4Linear
-from qlora_trainer.model.lora_adapter import DropoutKeys, LoraAdapter
+from qlora_trainer.model.lora_adapter import LoraAdapter, OfTokens
 from qlora_trainer.model.random_draws import dropout_factors, token_keys
 from tests.model.tiny_models import relative_error
 
@@ -29,7 +29,7 @@ def _layer(*, bias: bool, adapter: bool = True, dropout: float = 0.0, dora: bool
             scale=SCALE,
             dropout=dropout,
             layer_key=7,
-            keys=DropoutKeys(token_keys([11, 12], [5, NUM_TOKENS - 5])),
+            of_tokens=OfTokens(token_keys([11, 12], [5, NUM_TOKENS - 5])),
             magnitude_O=torch.rand(NUM_OUT, generator=generator) if dora else None,
         )
         if layer.adapter.norm_O is not None:
@@ -161,7 +161,7 @@ def test_dropout_is_off_in_eval_mode_and_without_keys() -> None:
     layer.eval()
     assert torch.equal(layer(x_TI), without)
     layer.train()
-    layer.adapter.keys.row_keys_T = None
+    layer.adapter.of_tokens.row_keys_T = None
     assert torch.equal(layer(x_TI), without)
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_trainer.model.lora_adapter import DropoutKeys, LoraAdapter
+from qlora_trainer.model.lora_adapter import LoraAdapter, OfTokens
 from qlora_trainer.model.random_draws import dropout_factors, key32, mix32, token_keys
 from qlora_trainer.step.batch import make_micro_batch
 from qlora_trainer.step.document import Document
@@ -126,14 +126,14 @@ def test_a_token_has_its_own_key_wherever_its_document_lies() -> None:
         assert not bool((other == together)[:9].any())
 
 
-def make_adapter(keys: DropoutKeys, layer_key: int, dropout: float = 0.3) -> LoraAdapter:
+def make_adapter(keys: OfTokens, layer_key: int, dropout: float = 0.3) -> LoraAdapter:
     return LoraAdapter(
-        torch.zeros(2, 32), torch.zeros(8, 2), scale=1.0, dropout=dropout, layer_key=layer_key, keys=keys
+        torch.zeros(2, 32), torch.zeros(8, 2), scale=1.0, dropout=dropout, layer_key=layer_key, of_tokens=keys
     )
 
 
 def test_an_adapter_draws_by_token_and_layer_and_the_same_each_time() -> None:
-    keys = DropoutKeys(row_keys(10))
+    keys = OfTokens(row_keys(10))
     first, second = make_adapter(keys, 1), make_adapter(keys, 2)
     drawn = first.draw_dropout(10, torch.float32)
     torch.manual_seed(5)  # no generator has a part in it
@@ -152,13 +152,13 @@ def test_an_adapter_draws_by_token_and_layer_and_the_same_each_time() -> None:
 
 
 def test_no_dropout_is_drawn_where_there_should_be_none() -> None:
-    keys = DropoutKeys(row_keys(10))
+    keys = OfTokens(row_keys(10))
 
     assert make_adapter(keys, 1, dropout=0.0).draw_dropout(10, torch.float32) is None
-    assert make_adapter(DropoutKeys(), 1).draw_dropout(10, torch.float32) is None
+    assert make_adapter(OfTokens(), 1).draw_dropout(10, torch.float32) is None
     assert make_adapter(keys, 1).eval().draw_dropout(10, torch.float32) is None
 
 
 def test_keys_of_another_batch_are_refused() -> None:
     with pytest.raises(ValueError, match="10 dropout keys for 11 tokens"):
-        make_adapter(DropoutKeys(row_keys(10)), 1).draw_dropout(11, torch.float32)
+        make_adapter(OfTokens(row_keys(10)), 1).draw_dropout(11, torch.float32)

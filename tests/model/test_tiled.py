@@ -225,7 +225,7 @@ def test_a_tile_that_fails_leaves_nothing_behind(prepared: Prepare, monkeypatch:
     with pytest.raises(MemoryError, match="planted") as raised:
         step_of(model, 8, dropout=0.3)
     assert all(linear.unpacked is None for linear in model.linears.values())
-    assert model.dropout_keys.tokens is None
+    assert model.of_tokens.tokens is None
     del raised
     require_same(step_of(model, 8, dropout=0.3), expected)
 

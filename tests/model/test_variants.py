@@ -93,7 +93,7 @@ class OurDropout(nn.Module):
         self._adapter = [adapter]  # no module of this one
 
     def forward(self, x: Tensor) -> Tensor:
-        keys = self._adapter[0].keys.row_keys_T
+        keys = self._adapter[0].of_tokens.row_keys_T
         factors = self._adapter[0].draw_dropout(0 if keys is None else keys.numel(), x.dtype)
         return x if factors is None else x * factors[: x.shape[-2]]
 

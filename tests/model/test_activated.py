@@ -1,0 +1,277 @@
+"""Activated LoRA: where it works, and PEFT's logits and gradients, in both directions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.lora.variants import calculate_alora_offsets
+from torch import Tensor
+
+from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.activated import active_tokens
+from qlora_trainer.model.activation_policy import tile_layers
+from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.adapters import attach_adapters
+from qlora_trainer.model.base import Base
+from qlora_trainer.model.lora_settings import LoraSettings
+from qlora_trainer.model.nf4_cache import NF4Cache
+from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.trained_tables import base_tables_of
+from qlora_trainer.run.answer import generating
+from qlora_trainer.run.export import export_adapter
+from qlora_trainer.run.invocations import has_invocation
+from qlora_trainer.step.document import IGNORE_INDEX, Document
+from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, moved_by_peft
+from tests.model.tiny_bases import CONFIGS
+from tests.model.tiny_models import (
+    load_for_training,
+    our_step,
+    packed_logits,
+    prepare_apart,
+    random_adapter,
+    relative_error,
+    tiny_documents,
+)
+
+INVOCATION = (7, 9, 7)
+TOLERANCE = 1e-5
+Prepared = dict[str, tuple[Base, NF4Cache]]
+
+
+def with_invocations(document: Document, *places: int) -> Document:
+    ids_T = document.input_ids_T.copy()
+    ids_T[(ids_T == 7) | (ids_T == 9)] = 11
+    for place in places:
+        ids_T[place : place + len(INVOCATION)] = INVOCATION
+    return Document(document.index, ids_T, np.where(document.labels_T == IGNORE_INDEX, document.labels_T, ids_T))
+
+
+# Once, twice (the last counts), overlapping itself, never, and at the very end.
+PLACES = ((9,), (4, 15), (10, 12), (), (18,))
+DOCUMENTS = [
+    with_invocations(document, *places)
+    for document, places in zip(tiny_documents(33, 29, 24, 12, 21), PLACES, strict=True)
+]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in ("llama", "qwen3", "gemma2")}
+
+
+def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
+    return read_adapter_folder(folder, linear_names=list(model.linears), tables=base_tables_of(model))
+
+
+def peft_logits(wrapped: Any, document: Document) -> Tensor:
+    """With the offsets that PEFT's own hook finds."""
+    ids_BT = torch.from_numpy(document.input_ids_T).long().unsqueeze(0)
+    offsets = calculate_alora_offsets(wrapped.peft_config, "default", ids_BT)
+    found: Tensor = wrapped(input_ids=ids_BT, use_cache=False, alora_offsets=offsets).logits[0].float()
+    return found
+
+
+def peft_gradients(wrapped: Any) -> dict[str, Tensor]:
+    num_supervised_tokens = sum(document.num_supervised_tokens for document in DOCUMENTS)
+    for document in DOCUMENTS:
+        loss = torch.nn.functional.cross_entropy(
+            peft_logits(wrapped, document)[:-1],
+            torch.from_numpy(document.labels_T).long()[1:],
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+        )
+        (loss / num_supervised_tokens).backward()
+    return {name: own.grad for name, own in adapter_parameters(wrapped).items() if own.grad is not None}
+
+
+def all_peft_logits(wrapped: Any) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([peft_logits(wrapped, document) for document in DOCUMENTS])
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("qwen3", {"target_modules": "all-linear", "use_rslora": True}),
+    ("gemma2", {"target_modules": "all-linear"}),
+    ("llama", {"modules_to_save": ["norm", "lm_head"], "rank_pattern": {"q_proj": 2}}),  # which work at every token
+]
+
+
+@pytest.mark.parametrize("name, fields", CASES, ids=str)
+def test_logits_and_gradients_are_those_of_peft(
+    name: str, fields: dict[str, Any], prepared: Prepared, tmp_path: Path
+) -> None:
+    """Mutations tried: the first occurrence; of the row, not of the document; B's gradient at every token."""
+    base, cache = prepared[name]
+    wrapped = moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION), **fields)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = load_for_training(base, cache)
+    adapter = read(tmp_path / "adapter", model)
+    assert adapter.settings.invocation_tokens == INVOCATION
+    expected = peft_gradients(wrapped)
+    found = our_step(model, adapter.settings, adapter.weights, DOCUMENTS)
+    assert found.gradients.keys() == expected.keys()
+    for key, gradient in expected.items():
+        assert relative_error(found.gradients[key], gradient) <= TOLERANCE, key
+    loaded = load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "adapter")
+    theirs_TV = all_peft_logits(loaded)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+    always = replace(adapter.settings, invocation_tokens=())
+    attach_adapters(model, always, adapter.weights, dtype=torch.float32)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) > 1e-2
+
+
+def test_peft_reads_ours_and_gives_our_logits(prepared: Prepared, tmp_path: Path) -> None:
+    base, cache = prepared["qwen3"]
+    model = load_for_training(base, cache)
+    settings = replace(some_settings(), targets=tuple(model.linears)[:5])
+    weights = random_adapter(model, settings, b_size=0.1)
+    attach_adapters(model, settings, weights, dtype=torch.float32)
+    export_adapter(
+        tmp_path / "ours",
+        weights,
+        settings,
+        linear_names=list(model.linears),
+        base_name=str(base.folder),
+        revision=None,
+    )
+    theirs_TV = all_peft_logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "ours"))
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
+    assert read(tmp_path / "ours", model).settings == settings
+
+
+def some_settings() -> LoraSettings:
+    targets = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
+    return LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=targets, invocation_tokens=INVOCATION)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_tiles_add_the_same_gradients_up(dropout: float, prepared: Prepared) -> None:
+    base, cache = prepared["llama"]
+    found = {}
+    for tile_tokens in (0, 16):
+        model = load_for_training(base, cache)
+        settings = replace(some_settings(), dropout=dropout, targets=tuple(model.linears))
+        tile_layers(model, tile_tokens)
+        weights = random_adapter(model, settings, b_size=0.1)
+        found[tile_tokens] = our_step(model, settings, weights, DOCUMENTS).gradients
+    assert all(relative_error(found[16][name], found[0][name]) <= TOLERANCE for name in found[0])
+
+
+def test_before_it_works_everything_is_the_bases_to_the_bit(prepared: Prepared) -> None:
+    base, cache = prepared["llama"]
+    model = load_for_training(base, cache)
+    model.module.eval()
+    before_TV = packed_logits(model, DOCUMENTS[:1])
+    settings = replace(some_settings(), targets=tuple(model.linears))
+    attach_adapters(model, settings, random_adapter(model, settings, b_size=0.3), dtype=torch.float32)
+    after_TV = packed_logits(model, DOCUMENTS[:1])
+    first = PLACES[0][0]
+    assert torch.equal(before_TV[:first], after_TV[:first])
+    assert all(not torch.equal(before_TV[place], after_TV[place]) for place in range(first, 33))
+
+
+def test_each_adapter_of_a_set_begins_where_it_does(prepared: Prepared) -> None:
+    base, cache = prepared["llama"]
+    model = load_for_training(base, cache)
+    model.module.eval()
+    adapters = AdapterSet(model)
+    fresh_TV: dict[str | None, Tensor] = {None: packed_logits(model, DOCUMENTS)}
+    asked: list[tuple[str, tuple[int, ...]]] = [("plain", ()), ("activated", INVOCATION), ("others", (11,))]
+    for name, tokens in asked:
+        settings = replace(some_settings(), invocation_tokens=tokens)
+        weights = random_adapter(model, settings, b_size=0.3)
+        adapters.add(name, AdapterFolder("base", None, settings, weights))
+        own = load_for_training(base, cache)
+        own.module.eval()
+        attach_adapters(own, settings, weights, dtype=torch.float32)
+        fresh_TV[name] = packed_logits(own, DOCUMENTS)
+    for active in ("activated", "plain", "others", "activated", None, "plain"):
+        adapters.activate(active)
+        assert torch.equal(packed_logits(model, DOCUMENTS), fresh_TV[active])
+    every = list(fresh_TV.values())
+    assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
+
+
+def test_answers_go_on_as_their_prompts_ended(prepared: Prepared, tmp_path: Path) -> None:
+    """Token by token PEFT's, of prompts of different lengths at once, with and without an invocation."""
+    base, cache = prepared["llama"]
+    wrapped = moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION), target_modules="all-linear")
+    wrapped.save_pretrained(tmp_path / "adapter")
+    model = load_for_training(base, cache)
+    adapter = read(tmp_path / "adapter", model)
+    attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
+    prompts = [DOCUMENTS[0].input_ids_T.tolist(), DOCUMENTS[3].input_ids_T.tolist(), DOCUMENTS[2].input_ids_T.tolist()]
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (longest - len(own)) + own for own in prompts])
+    mask_BT = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+    asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+    generate: Any = model.module.generate
+    with generating(model, 0):
+        ours_BT = generate(input_ids=ids_BT, attention_mask=mask_BT, **asked)
+        alone_BT = generate(input_ids=ids_BT[:1], attention_mask=mask_BT[:1], **asked)
+    assert model.of_tokens.active_T1 is None
+    wrapped.eval()
+    with torch.no_grad():
+        theirs_BT = wrapped.generate(input_ids=ids_BT, attention_mask=mask_BT, **asked)
+    assert torch.equal(ours_BT, theirs_BT)
+    assert torch.equal(alone_BT, ours_BT[:1, : alone_BT.shape[1]])
+    attach_adapters(model, replace(adapter.settings, invocation_tokens=()), adapter.weights, dtype=torch.float32)
+    with generating(model, 0):
+        assert not torch.equal(generate(input_ids=ids_BT, attention_mask=mask_BT, **asked), ours_BT)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    invocation=st.lists(st.integers(0, 2), min_size=1, max_size=3),
+    seed=st.integers(0, 10_000),
+)
+def test_the_last_occurrence_in_a_document_counts(lengths: Sequence[int], invocation: Sequence[int], seed: int) -> None:
+    """Against PEFT's search, document by document, in two rows."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = sum(lengths)
+    ids_BT = torch.randint(0, 3, (2, num_tokens), generator=generator)
+    positions_BT = torch.cat([torch.arange(length) for length in lengths]).expand(2, num_tokens)
+    config = {"default": peft.LoraConfig(alora_invocation_tokens=list(invocation), task_type="CAUSAL_LM")}
+    expected = []
+    for row_T in ids_BT:
+        for document_T in row_T.split(list(lengths)):
+            (offset,) = calculate_alora_offsets(config, "default", document_T.unsqueeze(0))  # type: ignore[arg-type]
+            is_active_T = torch.arange(len(document_T)) >= len(document_T) - (offset or 0)
+            expected.append(is_active_T)
+            assert has_invocation(document_T.numpy().astype(np.int32), invocation) == bool(offset)
+    found_BT = active_tokens(ids_BT, positions_BT, lengths, invocation)
+    assert torch.equal(found_BT.flatten(), torch.cat(expected))
+
+
+@pytest.mark.parametrize(
+    "changes, found",
+    [
+        ({"use_dora": True}, "alora_invocation_tokens and use_dora"),
+        ({"lora_bias": True}, "alora_invocation_tokens and lora_bias"),
+        ({"init_lora_weights": "pissa"}, "alora_invocation_tokens and a variant of LoRA"),
+        ({"alora_invocation_tokens": "a"}, "alora_invocation_tokens = 'a'"),
+        ({"alora_invocation_tokens": [-1]}, r"alora_invocation_tokens = \[-1\]"),
+    ],
+    ids=str,
+)
+def test_what_is_not_computed_token_by_token_is_refused_beside_it(
+    changes: dict[str, Any], found: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    base, cache = prepared["llama"]
+    moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION)).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ConfigError, match=found):
+        read(tmp_path / "adapter", load_for_training(base, cache))
