@@ -19,27 +19,26 @@ from torch import Tensor
 from qlora_trainer.model.lora_adapter import OfTokens
 
 
-def active_tokens(
-    input_ids_BT: Tensor, position_ids_BT: Tensor, document_lengths: Sequence[int], invocation: Sequence[int]
-) -> Tensor:
+def active_tokens(input_ids_BT: Tensor, position_ids_BT: Tensor, invocation: Sequence[int]) -> Tensor:
     """Which tokens the adapter is active at, bool [B, T].
 
     Args:
         input_ids_BT: int64.
-        position_ids_BT: int64; they restart at 0 in each document.
-        document_lengths: lengths that cut each row of T tokens into documents.
+        position_ids_BT: int64; they restart at 0 in each document, and go on by 1.
         invocation: K tokens, at least one.
     """
     begins_BT = _occurrences(input_ids_BT, position_ids_BT, invocation)
-    lengths = torch.tensor(list(document_lengths), dtype=torch.int64)
-    ends_T = torch.repeat_interleave(lengths.cumsum(0), lengths)  # on the host, which knows the lengths
-    first_T, last_T = (
-        (own_T).to(input_ids_BT.device) for own_T in (ends_T - lengths.repeat_interleave(lengths), ends_T - 1)
-    )
+    num_tokens = begins_BT.shape[1]
+    place_BT = torch.arange(num_tokens, device=begins_BT.device).expand_as(begins_BT)
+    first_BT = place_BT - position_ids_BT
+    # The place of the next document's first token, looked for from behind.
+    next_BT = torch.full_like(place_BT, num_tokens)
+    next_BT[:, :-1] = torch.where(position_ids_BT[:, 1:] == 0, place_BT[:, 1:], num_tokens)
+    last_BT = next_BT.flip(1).cummin(1).values.flip(1) - 1
     so_far_BT = begins_BT.cumsum(1)
-    before_BT = so_far_BT[:, first_T] - begins_BT[:, first_T].long()
+    before_BT = so_far_BT.gather(1, first_BT) - begins_BT.gather(1, first_BT).long()
     # None begins later, and one has begun.
-    return (so_far_BT == so_far_BT[:, last_T]) & (so_far_BT > before_BT)
+    return (so_far_BT == so_far_BT.gather(1, last_BT)) & (so_far_BT > before_BT)
 
 
 def _occurrences(input_ids_BT: Tensor, position_ids_BT: Tensor, invocation: Sequence[int]) -> Tensor:
@@ -53,17 +52,11 @@ def _occurrences(input_ids_BT: Tensor, position_ids_BT: Tensor, invocation: Sequ
     return found_BT
 
 
-def set_active_tokens(
-    of_tokens: OfTokens,
-    input_ids_BT: Tensor,
-    position_ids_BT: Tensor,
-    document_lengths: Sequence[int],
-    device: torch.device,
-) -> None:
+def set_active_tokens(of_tokens: OfTokens, input_ids_BT: Tensor, position_ids_BT: Tensor, device: torch.device) -> None:
     """Before these tokens go through the linears."""
     of_tokens.active_T1 = None
     if of_tokens.invocation:
-        active_BT = active_tokens(input_ids_BT, position_ids_BT, document_lengths, of_tokens.invocation)
+        active_BT = active_tokens(input_ids_BT, position_ids_BT.to(input_ids_BT.device), of_tokens.invocation)
         of_tokens.active_T1 = active_BT.to(device).flatten().unsqueeze(1)
 
 
@@ -85,7 +78,7 @@ def activating(module: Any, of_tokens: OfTokens) -> Iterator[None]:
             of_tokens.active_T1 = last_B1.repeat_interleave(num_tokens, dim=1).reshape(-1, 1)
             return
         positions_BT = torch.arange(num_tokens, device=input_ids_BT.device).expand_as(input_ids_BT)
-        set_active_tokens(of_tokens, input_ids_BT, positions_BT, [num_tokens], input_ids_BT.device)
+        set_active_tokens(of_tokens, input_ids_BT, positions_BT, input_ids_BT.device)
 
     if not of_tokens.invocation:
         yield

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora_trainer.model.trained_norm import TrainedNorm
+from qlora_trainer.model.trainable_norm import TrainableNorm
 
 
 class FinalNorm(nn.Module):
@@ -31,14 +31,15 @@ class FinalNorm(nn.Module):
         super().__init__()
         for name, parameter in norm.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        self.__dict__["_norm"] = norm  # not as a module: its parameters would have two names
+        # Not as a module: its parameters would have two names.
+        self.__dict__["_norm"] = norm if isinstance(norm, TrainableNorm) else TrainableNorm(norm)
         self.is_deferred = False
         self.tile_tokens = 0
 
     @property
-    def norm(self) -> nn.Module:
+    def norm(self) -> TrainableNorm:
         """What it stands for."""
-        own: nn.Module = self.__dict__["_norm"]
+        own: TrainableNorm = self.__dict__["_norm"]
         return own
 
     @property
@@ -46,18 +47,10 @@ class FinalNorm(nn.Module):
         """Weight and bias [H], as far as they are trained."""
         return tuple(own for own in self.parameters() if own.requires_grad)
 
-    def take_any_dtype(self) -> None:
-        """From now on, for weight and bias: they are rounded to that of what is normed."""
-        if not isinstance(self.norm, TrainedNorm):
-            self.__dict__["_norm"] = TrainedNorm(self.norm)
-
     def hold(self, leaf: str, parameter_H: nn.Parameter) -> None:
         """Take another "weight" or "bias" in the place of the one that is there."""
         self.register_parameter(leaf, parameter_H)
-        if isinstance(self.norm, TrainedNorm):
-            self.norm.hold(leaf, parameter_H)
-        else:
-            self.norm.register_parameter(leaf, parameter_H)
+        self.norm.hold(leaf, parameter_H)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""

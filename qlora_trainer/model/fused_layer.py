@@ -19,7 +19,6 @@ from qlora_trainer.model.fused_halves import AttentionHalf, MlpHalf, Norm, atten
 from qlora_trainer.model.row_ops import GELU, GELU_TANH, SILU
 from qlora_trainer.model.tiled import TiledMlp, is_token_wise, tiled_mlp_half
 from qlora_trainer.model.tiled_attention import tiled_attention_half
-from qlora_trainer.model.trained_norm import TrainedNorm
 
 # Class of a layer -> what its norms add to their weights.
 NORM_OFFSETS = {
@@ -110,11 +109,9 @@ class FusedLayer(GradientCheckpointingLayer):
         return MlpHalf(norm, own.gate_proj, own.up_proj, own.down_proj, self._activation)
 
     def _norm(self, norm: Any, dtype: torch.dtype) -> Norm:
-        plain: Any = norm.norm if isinstance(norm, TrainedNorm) else norm
+        plain = norm.norm  # of a `TrainableNorm`
         eps = plain.variance_epsilon if hasattr(plain, "variance_epsilon") else plain.eps
-        if not norm.weight.requires_grad:
-            return Norm(norm.weight, eps, self._norm_offset)
-        return Norm(norm.weight.detach().to(dtype), eps, self._norm_offset, norm.weight)
+        return Norm(norm.weight.detach().to(dtype), eps, self._norm_offset, norm.trained_weight)
 
 
 def fuse_layers(module: PreTrainedModel) -> None:

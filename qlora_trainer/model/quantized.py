@@ -5,7 +5,7 @@ Legend: B rows, T tokens a row, H hidden size, N positions, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,7 +23,7 @@ from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_adapter import OfTokens
 from qlora_trainer.model.nf4 import NF4Weight
 from qlora_trainer.model.skeleton import Parts, find_parts
-from qlora_trainer.model.trained_norm import norm_names
+from qlora_trainer.model.trainable_norm import TrainableNorm, take_over_norms
 
 
 class DenseSource(Protocol):
@@ -111,7 +111,7 @@ class QuantizedModel:
     of_tokens: OfTokens
     resident_limit: ResidentLimit
     final_norm: FinalNorm | None = None
-    norms: dict[str, nn.Module] = field(default_factory=dict)
+    norms: Mapping[str, TrainableNorm | FinalNorm] = field(default_factory=dict)
 
 
 def assemble(
@@ -155,6 +155,7 @@ def assemble(
         resident_limit=resident_limit,
         packed_head=_packed_head(parts, weights, device, levers) if levers.nf4_head else None,
     )
+    norms = take_over_norms(module)
     fuse_layers(module)
     make_tileable(module)
     final_norm = replace_final_norm(module)
@@ -168,7 +169,10 @@ def assemble(
         OfTokens(),
         resident_limit,
         final_norm,
-        {name: module.get_submodule(name) for name in norm_names(module.named_modules())},
+        {
+            name: final_norm if final_norm is not None and final_norm.norm is norm else norm
+            for name, norm in norms.items()
+        },
     )
 
 
@@ -243,7 +247,7 @@ def hidden_states(
         document_lengths: lengths that cut each row of T tokens into documents.
     """
     if isinstance(model, QuantizedModel):
-        set_active_tokens(model.of_tokens, input_ids_BT, position_ids_BT, document_lengths, model.device)
+        set_active_tokens(model.of_tokens, input_ids_BT, position_ids_BT, model.device)
     out = model.module.base_model(
         input_ids=input_ids_BT,
         position_ids=position_ids_BT,

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.hardware.memory import is_out_of_memory
 from qlora_trainer.model.attention import IMPLEMENTATION
-from qlora_trainer.model.trained_norm import norm_names
+from qlora_trainer.model.trainable_norm import norm_names
 
 # What transformers raises for a model that its own classes cannot build or run from a config.
 TRANSFORMERS_ERRORS = (

@@ -21,7 +21,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import CausalModel, QuantizedModel
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import require_updates_fit, update_table_
-from qlora_trainer.model.trained_norm import norm_names
+from qlora_trainer.model.trainable_norm import TrainableNorm, norm_names
 
 Table = FrozenEmbedding | FrozenHead
 _LEAVES = ("weight", "bias")
@@ -168,7 +168,7 @@ def put_tensors(model: CausalModel, tensors: Mapping[tuple[str, str], Tensor]) -
         part = model.module.get_submodule(name)
         if getattr(part, leaf) is tensor:
             continue
-        if isinstance(part, FinalNorm) and isinstance(tensor, nn.Parameter):
+        if isinstance(part, TrainableNorm | FinalNorm) and isinstance(tensor, nn.Parameter):
             part.hold(leaf, tensor)
         else:
             setattr(part, leaf, tensor)

@@ -23,9 +23,10 @@ from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.linear import NF4Linear
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_norm import TrainedNorm, is_norm
+from qlora_trainer.model.trainable_norm import TrainableNorm, is_norm
 
 _LEAVES = ("weight", "bias")
+_Holder = NF4Linear | TrainableNorm | FinalNorm
 
 
 def biased_modules(model: QuantizedModel) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def train_vectors(model: QuantizedModel, settings: LoraSettings, weights: Mappin
             del part.bias
             part.register_parameter("bias", parameter)
         else:
-            _trainable(model, name).hold(leaf, parameter)
+            part.hold(leaf, parameter)
 
 
 def vector_parameters(model: QuantizedModel) -> dict[str, nn.Parameter]:
@@ -111,7 +112,7 @@ def held_vectors(
     return held
 
 
-def _chosen(model: QuantizedModel, settings: LoraSettings) -> Iterator[tuple[str, str, nn.Module]]:
+def _chosen(model: QuantizedModel, settings: LoraSettings) -> Iterator[tuple[str, str, _Holder]]:
     """Module, leaf and the module itself, of all that is trained and there."""
     holders = _holders(model)
     for name in settings.biases:
@@ -124,20 +125,8 @@ def _chosen(model: QuantizedModel, settings: LoraSettings) -> Iterator[tuple[str
                     yield name, leaf, holders[name]
 
 
-def _holders(model: QuantizedModel) -> dict[str, nn.Module]:
+def _holders(model: QuantizedModel) -> dict[str, _Holder]:
     return {**model.linears, **model.norms}
-
-
-def _trainable(model: QuantizedModel, name: str) -> TrainedNorm | FinalNorm:
-    """The norm of that name, which from now on takes parameters of another dtype than what it norms."""
-    part = model.norms[name]
-    if isinstance(part, FinalNorm):
-        part.take_any_dtype()
-    elif not isinstance(part, TrainedNorm):
-        part = TrainedNorm(part)
-        model.module.set_submodule(name, part)
-        model.norms[name] = part
-    return part
 
 
 def _has(part: nn.Module, leaf: str) -> bool:

@@ -222,7 +222,6 @@ def test_answers_go_on_as_their_prompts_ended(prepared: Prepared, tmp_path: Path
         ours_BT = generate(input_ids=ids_BT, attention_mask=mask_BT, **asked)
         alone_BT = generate(input_ids=ids_BT[:1], attention_mask=mask_BT[:1], **asked)
     assert model.of_tokens.active_T1 is None
-    wrapped.eval()
     with torch.no_grad():
         theirs_BT = wrapped.generate(input_ids=ids_BT, attention_mask=mask_BT, **asked)
     assert torch.equal(ours_BT, theirs_BT)
@@ -251,7 +250,7 @@ def test_the_last_occurrence_in_a_document_counts(lengths: Sequence[int], invoca
             is_active_T = torch.arange(len(document_T)) >= len(document_T) - (offset or 0)
             expected.append(is_active_T)
             assert has_invocation(document_T.numpy().astype(np.int32), invocation) == bool(offset)
-    found_BT = active_tokens(ids_BT, positions_BT, lengths, invocation)
+    found_BT = active_tokens(ids_BT, positions_BT, invocation)
     assert torch.equal(found_BT.flatten(), torch.cat(expected))
 
 

@@ -204,7 +204,7 @@ def _plain_folder(folder: Path, **changes: object) -> Path:
     [
         ("bias", "some"),
         ("layer_replication", [[0, 1, 2]]),
-        ("alora_invocation_tokens", [1, 2]),
+        ("alora_invocation_tokens", 1),
         ("arrow_config", {"top_k": 3}),
         ("kasa_config", True),
         ("monteclora_config", [8]),

@@ -27,7 +27,10 @@ from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import load_for_training, prepare_apart, relative_error, tiny_documents
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:Using Rank-Stabilized LoRA", "ignore:PiSSA changes the base weights", "ignore:`lora_bias=True` was passed"
+    "ignore:Using Rank-Stabilized LoRA",
+    "ignore:PiSSA changes the base weights",
+    "ignore:`lora_bias=True` was passed",
+    "ignore:Adapter .* LoRA tensor.*invalid shape",
 )
 DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5

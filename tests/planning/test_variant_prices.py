@@ -39,6 +39,9 @@ VARIANTS = {
     "head alone": ["lora.target_modules=[]", "lora.modules_to_save=[lm_head]"],
     "biases of norms": ["lora.bias=all", "lora.target_modules=[q_proj]", "lora.layers_to_transform=[4]"],
     "biases alone": ["lora.bias=all", "lora.target_modules=[]"],
+    "norms": ["lora.modules_to_save=[input_layernorm, q_norm, norm]", "lora.layers_to_transform=[2]"],
+    "a norm alone": ["lora.modules_to_save=[layers.3.post_attention_layernorm]", "lora.target_modules=[]"],
+    "activated": ["lora.alora_invocation_tokens=[5, 6]", "lora.target_modules=[q_proj, up_proj]"],
 }
 
 
@@ -46,6 +49,7 @@ VARIANTS = {
 def planners() -> Callable[[str, str], Planner]:
     """One of each, traced once."""
     bases = {"biases": "llama-biases", "biases of norms": "phi", "biases alone": "phi"}
+    bases |= {"norms": "qwen3"}
     bases |= dict.fromkeys(("untied head", "untied tables"), "llama-tied")
     return cache(lambda variant, device: make_planner(bases.get(variant, "llama"), BUDGETS[device], *VARIANTS[variant]))
 

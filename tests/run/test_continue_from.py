@@ -544,7 +544,7 @@ def test_what_the_config_asks_otherwise_is_refused(
             ("lora.rank=3",),
             "lora.rank: found 3; expected 6, as .* has it \\(read as plain LoRA: PiSSA, of twice the rank\\)",
         ),
-        ({"modules_to_save": ["norm"]}, (), "modules_to_save with 'norm', which names no table"),
+        ({"modules_to_save": ["score"]}, (), "modules_to_save with 'score', which names no embedding, head or norm"),
     ],
     ids=str,
 )

@@ -1,4 +1,4 @@
-"""A norm whose weight or bias is trained: in fp32, whatever it norms.
+"""A norm whose weight or bias may be trained: in fp32 then, whatever it norms.
 
 torch's and transformers' norms compute in the dtype that their parameters make of it, and some take one dtype only.
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 
-class TrainedNorm(nn.Module):
-    """Drop-in for a norm, which computes with its parameters rounded to the dtype of what is normed.
+class TrainableNorm(nn.Module):
+    """Drop-in for a norm, which computes with its parameters in the dtype of what is normed.
 
     Args:
         norm: what it stands for, and whose parameters it has under the same names.
@@ -32,6 +32,12 @@ class TrainedNorm(nn.Module):
         own: nn.Module = self.__dict__["_norm"]
         return own
 
+    @property
+    def trained_weight(self) -> nn.Parameter | None:
+        """The weight [H] where it is trained."""
+        own_H = self._parameters["weight"]
+        return own_H if own_H is not None and own_H.requires_grad else None
+
     def hold(self, leaf: str, parameter_H: nn.Parameter) -> None:
         """Take another "weight" or "bias" in the place of the one that is there."""
         for part in (self, self.norm):
@@ -39,9 +45,20 @@ class TrainedNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., H] in the same dtype."""
+        if all(own_H.dtype == hidden.dtype for own_H in self._parameters.values() if own_H is not None):
+            same: Tensor = self.norm(hidden)
+            return same
         rounded = {name: own_H.to(hidden.dtype) for name, own_H in self.named_parameters()}
         normed: Tensor = functional_call(self.norm, rounded, (hidden,))
         return normed
+
+
+def take_over_norms(module: nn.Module) -> dict[str, TrainableNorm]:
+    """Put a `TrainableNorm` in the place of every norm that has a weight, its parameters in place; by name."""
+    found = {name: TrainableNorm(module.get_submodule(name)) for name in norm_names(module.named_modules())}
+    for name, norm in found.items():
+        module.set_submodule(name, norm)
+    return found
 
 
 def norm_names(modules: Iterable[tuple[str, nn.Module]]) -> tuple[str, ...]:
