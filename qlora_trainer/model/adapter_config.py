@@ -12,7 +12,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fields import require_plain_lora
-from qlora_trainer.model.adapter_variants import of_more_rank, require_activated, require_variant, variant_of
+from qlora_trainer.model.adapter_variants import of_more_rank, require_variant, variant_of
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,
@@ -119,7 +119,6 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     require_variant(path, fields)
     _check_variants(path, fields)
     _check_token_ids(path, fields.get("trainable_token_indices"))
-    require_activated(path, fields)
     _check_excluded(path, fields.get("exclude_modules"))
     if isinstance(targets, str):
         require_expressions([targets], where=f"{path}, target_modules")

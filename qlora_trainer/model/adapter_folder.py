@@ -21,6 +21,7 @@ from qlora_trainer.model.adapter_variants import (
     Variant,
     as_target_modules,
     of_fewer_ranks,
+    require_activated,
     require_named,
     taken_start,
     variant_of,
@@ -112,7 +113,9 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     if fields.get("target_parameters"):
         require_named(folder / ADAPTER_CONFIG_FILE, fields, modules)
         fields = as_target_modules(fields, modules)
-    return with_whole_linears(fields, *trained_whole(shapes), modules)
+    fields = with_whole_linears(fields, *trained_whole(shapes), modules)
+    require_activated(folder / ADAPTER_CONFIG_FILE, fields)
+    return fields
 
 
 def has_only_lora_in_layers(folder: Path) -> bool:

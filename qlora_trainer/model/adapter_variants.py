@@ -309,7 +309,8 @@ def require_activated(path: Path, fields: Mapping[str, Any]) -> None:
         raise _wrong(path, "alora_invocation_tokens", fields, "numbers of tokens")
     variant = variant_of(fields)
     beside = [name for name in ("use_dora", "lora_bias") if fields.get(name)]
-    beside += ["a variant of LoRA" for _ in (1,) if variant is not None]
+    if variant is not None:
+        beside.append("linears that were trained whole" if variant.whole else "a variant of LoRA")
     if tokens and beside:
         raise ConfigError(
             where=str(path),

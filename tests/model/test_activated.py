@@ -15,12 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import calculate_alora_offsets
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activated import active_tokens
 from qlora_trainer.model.activation_policy import tile_layers
-from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
 from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.base import Base
@@ -273,4 +274,14 @@ def test_what_is_not_computed_token_by_token_is_refused_beside_it(
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=found):
+        read(tmp_path / "adapter", load_for_training(base, cache))
+
+
+def test_a_linear_that_is_whole_works_at_every_token(prepared: Prepared, tmp_path: Path) -> None:
+    """As LoRA it would not: refused."""
+    base, cache = prepared["llama"]
+    moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION)).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / WEIGHTS_FILE
+    save_file(load_file(path) | {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)}, path)
+    with pytest.raises(ConfigError, match="alora_invocation_tokens and linears that were trained whole"):
         read(tmp_path / "adapter", load_for_training(base, cache))
