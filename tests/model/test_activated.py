@@ -21,25 +21,19 @@ from torch import Tensor
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activated import active_tokens
 from qlora_trainer.model.activation_policy import tile_layers
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
-from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE
 from qlora_trainer.model.adapters import attach_adapters
-from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.model.nf4_cache import NF4Cache
-from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.run.answer import generating
 from qlora_trainer.run.export import export_adapter
 from qlora_trainer.run.invocations import has_invocation
 from qlora_trainer.step.document import IGNORE_INDEX, Document
+from tests.model.adapters_in_use import Prepared, prepared_apart, read_for, require_fresh_after_swaps
 from tests.model.peft_oracle import adapter_parameters, load_adapter, load_oracle, moved_by_peft
-from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import (
     load_for_training,
     our_step,
     packed_logits,
-    prepare_apart,
     random_adapter,
     relative_error,
     tiny_documents,
@@ -47,7 +41,6 @@ from tests.model.tiny_models import (
 
 INVOCATION = (7, 9, 7)
 TOLERANCE = 1e-5
-Prepared = dict[str, tuple[Base, NF4Cache]]
 
 
 def with_invocations(document: Document, *places: int) -> Document:
@@ -68,11 +61,7 @@ DOCUMENTS = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in ("llama", "qwen3", "gemma2")}
-
-
-def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
-    return read_adapter_folder(folder, linear_names=list(model.linears), tables=base_tables_of(model))
+    return prepared_apart(tmp_path_factory, ("llama", "qwen3", "gemma2"))
 
 
 def peft_logits(wrapped: Any, document: Document) -> Tensor:
@@ -118,7 +107,7 @@ def test_logits_and_gradients_are_those_of_peft(
     wrapped = moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION), **fields)
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     assert adapter.settings.invocation_tokens == INVOCATION
     expected = peft_gradients(wrapped)
     found = our_step(model, adapter.settings, adapter.weights, DOCUMENTS)
@@ -149,7 +138,7 @@ def test_peft_reads_ours_and_gives_our_logits(prepared: Prepared, tmp_path: Path
     )
     theirs_TV = all_peft_logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "ours"))
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
-    assert read(tmp_path / "ours", model).settings == settings
+    assert read_for(tmp_path / "ours", model).settings == settings
 
 
 def some_settings() -> LoraSettings:
@@ -184,25 +173,9 @@ def test_before_it_works_everything_is_the_bases_to_the_bit(prepared: Prepared) 
 
 
 def test_each_adapter_of_a_set_begins_where_it_does(prepared: Prepared) -> None:
-    base, cache = prepared["llama"]
-    model = load_for_training(base, cache)
-    model.module.eval()
-    adapters = AdapterSet(model)
-    fresh_TV: dict[str | None, Tensor] = {None: packed_logits(model, DOCUMENTS)}
-    asked: list[tuple[str, tuple[int, ...]]] = [("plain", ()), ("activated", INVOCATION), ("others", (11,))]
-    for name, tokens in asked:
-        settings = replace(some_settings(), invocation_tokens=tokens)
-        weights = random_adapter(model, settings, b_size=0.3)
-        adapters.add(name, AdapterFolder("base", None, settings, weights))
-        own = load_for_training(base, cache)
-        own.module.eval()
-        attach_adapters(own, settings, weights, dtype=torch.float32)
-        fresh_TV[name] = packed_logits(own, DOCUMENTS)
-    for active in ("activated", "plain", "others", "activated", None, "plain"):
-        adapters.activate(active)
-        assert torch.equal(packed_logits(model, DOCUMENTS), fresh_TV[active])
-    every = list(fresh_TV.values())
-    assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
+    tokens = {"plain": (), "activated": INVOCATION, "others": (11,)}
+    settings = {name: replace(some_settings(), invocation_tokens=own) for name, own in tokens.items()}
+    require_fresh_after_swaps(*prepared["llama"], settings, DOCUMENTS)
 
 
 def test_answers_go_on_as_their_prompts_ended(prepared: Prepared, tmp_path: Path) -> None:
@@ -211,7 +184,7 @@ def test_answers_go_on_as_their_prompts_ended(prepared: Prepared, tmp_path: Path
     wrapped = moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION), target_modules="all-linear")
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
     prompts = [DOCUMENTS[0].input_ids_T.tolist(), DOCUMENTS[3].input_ids_T.tolist(), DOCUMENTS[2].input_ids_T.tolist()]
     longest = max(map(len, prompts))
@@ -274,7 +247,7 @@ def test_what_is_not_computed_token_by_token_is_refused_beside_it(
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ConfigError, match=found):
-        read(tmp_path / "adapter", load_for_training(base, cache))
+        read_for(tmp_path / "adapter", load_for_training(base, cache))
 
 
 def test_a_linear_that_is_whole_works_at_every_token(prepared: Prepared, tmp_path: Path) -> None:
@@ -284,4 +257,4 @@ def test_a_linear_that_is_whole_works_at_every_token(prepared: Prepared, tmp_pat
     path = tmp_path / "adapter" / WEIGHTS_FILE
     save_file(load_file(path) | {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)}, path)
     with pytest.raises(ConfigError, match="alora_invocation_tokens and linears that were trained whole"):
-        read(tmp_path / "adapter", load_for_training(base, cache))
+        read_for(tmp_path / "adapter", load_for_training(base, cache))

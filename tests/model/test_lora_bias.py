@@ -15,15 +15,12 @@ from torch import Tensor
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activation_policy import tile_layers
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
-from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE
 from qlora_trainer.model.adapters import attach_adapters, initial_weights
-from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
-from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.model.trained_vectors import biased_modules
 from qlora_trainer.run.export import export_adapter
+from tests.model.adapters_in_use import Prepared, prepared_apart, read_for, require_fresh_after_swaps
 from tests.model.peft_oracle import (
     PEFT_PREFIX,
     adapter_parameters,
@@ -34,13 +31,11 @@ from tests.model.peft_oracle import (
     oracle_step,
     wrap,
 )
-from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import (
     load_for_training,
     lora_settings,
     our_step,
     packed_logits,
-    prepare_apart,
     random_adapter,
     relative_error,
     tiny_documents,
@@ -50,7 +45,6 @@ from tests.model.tiny_models import (
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter 'default'", "ignore:`lora_bias=True` was passed but")
 DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5
-Prepared = dict[str, tuple[Base, NF4Cache]]
 # Fused halves without any bias; with some, of which those of the base are trained as well; layers that are not fused.
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"target_modules": ["q_proj", "o_proj", "up_proj", "down_proj"]}),
@@ -61,11 +55,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in ("llama", "qwen2", "phi")}
-
-
-def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
-    return read_adapter_folder(folder, linear_names=list(model.linears), tables=base_tables_of(model))
+    return prepared_apart(tmp_path_factory, ("llama", "qwen2", "phi"))
 
 
 def peft_logits(cache: NF4Cache, folder: Path) -> Tensor:
@@ -82,7 +72,7 @@ def test_logits_and_gradients_are_those_of_peft(
     wrapped = moved_by_peft(cache.folder, lora_bias=True, **fields)
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     assert adapter.settings.lora_bias
     expected = oracle_step(wrapped, DOCUMENTS).gradients
     for own, parameter in wrapped.named_parameters():
@@ -108,7 +98,7 @@ def test_peft_reads_ours_and_gives_our_logits(
     base, cache = prepared[name]
     moved_by_peft(cache.folder, lora_bias=True, **fields).save_pretrained(tmp_path / "theirs")
     model = load_for_training(base, cache)
-    settings = read(tmp_path / "theirs", model).settings
+    settings = read_for(tmp_path / "theirs", model).settings
     weights = random_adapter(model, settings, b_size=0.1)
     attach_adapters(model, settings, weights, dtype=torch.float32)
     export_adapter(
@@ -124,7 +114,7 @@ def test_peft_reads_ours_and_gives_our_logits(
     assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["lora_bias"] is True
     theirs_TV = peft_logits(cache, tmp_path / "ours")
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
-    again = read(tmp_path / "ours", model)
+    again = read_for(tmp_path / "ours", model)
     assert again.settings == settings
     assert all(torch.equal(again.weights[key], weights[key]) for key in weights)
 
@@ -153,26 +143,13 @@ def test_tiles_add_their_gradients_up(prepared: Prepared) -> None:
 
 
 def test_each_adapter_of_a_set_has_its_own(prepared: Prepared) -> None:
-    """To the bit those of a fresh load, beside a trained bias of the linear, and none once it is gone."""
+    """Beside a trained bias of the linear, and none once it is gone."""
     base, cache = prepared["qwen2"]
     model = load_for_training(base, cache)
-    model.module.eval()
-    fresh_TV: dict[str | None, Tensor] = {None: packed_logits(model, DOCUMENTS)}
-    adapters = AdapterSet(model)
-    for seed, name in enumerate(("plain", "of B", "both")):
-        settings = replace(lora_settings(model, ["q_proj", "o_proj"]), lora_bias=name != "plain")
-        settings = replace(settings, biases=biased_modules(model)[:2] if name == "both" else ())
-        weights = random_adapter(model, settings, b_size=0.2, seed=seed)
-        adapters.add(name.replace(" ", "-"), AdapterFolder("base", None, settings, weights))
-        own = load_for_training(base, cache)
-        own.module.eval()
-        attach_adapters(own, settings, weights, dtype=torch.float32)
-        fresh_TV[name.replace(" ", "-")] = packed_logits(own, DOCUMENTS)
-    for active in ("of-B", "plain", "both", None, "of-B", "both", "plain", None):
-        adapters.activate(active)
-        assert torch.equal(packed_logits(model, DOCUMENTS), fresh_TV[active])
-    every = list(fresh_TV.values())
-    assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
+    plain = lora_settings(model, ["q_proj", "o_proj"])
+    of_b = replace(plain, lora_bias=True)
+    both = replace(of_b, biases=biased_modules(model)[:2])
+    require_fresh_after_swaps(base, cache, {"plain": plain, "of-B": of_b, "both": both}, DOCUMENTS)
 
 
 def test_what_peft_refuses_or_passes_over_is_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -186,18 +163,18 @@ def test_what_peft_refuses_or_passes_over_is_refused(prepared: Prepared, tmp_pat
     fields = json.loads(config.read_text())
     config.write_text(json.dumps(fields | {"use_dora": True}))
     with pytest.raises(ConfigError, match=r"lora_bias and use_dora, of which PEFT's LoraConfig refuses to be both"):
-        read(tmp_path / "adapter", model)
+        read_for(tmp_path / "adapter", model)
     config.write_text(json.dumps(fields | {"lora_bias": False}))
     with pytest.raises(ConfigError, match=r"q_proj\.lora_B\.bias, and no lora_bias in adapter_config\.json"):
-        read(tmp_path / "adapter", model)
+        read_for(tmp_path / "adapter", model)
     config.write_text(json.dumps(fields))
     path = tmp_path / "adapter" / WEIGHTS_FILE
     tensors = load_file(path)
     save_file({key: own for key, own in tensors.items() if "layers.1.self_attn.q_proj.lora_B.b" not in key}, path)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     with pytest.raises(ConfigError, match=r"layers\.1\.self_attn\.q_proj\.lora_B_bias: adapter has none, base \(64,\)"):
         attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
     head = "base_model.model.lm_head.lora_B.bias"
     save_file(tensors | {head: torch.ones(128)}, path)
     with pytest.raises(ConfigError, match=r"found lora_B\.bias of lm_head; expected nothing"):
-        read(tmp_path / "adapter", model)
+        read_for(tmp_path / "adapter", model)

@@ -15,23 +15,19 @@ from torch import Tensor, nn
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activation_policy import tile_layers
 from qlora_trainer.model.adapter_biases import asked_biases
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE
 from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.adapters import attach_adapters
-from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
-from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.model.trained_vectors import biased_modules, require_trainable_biases, vector_weights
 from qlora_trainer.run.export import export_adapter
+from tests.model.adapters_in_use import Prepared, prepared_apart, read_for, require_fresh_after_swaps
 from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, moved_by_peft, oracle_step
-from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import (
     load_for_training,
     our_step,
     packed_logits,
-    prepare_apart,
     random_adapter,
     relative_error,
     tiny_documents,
@@ -39,7 +35,6 @@ from tests.model.tiny_models import (
 
 DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5
-Prepared = dict[str, tuple[Base, NF4Cache]]
 # Fused halves with a bias everywhere; q, k and v alone; and layers that are not fused.
 BASES = ("llama-biases", "qwen2", "phi", "persimmon")
 CASES: list[tuple[str, dict[str, Any]]] = [
@@ -56,12 +51,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in BASES}
-
-
-def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
-    names, tables = list(model.linears), base_tables_of(model)
-    return read_adapter_folder(folder, linear_names=names, tables=tables, may_change_base=True)
+    return prepared_apart(tmp_path_factory, BASES)
 
 
 def bias_gradients(wrapped: Any) -> dict[str, Tensor]:
@@ -82,7 +72,7 @@ def test_logits_and_gradients_are_those_of_peft(
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
     without_TV = packed_logits(model, DOCUMENTS)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     expected = oracle_step(wrapped, DOCUMENTS)
     expected_biases = bias_gradients(wrapped)
     assert {f"{own}.bias" for own in adapter.settings.biases} == expected_biases.keys()
@@ -112,7 +102,7 @@ def test_peft_reads_ours_and_gives_our_logits(
     base, cache = prepared[name]
     moved_by_peft(cache.folder, **fields).save_pretrained(tmp_path / "theirs")
     model = load_for_training(base, cache)
-    settings = read(tmp_path / "theirs", model).settings
+    settings = read_for(tmp_path / "theirs", model).settings
     weights = random_adapter(model, settings, b_size=0.1)
     attach_adapters(model, settings, weights, dtype=torch.float32)
     linears = list(model.linears)
@@ -125,7 +115,7 @@ def test_peft_reads_ours_and_gives_our_logits(
     with torch.no_grad():
         theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "ours"), DOCUMENTS)
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
-    again = read(tmp_path / "ours", model)
+    again = read_for(tmp_path / "ours", model)
     assert again.settings == settings
     assert all(torch.equal(again.weights[key], weights[key]) for key in weights)
 
@@ -144,7 +134,7 @@ def test_the_file_decides_and_an_older_peft_named_them_otherwise(prepared: Prepa
             tensors = {name.replace(".base_layer.bias", ".bias"): own for name, own in tensors.items()}
             save_file(tensors, tmp_path / "adapter" / WEIGHTS_FILE)
         model = load_for_training(base, cache)
-        adapter = read(tmp_path / "adapter", model)
+        adapter = read_for(tmp_path / "adapter", model)
         attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
         assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
 
@@ -159,40 +149,26 @@ def test_a_whole_head_with_a_bias_is_written_three_times(prepared: Prepared, tmp
     with torch.no_grad():
         theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "adapter"), DOCUMENTS)
     model = load_for_training(base, cache)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
     copy = next(name for name in tensors if name.endswith("modules_to_save.bias"))
     save_file(tensors | {copy: tensors[copy] + 1}, tmp_path / "adapter" / WEIGHTS_FILE)
     with pytest.raises(ConfigError, match=r"lm_head\.bias and lm_head\.modules_to_save\.bias, which differ"):
-        read(tmp_path / "adapter", model)
+        read_for(tmp_path / "adapter", model)
 
 
 @pytest.mark.parametrize("name_of_base", ["qwen2", "phi"])
 def test_each_adapter_of_a_set_has_its_own(name_of_base: str, prepared: Prepared) -> None:
-    """To the bit those of a fresh load, and the base's once it is alone."""
     base, cache = prepared[name_of_base]
-    alone = load_for_training(base, cache)
-    alone.module.eval()
-    fresh_TV: dict[str | None, Tensor] = {None: packed_logits(alone, DOCUMENTS)}
-    model = load_for_training(base, cache)
-    model.module.eval()
-    adapters = AdapterSet(model)
-    for seed, name in enumerate(("plain", "biases", "others")):
-        chosen = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("model.layers.0.self_attn.q_proj",))
-        if name != "plain":
-            chosen = replace(chosen, biases=biased_modules(model)[seed:])
-        weights = random_adapter(model, chosen, b_size=0.2, seed=seed)
-        adapters.add(name, AdapterFolder("base", None, chosen, weights))
-        own = load_for_training(base, cache)
-        own.module.eval()
-        attach_adapters(own, chosen, weights, dtype=torch.float32)
-        fresh_TV[name] = packed_logits(own, DOCUMENTS)
-    for active in ("biases", "plain", "others", "biases", None, "others", "plain", None):
-        adapters.activate(active)
-        assert torch.equal(packed_logits(model, DOCUMENTS), fresh_TV[active])
-    every = list(fresh_TV.values())
-    assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
+    plain = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("model.layers.0.self_attn.q_proj",))
+    biased = biased_modules(load_for_training(base, cache))
+    settings = {
+        "plain": plain,
+        "biases": replace(plain, biases=biased[1:]),
+        "others": replace(plain, biases=biased[2:]),
+    }
+    require_fresh_after_swaps(base, cache, settings, DOCUMENTS)
 
 
 def test_a_bias_of_what_has_none_here_is_refused(prepared: Prepared, tmp_path: Path) -> None:
@@ -202,7 +178,7 @@ def test_a_bias_of_what_has_none_here_is_refused(prepared: Prepared, tmp_path: P
     extra = {"base_model.model.model.layers.0.mlp.up_proj.bias": torch.ones(96)}
     save_file(load_file(path) | extra, path)
     model = load_for_training(base, cache)
-    adapter = read(tmp_path / "other", model)
+    adapter = read_for(tmp_path / "other", model)
     with pytest.raises(ConfigError, match=r"1 weights .*up_proj\.bias: adapter \(96,\), base has none"):
         attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
     twice = {
@@ -210,7 +186,7 @@ def test_a_bias_of_what_has_none_here_is_refused(prepared: Prepared, tmp_path: P
     }
     save_file(load_file(path) | twice, path)
     with pytest.raises(ConfigError, match=r"q_proj\.bias twice"):
-        read(tmp_path / "other", model)
+        read_for(tmp_path / "other", model)
 
 
 def test_only_what_has_one_can_be_asked_for() -> None:
@@ -272,7 +248,7 @@ def test_a_set_refuses_a_bias_of_neither_linear_nor_norm_by_name(prepared: Prepa
     base, cache = prepared["phi"]
     moved_by_peft(cache.folder, bias="all").save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     model.module.get_submodule("model.layers.0.input_layernorm").__class__ = Gate
     with pytest.raises(ConfigError, match=r"^adapter own: found that of model\.layers\.0\.input_layernorm, a Gate; "):
         AdapterSet(model).add("own", adapter)

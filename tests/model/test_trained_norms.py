@@ -15,19 +15,16 @@ from transformers import NemotronConfig
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activation_policy import tile_layers
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
-from qlora_trainer.model.adapter_set import AdapterSet
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE
 from qlora_trainer.model.adapters import attach_adapters
-from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
-from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.table_names import asked_norms, asked_tables
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.model.trained_vectors import vector_weights
 from qlora_trainer.run.export import export_adapter
+from tests.model.adapters_in_use import Prepared, prepared_apart, read_for, require_fresh_after_swaps
 from tests.model.peft_oracle import PEFT_PREFIX, load_adapter, load_oracle, logits, moved_by_peft, oracle_step
-from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import (
     load_for_training,
     our_step,
@@ -40,7 +37,6 @@ from tests.model.tiny_models import (
 
 DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5
-Prepared = dict[str, tuple[Base, NF4Cache]]
 OF_LAYERS = ["input_layernorm", "post_attention_layernorm"]
 NEMOTRON = NemotronConfig(  # norms with a bias, which add one to their weight
     vocab_size=128,
@@ -53,7 +49,7 @@ NEMOTRON = NemotronConfig(  # norms with a bias, which add one to their weight
     tie_word_embeddings=False,
 )
 # Fused halves, with norms of heads and with an offset; layers that are not fused; norms with a bias.
-BASES = ("llama", "qwen3", "gemma", "gemma2", "phi", "persimmon", "olmo3", "nemotron")
+BASES = ("llama", "qwen3", "gemma", "gemma2", "phi", "persimmon", "olmo3")
 # Base, what PEFT is asked for, and how many norms that means.
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {"modules_to_save": [*OF_LAYERS, "model.norm"]}, 5),
@@ -75,13 +71,8 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    configs = {**CONFIGS, "nemotron": NEMOTRON}
-    return {name: prepare_apart(tmp_path_factory.mktemp(name), configs[name]) for name in BASES}
-
-
-def read(folder: Path, model: QuantizedModel) -> AdapterFolder:
-    names, tables = list(model.linears), base_tables_of(model)
-    return read_adapter_folder(folder, linear_names=names, tables=tables, may_change_base=True)
+    nemotron = prepare_apart(tmp_path_factory.mktemp("nemotron"), NEMOTRON)
+    return {**prepared_apart(tmp_path_factory, BASES), "nemotron": nemotron}
 
 
 def vector_gradients(wrapped: Any) -> dict[str, Tensor]:
@@ -110,7 +101,7 @@ def test_logits_and_gradients_are_those_of_peft(
     wrapped.save_pretrained(tmp_path / "adapter")
     model = load_for_training(base, cache)
     without_TV = packed_logits(model, documents)
-    adapter = read(tmp_path / "adapter", model)
+    adapter = read_for(tmp_path / "adapter", model)
     assert len(adapter.settings.norms) == num_norms
     expected = oracle_step(wrapped, documents).gradients | vector_gradients(wrapped)
     found = our_step(model, adapter.settings, adapter.weights, documents)
@@ -131,7 +122,7 @@ def test_peft_reads_ours_and_gives_our_logits(
     base, cache = prepared[name]
     moved_by_peft(cache.folder, **fields).save_pretrained(tmp_path / "theirs")
     model = load_for_training(base, cache)
-    settings = read(tmp_path / "theirs", model).settings
+    settings = read_for(tmp_path / "theirs", model).settings
     weights = random_adapter(model, settings, b_size=0.1)
     attach_adapters(model, settings, weights, dtype=torch.float32)
     linears = list(model.linears)
@@ -141,7 +132,7 @@ def test_peft_reads_ours_and_gives_our_logits(
     with torch.no_grad():
         theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "ours"), DOCUMENTS)
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
-    again = read(tmp_path / "ours", model)
+    again = read_for(tmp_path / "ours", model)
     assert again.settings == settings
     assert all(torch.equal(again.weights[key], weights[key]) for key in weights)
     written = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["modules_to_save"]
@@ -183,29 +174,11 @@ def test_in_16_bits_they_are_fp32_and_rounded_where_they_are_used(name: str, pre
 
 @pytest.mark.parametrize("name_of_base", ["qwen3", "phi"])
 def test_each_adapter_of_a_set_has_its_own(name_of_base: str, prepared: Prepared) -> None:
-    """To the bit those of a fresh load, and the base's once it is alone."""
     base, cache = prepared[name_of_base]
-    alone = load_for_training(base, cache)
-    alone.module.eval()
-    fresh_TV: dict[str | None, Tensor] = {None: packed_logits(alone, DOCUMENTS)}
     model = load_for_training(base, cache)
-    model.module.eval()
-    adapters = AdapterSet(model)
-    for seed, (name, entries) in enumerate(
-        [("plain", []), ("norms", ["input_layernorm"]), ("others", ["norm", "final_layernorm", "input_layernorm"])]
-    ):
-        chosen = norms_of(model, *entries)
-        weights = random_adapter(model, chosen, b_size=0.2, seed=seed)
-        adapters.add(name, AdapterFolder("base", None, chosen, weights))
-        own = load_for_training(base, cache)
-        own.module.eval()
-        attach_adapters(own, chosen, weights, dtype=torch.float32)
-        fresh_TV[name] = packed_logits(own, DOCUMENTS)
-    for active in ("norms", "plain", "others", "norms", None, "others", "plain", None):
-        adapters.activate(active)
-        assert torch.equal(packed_logits(model, DOCUMENTS), fresh_TV[active])
-    every = list(fresh_TV.values())
-    assert all(not torch.equal(one, other) for number, one in enumerate(every) for other in every[:number])
+    asked = {"plain": (), "norms": ("input_layernorm",), "others": ("norm", "final_layernorm", "input_layernorm")}
+    settings = {name: norms_of(model, *entries) for name, entries in asked.items()}
+    require_fresh_after_swaps(base, cache, settings, DOCUMENTS)
 
 
 def test_a_config_names_them_by_their_ends_after_a_dot(prepared: Prepared) -> None:
@@ -227,4 +200,4 @@ def test_what_else_peft_may_train_whole_is_refused(entry: str, prepared: Prepare
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": [entry]}))
     with pytest.raises(ConfigError, match="modules_to_save"):
-        read(tmp_path / "adapter", load_for_training(base, cache))
+        read_for(tmp_path / "adapter", load_for_training(base, cache))

@@ -66,3 +66,9 @@ def plans_made_once(made_plans: dict[tuple[object, ...], Plan]) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planned, "make_plan", remembered)
         yield
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, base: Path) -> dict[bool, Path]:
+    """By whether they tie embedding and head."""
+    return {True: base, False: write_base(tmp_path_factory.mktemp("untied"), is_tied=False)}

@@ -15,7 +15,7 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.run.answer import answer
 from qlora_trainer.run.dry_run import dry_run
 from qlora_trainer.run.records import Evaluated, Preparing
-from tests.run.test_continue_from import begun_with, peft_folder, require_same_after_a_cut
+from tests.run.peft_runs import begun_with, peft_folder, require_same_after_a_cut
 from tests.run.tiny_run import course, run_to_end, run_until_step, tiny_config
 from tests.run.told import complaint
 

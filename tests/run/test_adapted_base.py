@@ -21,7 +21,7 @@ from tests.export.made_adapters import make_adapter
 from tests.model.peft_oracle import load_adapter, load_oracle, logits
 from tests.model.test_hostile_files import Canary
 from tests.model.tiny_models import packed_logits, relative_error, tiny_documents
-from tests.run.test_continue_from import peft_folder
+from tests.run.peft_runs import peft_folder
 from tests.run.tiny_adapters import write_adapter
 from tests.run.tiny_run import CHATML, write_base
 
