@@ -111,7 +111,9 @@ class FusedLayer(GradientCheckpointingLayer):
     def _norm(self, norm: Any, dtype: torch.dtype) -> Norm:
         plain = norm.norm  # of a `TrainableNorm`
         eps = plain.variance_epsilon if hasattr(plain, "variance_epsilon") else plain.eps
-        return Norm(norm.weight.detach().to(dtype), eps, self._norm_offset, norm.trained_weight)
+        trained_H = norm.trained_weight
+        weight_H = norm.weight if trained_H is None else trained_H.detach().to(dtype)
+        return Norm(weight_H, eps, self._norm_offset, trained_H)
 
 
 def fuse_layers(module: PreTrainedModel) -> None:
