@@ -33,5 +33,7 @@ def generate(
     expand_segments()
     from qlora_trainer.run.answer import answer
 
-    text = answer(target, prompt, base=base, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    typer.echo(text)
+    said = answer(target, prompt, base=base, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    typer.echo(said.text)
+    if said.note is not None:
+        typer.echo(said.note, err=True)

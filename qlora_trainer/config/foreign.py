@@ -98,6 +98,10 @@ _NAMES_BY_COUNTERPART: tuple[tuple[Counterpart, str], ...] = (
         "lora_modules_to_save additional_target unfreeze_lm_head unfrozen_parameters",
     ),
     (Counterpart(("lora.bias",)), "lora_bias_trainable peft_bias"),
+    (
+        Counterpart(("lora.alora_invocation_tokens",), "it takes numbers of tokens"),
+        "use_alora activated_lora invocation_string invocation_tokens alora_invocation_string",
+    ),
     (Counterpart(("training.schedule",)), "lr_scheduler lr_scheduler_type scheduler lr_schedule"),
     (
         Counterpart(("training.warmup_ratio",), "it is a share of all steps, 0 to 1"),

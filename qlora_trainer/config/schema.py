@@ -131,8 +131,8 @@ class LoraSection(Section):
     )
     alora_invocation_tokens: Tokens = Field(
         (),
-        description="Numbers of the tokens that the adapter works from (Activated LoRA, as in PEFT): a document is the "
-        "base's up to the last place where they stand in a row. [] = it works at every token.",
+        description="Numbers of the tokens that LoRA works from (Activated LoRA, as in PEFT): from the last place in a "
+        "document where they stand in a row; biases, norms and tables that are trained work everywhere. [] = always.",
     )
     init_from: PathText | None = Field(
         None,
@@ -353,6 +353,9 @@ def _require_trainable(lora: LoraSection) -> None:
         raise _disagreement("lora.lora_bias", True, "false without lora.target_modules: only a B has such a bias")
     if lora.alora_invocation_tokens and (lora.use_dora or lora.lora_bias):
         expected = "[] beside lora.use_dora or lora.lora_bias: what they add is added at every token"
+        raise _disagreement("lora.alora_invocation_tokens", list(lora.alora_invocation_tokens), expected)
+    if lora.alora_invocation_tokens and not (lora.target_modules or lora.init_from):
+        expected = "[] without lora.target_modules: what else is trained works at every token"
         raise _disagreement("lora.alora_invocation_tokens", list(lora.alora_invocation_tokens), expected)
     if lora.layer_replication and lora.bias != "none":
         raise _disagreement("lora.bias", lora.bias, "none beside lora.layer_replication: copies share them in PEFT")

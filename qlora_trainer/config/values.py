@@ -94,7 +94,7 @@ def _layers(value: object) -> tuple[int, ...]:
 
 
 def _tokens(value: object) -> tuple[int, ...]:
-    if isinstance(value, (list, tuple)) and all(type(token) is int and token >= 0 for token in value):
+    if isinstance(value, (list, tuple)) and all(type(token) is int and 0 <= token < 2**31 for token in value):
         return tuple(value)
     raise ValueError("a list of numbers of tokens, from 0")
 

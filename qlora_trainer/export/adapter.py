@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from qlora_trainer.export.gguf_adapter import gguf_architecture, write_gguf
 from qlora_trainer.export.modelfile import MODELFILE_NAME, write_modelfile
 from qlora_trainer.export.new_folder import differs, digest_of, new_folder, write_checked, write_tensors_checked
 from qlora_trainer.export.portable import portable_adapter, require_portable
-from qlora_trainer.export.source import Source, peft_trouble, read_source, with_plain_lora
+from qlora_trainer.export.source import Source, read_source, readers_told, with_plain_lora
 from qlora_trainer.model.adapter_config import adapter_config
 from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, adapter_tensors, read_adapter_folder
 from qlora_trainer.model.base import fetch_weights
@@ -30,7 +30,7 @@ class Exported:
         paths: folder and files, in the order they were written.
         num_bytes: of all of it.
         settings: of the adapter as it was written.
-        trouble: that others have with it, see `peft_trouble`.
+        trouble: that others have with it, see `readers_told`.
     """
 
     paths: tuple[Path, ...]
@@ -70,7 +70,9 @@ def export(
     settings, weights = source.settings, source.weights
     plain = None
     if portable or gguf is not None:
-        require_portable(source.settings, source.folder)
+        # llama.cpp knows invocation tokens, which other readers of a portable folder do not.
+        of_file = source.settings if portable else replace(source.settings, invocation_tokens=())
+        require_portable(of_file, source.folder)
         plain = portable_adapter(source.settings, source.weights)
     if gguf is not None:
         gguf_architecture(source.base.config)  # refused before anything is written
@@ -87,7 +89,7 @@ def export(
         if ollama:
             write_modelfile(gguf, source, storage=storage)
             paths.append(gguf.with_name(MODELFILE_NAME))
-    return Exported(tuple(paths), sum(map(_num_bytes, paths)), settings, peft_trouble(source.base))
+    return Exported(tuple(paths), sum(map(_num_bytes, paths)), settings, readers_told(source.base, settings))
 
 
 def write_peft_folder(

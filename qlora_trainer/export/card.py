@@ -83,7 +83,13 @@ def _adapter_facts(source: Source, settings: LoraSettings, *, portable: bool) ->
     if settings.lora_bias:
         facts.append(("biases of B", f"`lora_bias`, {len(settings.targets)} linears"))
     if settings.invocation_tokens:
-        facts.append(("works from the tokens", f"{_code(json.dumps(settings.invocation_tokens))} on (Activated LoRA)"))
+        facts.append(
+            (
+                "works from the tokens",
+                f"{_code(json.dumps(settings.invocation_tokens))} on (Activated LoRA): "
+                "with PEFT 0.18 or later; a reader that does not know them works at every token",
+            )
+        )
     if portable:
         facts.append(("scale", "folded into the weights: `lora_alpha = r`, for readers that know no other"))
     return facts

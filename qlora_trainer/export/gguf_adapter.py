@@ -3,6 +3,7 @@
 The format is that of llama.cpp's `convert_lora_to_gguf.py` (commit 0b03ada): two tensors a linear, named as the base's
 with `.lora_a` [R, I] and `.lora_b` [O, R], and one alpha for all; the factor is alpha / R of each. Patterns and
 `use_rslora` have no place in it, so it is written from a portable adapter. Everything is in fp32, as that script does.
+Activated LoRA's invocation tokens have a key, which llama.cpp works from.
 
 Llama's rows of q and k are ordered otherwise in GGUF, since llama.cpp rotates neighbours where transformers rotates
 halves of a head; the rows of B move with them.
@@ -94,10 +95,10 @@ def write_gguf(
         check_free_space(path.parent, num_bytes, storage, what="an adapter", fix=fix)
         if temporary.exists():  # left by a process that was killed
             storage.remove(temporary)
-        _write(temporary, tensors, architecture, alpha=settings.alpha, base_name=base_name)
+        _write(temporary, tensors, architecture, settings, base_name=base_name)
         with FileIO(temporary) as file:
             storage.fsync(file)
-        _require_same(temporary, tensors, architecture, alpha=settings.alpha, base_name=base_name)
+        _require_same(temporary, tensors, architecture, settings, base_name=base_name)
         storage.rename(temporary, path)
         storage.fsync_dir(path.parent)
     except BaseException as error:
@@ -150,13 +151,21 @@ def _num_heads(linear: str, config: PreTrainedConfig) -> int | None:
 
 
 def _write(
-    path: Path, tensors: Mapping[str, NDArray[np.float32]], architecture: Architecture, *, alpha: float, base_name: str
+    path: Path,
+    tensors: Mapping[str, NDArray[np.float32]],
+    architecture: Architecture,
+    settings: LoraSettings,
+    *,
+    base_name: str,
 ) -> None:
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture.arch])
     try:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, settings.alpha)
+        if settings.invocation_tokens:
+            key, tokens = gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS, list(settings.invocation_tokens)
+            writer.add_key_value(key, tokens, gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.UINT32)
         writer.add_file_type(gguf.LlamaFileType.ALL_F32)
         writer.add_base_model_count(1)
         writer.add_base_model_name(0, base_name)
@@ -170,7 +179,12 @@ def _write(
 
 
 def _require_same(
-    path: Path, tensors: Mapping[str, NDArray[np.float32]], architecture: Architecture, *, alpha: float, base_name: str
+    path: Path,
+    tensors: Mapping[str, NDArray[np.float32]],
+    architecture: Architecture,
+    settings: LoraSettings,
+    *,
+    base_name: str,
 ) -> None:
     try:
         reader = gguf.GGUFReader(path)
@@ -185,8 +199,10 @@ def _require_same(
         gguf.Keys.General.BASE_MODEL_COUNT: 1,
         gguf.Keys.General.BASE_MODEL_NAME.format(id=0): base_name,
         gguf.Keys.Adapter.TYPE: "lora",
-        gguf.Keys.Adapter.LORA_ALPHA: float(np.float32(alpha)),
+        gguf.Keys.Adapter.LORA_ALPHA: float(np.float32(settings.alpha)),
     }
+    if settings.invocation_tokens:
+        expected[gguf.Keys.Adapter.ALORA_INVOCATION_TOKENS] = list(settings.invocation_tokens)
     if told != expected:
         raise differs(path, "other settings than were written")
     same_names = found.keys() == tensors.keys()

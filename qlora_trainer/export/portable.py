@@ -38,7 +38,9 @@ def require_portable(settings: LoraSettings, where: Path) -> None:
             where=str(where),
             found=f"an adapter with {' and '.join(found)}",
             expected="LoRA alone, which is all that portable readers know",
-            fix="Merge it instead: qlora-trainer merge.",
+            fix="Use it beside its base, here or with PEFT: it cannot be merged either."
+            if settings.invocation_tokens
+            else "Merge it instead: qlora-trainer merge.",
         )
 
 
@@ -53,7 +55,7 @@ def require_mergeable(settings: LoraSettings, where: Path) -> None:
             where=str(where),
             found=f"Activated LoRA, which works from the tokens {list(settings.invocation_tokens)!r} on",
             expected="an adapter that works at every token, which a sum of weights does, too",
-            fix="Use it beside its base: here, with PEFT or with vLLM.",
+            fix="Use it beside its base, here or with PEFT (0.18 or later).",
         )
 
 

@@ -137,6 +137,17 @@ def _run_of(folder: Path) -> RunFolder | None:
     return run if folder.name == run.adapter_path.name and run.config_path.is_file() else None
 
 
+def readers_told(base: Base, settings: LoraSettings) -> str | None:
+    """What to tell of an adapter that others may not read as it is; None for any other."""
+    if (trouble := peft_trouble(base)) is not None:
+        return trouble
+    if not settings.invocation_tokens:
+        return None
+    return (
+        "PEFT 0.18 or later works from its invocation tokens on; a reader that does not know them works at every token"
+    )
+
+
 def peft_trouble(base: Base) -> str | None:
     """What to tell of an adapter with repeated layers that PEFT makes no running model of; None for any other.
 

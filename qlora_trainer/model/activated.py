@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_adapter import OfTokens
+
+_NO_TOKEN = -1
 
 
 def active_tokens(input_ids_BT: Tensor, position_ids_BT: Tensor, invocation: Sequence[int]) -> Tensor:
@@ -52,12 +55,45 @@ def _occurrences(input_ids_BT: Tensor, position_ids_BT: Tensor, invocation: Sequ
     return found_BT
 
 
-def set_active_tokens(of_tokens: OfTokens, input_ids_BT: Tensor, position_ids_BT: Tensor, device: torch.device) -> None:
-    """Before these tokens go through the linears."""
+def require_tokens(invocation: Sequence[int], num_rows: int, *, where: str) -> None:
+    """Refuse tokens that a base has not: its adapter would never work.
+
+    Args:
+        invocation: of the adapter.
+        num_rows: of the base's embedding.
+        where: what to call the adapter in an error.
+
+    Raises:
+        ConfigError: names the largest.
+    """
+    if (largest := max(invocation, default=0)) >= num_rows:
+        raise ConfigError(
+            where=where,
+            found=f"alora_invocation_tokens with {largest}",
+            expected=f"tokens of the base, below {num_rows}",
+            fix="Use the base that the adapter was trained on.",
+        )
+
+
+def set_active_tokens(
+    of_tokens: OfTokens, input_ids_BT: Tensor, position_ids_BT: Tensor, row_lengths: Sequence[int] | None = None
+) -> None:
+    """Before these tokens go through the linears, which are where the positions are.
+
+    Args:
+        of_tokens: of the adapters.
+        input_ids_BT, position_ids_BT: see `active_tokens`.
+        row_lengths: tokens of each row that are no padding behind it; None for all.
+    """
     of_tokens.active_T1 = None
-    if of_tokens.invocation:
-        active_BT = active_tokens(input_ids_BT, position_ids_BT.to(input_ids_BT.device), of_tokens.invocation)
-        of_tokens.active_T1 = active_BT.to(device).flatten().unsqueeze(1)
+    if not of_tokens.invocation:
+        return
+    ids_BT = input_ids_BT.to(position_ids_BT.device, non_blocking=True)
+    if row_lengths is not None:  # what pads a row is no invocation
+        lengths_B1 = torch.tensor(list(row_lengths), device=ids_BT.device).unsqueeze(1)
+        ids_BT = torch.where(position_ids_BT < lengths_B1, ids_BT, _NO_TOKEN)
+    active_BT = active_tokens(ids_BT, position_ids_BT, of_tokens.invocation)
+    of_tokens.active_T1 = active_BT.flatten().unsqueeze(1)
 
 
 @contextmanager
@@ -65,21 +101,25 @@ def activating(module: Any, of_tokens: OfTokens) -> Iterator[None]:
     """For generation: the prompt is looked at when it comes, and what is made of it goes on as it ended.
 
     Args:
-        module: a transformers model without its head; rows are padded on the left.
+        module: a transformers model without its head; rows are padded on the left, and that is masked.
         of_tokens: of the adapters.
     """
 
     def look(_module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         input_ids_BT: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        cache, num_tokens = kwargs.get("past_key_values"), input_ids_BT.shape[1]
+        num_rows, num_tokens = input_ids_BT.shape
+        cache, mask_BT = kwargs.get("past_key_values"), kwargs.get("attention_mask")
         if cache is not None and cache.get_seq_length():
             assert of_tokens.active_T1 is not None
-            last_B1 = of_tokens.active_T1.view(input_ids_BT.shape[0], -1)[:, -1:]
+            last_B1 = of_tokens.active_T1.view(num_rows, -1)[:, -1:]
             of_tokens.active_T1 = last_B1.repeat_interleave(num_tokens, dim=1).reshape(-1, 1)
             return
+        if isinstance(mask_BT, Tensor) and mask_BT.shape == input_ids_BT.shape:
+            input_ids_BT = torch.where(mask_BT == 1, input_ids_BT, _NO_TOKEN)
         positions_BT = torch.arange(num_tokens, device=input_ids_BT.device).expand_as(input_ids_BT)
-        set_active_tokens(of_tokens, input_ids_BT, positions_BT, input_ids_BT.device)
+        set_active_tokens(of_tokens, input_ids_BT, positions_BT)
 
+    of_tokens.active_T1 = None
     if not of_tokens.invocation:
         yield
         return

@@ -12,7 +12,7 @@ from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fields import require_plain_lora
-from qlora_trainer.model.adapter_variants import of_more_rank, require_variant, variant_of
+from qlora_trainer.model.adapter_variants import MAX_TOKEN, of_more_rank, require_variant, variant_of
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,
@@ -29,7 +29,6 @@ from qlora_trainer.model.table_updates import AskedUpdates
 _LAYERS = "layers_to_transform"
 _NO_TARGETS = "dummy-target-modules"  # what PEFT takes for none, beside `modules_to_save`
 _MAX_RANK = 2**16  # beyond any layer's width: a rank that no adapter has
-_MAX_TOKEN = 2**31  # as many as no vocabulary has
 _MAX_ALPHA = 2.0**126  # the factor on an update is a number in fp32
 
 
@@ -336,7 +335,7 @@ def _check_token_ids(path: Path, rows: object) -> None:
     for ids in by_name.values():
         if (
             not (isinstance(ids, list) and ids)
-            or not all(type(one) is int and 0 <= one < _MAX_TOKEN for one in ids)
+            or not all(type(one) is int and 0 <= one < MAX_TOKEN for one in ids)
             or len(set(ids)) < len(ids)
         ):
             raise wrong_adapter(path, f"trainable_token_indices = {rows!r}", "numbers of tokens, each once")

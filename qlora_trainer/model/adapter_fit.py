@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from qlora_trainer.model.activated import require_tokens
 from qlora_trainer.model.adapter_biases import in_order
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapter_variants import Variant
@@ -61,6 +62,8 @@ def require_adapter_fits(skeleton: PreTrainedModel, adapter: AdapterFolder, *, w
         ConfigError: names or shapes differ; the first five are named, or the first of an update of a table.
     """
     require_trainable_biases(skeleton, adapter.settings)
+    num_rows = skeleton.config.get_text_config().vocab_size
+    require_tokens(adapter.settings.invocation_tokens, num_rows, where=where)
     shapes = expected_shapes(skeleton, adapter.settings)
     if adapter.variant is not None:
         shapes = _shapes_in_file(adapter.variant, adapter, shapes)

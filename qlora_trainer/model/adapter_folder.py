@@ -201,6 +201,11 @@ def read_adapter_folder(
     if tables is not None:
         asked = asked_updates(fields, linear_names=linear_names, tables=tables)
         settings, updates = take_updates(weights, settings, asked, tables=tables, where=folder / WEIGHTS_FILE)
+    lora_of_tables = [name for name, own in updates.items() if own.rows_VR is not None]
+    if settings.invocation_tokens and lora_of_tables:
+        both = f"alora_invocation_tokens, and LoRA on {lora_of_tables[0]}"
+        expected = "LoRA on linears inside the layers: a table that is trained works at every token"
+        raise wrong_adapter(folder / ADAPTER_CONFIG_FILE, both, expected)
     variant = variant_of(fields)
     biases = take_biases(
         weights,

@@ -18,6 +18,7 @@ from torch import Tensor
 from qlora_trainer.config.adapter_names import BASE, check_adapter_name
 from qlora_trainer.config.did_you_mean import closest
 from qlora_trainer.errors import ConfigError
+from qlora_trainer.model.activated import require_tokens
 from qlora_trainer.model.adapter_folder import AdapterFolder
 from qlora_trainer.model.adapters import build_adapters, detach_adapters, put_adapters
 from qlora_trainer.model.lora_adapter import LoraAdapter
@@ -120,6 +121,8 @@ class AdapterSet:
             dtype = _stored_dtype(adapter.weights)
             _require_finite(adapter.weights)
             require_trainable_biases(self._model.module, adapter.settings)
+            num_rows = self._model.module.config.get_text_config().vocab_size
+            require_tokens(adapter.settings.invocation_tokens, num_rows, where="adapter")
             built = build_adapters(self._model, adapter.settings, adapter.weights, dtype=dtype)
         except ConfigError as error:
             raise ConfigError(
@@ -158,7 +161,7 @@ class AdapterSet:
                 fix=closest(name, (BASE, *self._adapters)) or "Name one that is there.",
             )
         put_tensors(self._model, self._replaced | self._in_place.get(name or "", {}))
-        self._model.of_tokens.invocation = () if name is None else self._invocation[name]
+        self._model.of_tokens.work_from(() if name is None else self._invocation[name])
         self._active = name
 
 

@@ -23,6 +23,7 @@ from qlora_trainer.model.whole_linears import WHOLE_LINEARS
 STARTS = ("pissa", "olora")  # values of `init_lora_weights` whose change of the base can be found again there
 _SUBCONFIGS = ("kasa_config", "monteclora_config", "use_bdlora")
 _WEIGHT = ".weight"
+MAX_TOKEN = 2**31  # as many as no vocabulary has
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,10 +306,12 @@ def require_activated(path: Path, fields: Mapping[str, Any]) -> None:
         ConfigError: says which.
     """
     tokens = fields.get("alora_invocation_tokens")
-    if not (tokens is None or (isinstance(tokens, list) and all(type(own) is int and own >= 0 for own in tokens))):
+    are_tokens = isinstance(tokens, list) and all(type(own) is int and 0 <= own < MAX_TOKEN for own in tokens)
+    if not (tokens is None or are_tokens):
         raise _wrong(path, "alora_invocation_tokens", fields, "numbers of tokens")
     variant = variant_of(fields)
-    beside = [name for name in ("use_dora", "lora_bias") if fields.get(name)]
+    beside = [name for name in ("use_dora", "lora_bias", "target_parameters") if fields.get(name)]
+    beside += ["velora_config"] if fields.get("velora_config") is not None else []
     if variant is not None:
         beside.append("linears that were trained whole" if variant.whole else "a variant of LoRA")
     if tokens and beside:

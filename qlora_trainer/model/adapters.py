@@ -60,7 +60,7 @@ def attach_adapters(
     Biases, norms and tables that are trained take the place of the base's, which are gone.
     """
     put_adapters(model, build_adapters(model, settings, weights, dtype=dtype))
-    model.of_tokens.invocation = settings.invocation_tokens
+    model.of_tokens.work_from(settings.invocation_tokens)
     train_vectors(model, settings, weights)
     train_tables(model, settings, weights, dtype=dtype)
 

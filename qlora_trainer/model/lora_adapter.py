@@ -30,6 +30,10 @@ class OfTokens:
     invocation: tuple[int, ...] = ()
     active_T1: Tensor | None = None
 
+    def work_from(self, invocation: tuple[int, ...]) -> None:
+        """Take the invocation tokens of another adapter."""
+        self.invocation, self.active_T1 = invocation, None
+
     def only_active_(self, low_TR: Tensor) -> Tensor:
         """Zeroes the rows [T, R] of tokens that the adapters do not work at, in place."""
         if self.active_T1 is None:

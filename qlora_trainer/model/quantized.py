@@ -237,7 +237,11 @@ def put_dense(
 
 
 def hidden_states(
-    model: CausalModel, input_ids_BT: Tensor, position_ids_BT: Tensor, document_lengths: Sequence[int]
+    model: CausalModel,
+    input_ids_BT: Tensor,
+    position_ids_BT: Tensor,
+    document_lengths: Sequence[int],
+    row_lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """The last layer's normed output [B, T, H] in the compute dtype, what the head sees.
 
@@ -245,9 +249,10 @@ def hidden_states(
         model: the model to run, in its present train or eval mode.
         input_ids_BT, position_ids_BT: int64; positions restart at 0 in each document.
         document_lengths: lengths that cut each row of T tokens into documents.
+        row_lengths: tokens of each row that are no padding behind its document; None for all.
     """
     if isinstance(model, QuantizedModel):
-        set_active_tokens(model.of_tokens, input_ids_BT, position_ids_BT, model.device)
+        set_active_tokens(model.of_tokens, input_ids_BT, position_ids_BT, row_lengths)
     out = model.module.base_model(
         input_ids=input_ids_BT,
         position_ids=position_ids_BT,

@@ -29,7 +29,8 @@ def evaluation_table(evaluation: Evaluation) -> RenderableType:
             Text(f"{line.accuracy:.1%}"),
             style="bold" if line.loss == best else "",
         )
-    return Group(_judged_on(evaluation), table)
+    notes = [Text(f"{line.name}: {line.note}", style="yellow") for line in evaluation.judged if line.note is not None]
+    return Group(_judged_on(evaluation), table, *notes)
 
 
 def _judged_on(evaluation: Evaluation) -> Text:

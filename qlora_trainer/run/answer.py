@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,23 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.dora import refresh_norms
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.run.adapted_base import find_adapters, load_adapters
+from qlora_trainer.run.invocations import not_at_work_told
 
 MAX_BATCH = 8  # answers made at once
 _ASKED = "asked"
 
 
-def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, temperature: float, seed: int) -> str:
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What was said, and what is to be told of it, if anything."""
+
+    text: str
+    note: str | None
+
+
+def answer(
+    target: Path, prompt: str, *, base: str | None, max_new_tokens: int, temperature: float, seed: int
+) -> Answer:
     """One answer of a trained adapter to one question.
 
     Args:
@@ -44,7 +56,7 @@ def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, 
     adapters = load_adapters(named)
     adapters.activate(_ASKED)
     conversation = (Message(role="user", content=prompt),)
-    return answer_all(
+    texts = answer_all(
         adapters.model,
         tokenizer,
         named.base,
@@ -52,7 +64,8 @@ def answer(target: Path, prompt: str, *, base: str | None, max_new_tokens: int, 
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
-    )[0]
+    )
+    return Answer(texts[0], not_at_work_told(prompt_ids(conversation, tokenizer), adapters.model.of_tokens.invocation))
 
 
 def answer_all(

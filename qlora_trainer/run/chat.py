@@ -19,6 +19,7 @@ from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.positions import max_positions
 from qlora_trainer.run.adapted_base import NamedAdapters, find_adapters, load_adapters
 from qlora_trainer.run.chat_commands import HELP, Command, Said, Unknown, read_line
+from qlora_trainer.run.invocations import not_at_work_told
 from qlora_trainer.run.signals import watch_interrupt
 from qlora_trainer.run.streamed_answer import Streamed, stream_answer
 
@@ -210,6 +211,8 @@ def _say(
         yield Note(f"too long: {len(ids):,} tokens, and {base.name} has {most:,} positions; /reset begins a new one")
         return None
     chat.adapters.activate(None if speaker == BASE else speaker)
+    if (told := not_at_work_told(ids, chat.adapters.model.of_tokens.invocation)) is not None:
+        yield Note(told)
     pieces = stream_answer(
         chat.adapters.model,
         tokenizer,

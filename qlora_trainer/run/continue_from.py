@@ -108,7 +108,7 @@ def filled_in(config: RunConfig) -> RunConfig:
         if asked.get(key, "auto") not in ("auto", values[key]):
             told = variant_told(fields) if key in ("rank", "alpha") else None  # which has more of both
             as_read = "" if told is None else f" ({told})"
-            raise _mismatch(f"lora.{key}", repr(asked[key]), f"{values[key]!r}, as {folder} has it{as_read}")
+            raise _mismatch(f"lora.{key}", _shown(asked[key]), f"{_shown(values[key])}, as {folder} has it{as_read}")
     given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
     kept = {key: value for key, value in given.items() if value != "auto"}
     try:
@@ -309,6 +309,10 @@ def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> No
 def _whole(settings: LoraSettings) -> str:
     names = ", ".join(settings.trained_whole) or "nothing"
     return f"{names} trained whole{', as embedding and head in one' * (settings.tied_head is not None)}"
+
+
+def _shown(value: Any) -> str:
+    return repr(list(value) if isinstance(value, tuple) else value)
 
 
 def _as_config(value: Any) -> Any:

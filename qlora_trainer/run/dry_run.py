@@ -27,7 +27,7 @@ def dry_run(config: RunConfig) -> Iterator[Preparing | Reading | RowsSkipped | P
     yield Preparing(what="reading base config, tokenizer and data")
     inputs = yield from read_inputs(config)
     yield from inputs.data.told
-    yield from invocations_told(config.lora, inputs.data.train.documents)
+    yield from invocations_told(config, inputs)
     yield Preparing(what=counted_documents(inputs))
     plan = plan_run(config, inputs, machine)
     yield from initial_told(config, read_initial(config, inputs.base, plan.knobs.rank))

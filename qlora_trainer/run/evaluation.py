@@ -32,6 +32,7 @@ from qlora_trainer.run.checkpoint.manifest import read_manifest
 from qlora_trainer.run.eval_config import JudgedOn
 from qlora_trainer.run.folder import RunFolder
 from qlora_trainer.run.inputs import known_tokenizer, train_and_held_out
+from qlora_trainer.run.invocations import counted
 from qlora_trainer.run.planned import lack_of_memory_told
 from qlora_trainer.run.records import Preparing
 from qlora_trainer.run.session import packs
@@ -54,6 +55,7 @@ class Judged:
         perplexity: exp(loss).
         accuracy: share of the supervised tokens that are found likeliest.
         seconds: that it took.
+        note: of an adapter that works at some of these tokens only; None for any other.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Judged:
     perplexity: float
     accuracy: float
     seconds: float
+    note: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +124,7 @@ def evaluate_adapters(
     for number, name in enumerate((BASE, *adapters.names)):
         yield Preparing(what=f"judging {name}, {number + 1} of {len(adapters.names) + 1}")
         adapters.activate(None if name == BASE else name)
+        invocation = adapters.model.of_tokens.invocation
         start = time.perf_counter()
         scores = yield from _score_or_halve(config, named.base, adapters, data.documents)
         judged.append(
@@ -131,6 +135,7 @@ def evaluate_adapters(
                 perplexity=scores.perplexity,
                 accuracy=scores.accuracy,
                 seconds=time.perf_counter() - start,
+                note=counted(data.documents, invocation).told("judged on") if invocation else None,
             )
         )
     return Evaluation(

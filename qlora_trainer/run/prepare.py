@@ -99,7 +99,7 @@ def prepare(
     yield Preparing(what=f"finding the base {config.model.base}, tokenising the data")
     inputs = yield from read_inputs(config)
     data = inputs.data
-    yield from chain(data.told, invocations_told(config.lora, data.train.documents))
+    yield from chain(data.told, invocations_told(config, inputs))
     batches = _batches(config, data, loaded)
     yield Preparing(what="planning the memory")
     knobs, plan = _decide(config, inputs, machine, batches.num_steps, loaded, changes)

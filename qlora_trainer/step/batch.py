@@ -31,6 +31,7 @@ class MicroBatch:
         targets_N: int64, that next token.
         row_keys_T: int64 [B x T], one dropout key a token.
         num_tokens: real tokens, padding left out.
+        row_lengths: those of each row, where rows are padded; None where there is one row.
     """
 
     input_ids_BT: Tensor
@@ -40,6 +41,7 @@ class MicroBatch:
     targets_N: Tensor
     row_keys_T: Tensor
     num_tokens: int
+    row_lengths: tuple[int, ...] | None = None
 
     def to(self, device: torch.device, *, are_ids_looked_up_here: bool = False) -> MicroBatch:
         """The same micro-batch on `device`; its tokens' numbers stay where they are, where they are looked up there."""
@@ -52,6 +54,7 @@ class MicroBatch:
             targets_N=self.targets_N.to(device, non_blocking=True),
             row_keys_T=self.row_keys_T.to(device, non_blocking=True),
             num_tokens=self.num_tokens,
+            row_lengths=self.row_lengths,
         )
 
 
@@ -96,6 +99,7 @@ def make_micro_batch(documents: Sequence[Document], *, seed: int, step: int, pac
         targets_N=_int64(targets),
         row_keys_T=token_keys(keys, lengths),
         num_tokens=sum(document.num_tokens for document in documents),
+        row_lengths=None if packing else tuple(document.num_tokens for document in documents),
     )
 
 

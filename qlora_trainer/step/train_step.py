@@ -128,4 +128,10 @@ def supervised_states(model: QuantizedModel, micro_batch: MicroBatch, *, loss_ch
 
 def _all_states(model: QuantizedModel, micro_batch: MicroBatch) -> Tensor:
     model.of_tokens.row_keys_T = micro_batch.row_keys_T
-    return hidden_states(model, micro_batch.input_ids_BT, micro_batch.position_ids_BT, micro_batch.document_lengths)
+    return hidden_states(
+        model,
+        micro_batch.input_ids_BT,
+        micro_batch.position_ids_BT,
+        micro_batch.document_lengths,
+        micro_batch.row_lengths,
+    )

@@ -234,6 +234,8 @@ def test_the_last_occurrence_in_a_document_counts(lengths: Sequence[int], invoca
         ({"use_dora": True}, "alora_invocation_tokens and use_dora"),
         ({"lora_bias": True}, "alora_invocation_tokens and lora_bias"),
         ({"init_lora_weights": "pissa"}, "alora_invocation_tokens and a variant of LoRA"),
+        ({"target_parameters": ["q_proj.weight"]}, "alora_invocation_tokens and target_parameters"),
+        ({"velora_config": {}}, "alora_invocation_tokens and velora_config"),
         ({"alora_invocation_tokens": "a"}, "alora_invocation_tokens = 'a'"),
         ({"alora_invocation_tokens": [-1]}, r"alora_invocation_tokens = \[-1\]"),
     ],
@@ -258,3 +260,47 @@ def test_a_linear_that_is_whole_works_at_every_token(prepared: Prepared, tmp_pat
     save_file(load_file(path) | {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)}, path)
     with pytest.raises(ConfigError, match="alora_invocation_tokens and linears that were trained whole"):
         read_for(tmp_path / "adapter", load_for_training(base, cache))
+
+
+def test_lora_of_a_table_is_refused_beside_it(prepared: Prepared, tmp_path: Path) -> None:
+    """PEFT masks that of a head, too; a table that is trained works at every token."""
+    base, cache = prepared["llama"]
+    fields: dict[str, Any] = {"alora_invocation_tokens": list(INVOCATION), "target_modules": ["q_proj", "lm_head"]}
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        moved_by_peft(cache.folder, **fields).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"alora_invocation_tokens, and LoRA on lm_head"):
+        read_for(tmp_path / "adapter", load_for_training(base, cache))
+
+
+def test_no_mask_is_left_for_what_comes_next(prepared: Prepared) -> None:
+    """An adapter that always works, after one that does not; mutation tried: the mask stays."""
+    base, cache = prepared["llama"]
+    model = load_for_training(base, cache)
+    settings = some_settings()
+    weights = random_adapter(model, settings, b_size=0.3)
+    attach_adapters(model, settings, weights, dtype=torch.float32)
+    packed_logits(model, DOCUMENTS)
+    attach_adapters(model, replace(settings, invocation_tokens=()), weights, dtype=torch.float32)
+    generate: Any = model.module.generate
+    ids_BT = torch.tensor([DOCUMENTS[0].input_ids_T.tolist()])
+    with generating(model, 0):
+        out_BT = generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=2, pad_token_id=0)
+    assert out_BT.shape[1] > ids_BT.shape[1]
+
+
+def test_what_pads_a_prompt_is_no_invocation(prepared: Prepared) -> None:
+    """An answer is the same alone and beside a longer prompt."""
+    base, cache = prepared["llama"]
+    model = load_for_training(base, cache)
+    settings = replace(some_settings(), targets=tuple(model.linears), invocation_tokens=(0,))
+    attach_adapters(model, settings, random_adapter(model, settings, b_size=0.3), dtype=torch.float32)
+    prompts = [own.input_ids_T.tolist() for own in (DOCUMENTS[3], DOCUMENTS[0])]
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (longest - len(own)) + own for own in prompts])
+    mask_BT = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+    asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
+    generate: Any = model.module.generate
+    with generating(model, 0):
+        together_BT = generate(input_ids=ids_BT, attention_mask=mask_BT, **asked)
+        alone_BT = generate(input_ids=torch.tensor(prompts[:1]), attention_mask=torch.ones(1, len(prompts[0])), **asked)
+    assert together_BT[0, longest:].tolist() == alone_BT[0, len(prompts[0]) :].tolist()

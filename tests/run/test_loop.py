@@ -315,6 +315,7 @@ def test_the_adapter_of_a_run_answers(tmp_path: Path, base: Path) -> None:
         for target in (tmp_path / "run", tmp_path / "run" / "adapter")
     ]
     assert answers[0] == answers[1]
-    assert answers[0].startswith("It is")
+    assert answers[0].text.startswith("It is")
+    assert answers[0].note is None
     with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
         answer(tmp_path, asked, base=None, max_new_tokens=1, temperature=0.0, seed=0)

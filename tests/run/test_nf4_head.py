@@ -80,7 +80,7 @@ def test_what_is_made_of_it_afterwards_has_that_head(run: Path, untied: Path, tm
     bare = find_adapters({"bare": write_adapter(tmp_path / "bare", untied, seed=1)}, base=None)
     heads = [load_adapters(one, compute_dtype="float32").model.head.weight.dtype for one in (named, bare)]
     assert heads == [torch.uint8, torch.bfloat16]
-    assert answer(run, "Name a number.", base=None, max_new_tokens=4, temperature=0.0, seed=0)
+    assert answer(run, "Name a number.", base=None, max_new_tokens=4, temperature=0.0, seed=0).text
 
 
 def test_runs_that_have_other_heads_are_not_judged_beside_each_other(
