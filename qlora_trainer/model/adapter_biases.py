@@ -7,6 +7,7 @@ which it passes over where the config does not say so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.table_names import BaseTables
 
 _KEY = "lora.bias"
+# What it puts into the name of a module that it has copied, and of all in it.
+_WRAPPER = re.compile(r"\.(modules_to_save(\.default)?|original_module)\.")
 _OWN, _OWN_OF_TARGET, _OF_B, _OUR_OF_B = ".bias", ".base_layer.bias", ".lora_B.bias", ".lora_B_bias"
 
 
@@ -89,6 +92,7 @@ def take_biases(
     its wrapper's copy, and the base's own.
     """
     found: set[str] = set()
+    _forget_copies(weights, whole, where)
     for name in [name for name in weights if name.endswith(_OWN)]:
         leaf = next(leaf for leaf in (_OF_B, _OWN_OF_TARGET, _OWN) if name.endswith(leaf))
         owner = name.removesuffix(leaf)
@@ -96,10 +100,6 @@ def take_biases(
         if owner not in linear_names and any(owner == own or owner.startswith(f"{own}.") for own in names):
             if tables is not None and owner == tables.head and owner not in whole:
                 found.add(owner)
-            elif owner in (f"{own}.original_module" for own in whole):
-                del weights[name]  # of the base, beside what PEFT computes with
-            elif owner in (f"{own}.modules_to_save" for own in whole):
-                _forget_second(weights, name, f"{owner.removesuffix('.modules_to_save')}.bias", where)
             continue
         if leaf == _OF_B and not lora_bias:
             raise ConfigError(
@@ -117,6 +117,18 @@ def take_biases(
         if leaf != _OF_B:
             found.add(owner)
     return in_order(found, linear_names, None if tables is None else tables.head)
+
+
+def _forget_copies(weights: dict[str, Tensor], whole: Collection[str], where: Path) -> None:
+    """Those of PEFT's wrappers, around a module or around what it lies in."""
+    for name in [name for name in weights if name.endswith(_OWN)]:
+        plain, num_copies = _WRAPPER.subn(".", name)
+        if not num_copies or plain.removesuffix(_OWN) not in whole:
+            continue
+        if ".original_module." in name:
+            del weights[name]  # of the base, beside what PEFT computes with
+        else:
+            _forget_second(weights, name, plain, where)
 
 
 def _forget_second(weights: dict[str, Tensor], second: str, first: str, where: Path) -> None:

@@ -25,6 +25,7 @@ from qlora_trainer.model.lora_settings import (
 from qlora_trainer.model.repeated_layers import ranges_of
 from qlora_trainer.model.table_names import BaseTables, means
 from qlora_trainer.model.table_updates import AskedUpdates
+from qlora_trainer.model.whole_linears import WHOLE_LINEARS, is_saved
 
 _LAYERS = "layers_to_transform"
 _NO_TARGETS = "dummy-target-modules"  # what PEFT takes for none, beside `modules_to_save`
@@ -124,7 +125,7 @@ def read_config_fields(path: Path) -> dict[str, Any]:
     layers = fields.get("layers_to_transform")
     one_form = {"revision": fields.get("revision") or None}  # PEFT has each of both in several
     one_form |= {"layers_to_transform": [layers]} if isinstance(layers, int) else {}
-    return dict(fields) | one_form | of_more_rank(fields)
+    return dict(fields) | one_form | of_more_rank(fields) | {WHOLE_LINEARS: ()}
 
 
 def settings_of(
@@ -146,6 +147,7 @@ def settings_of(
         ConfigError: the fields name something that the base does not have.
     """
     targets, on_tables = _targets(fields, linear_names, tables, where)
+    _require_linears(fields, linear_names, where)
     saved = fields.get("modules_to_save") or []
     rows = fields.get("trainable_token_indices")
     has_biases = fields.get("bias", "none") != "none"
@@ -210,10 +212,11 @@ def asked_updates(fields: Mapping[str, Any], *, linear_names: Sequence[str], tab
 def _targets(
     fields: Mapping[str, Any], linear_names: Sequence[str], tables: BaseTables | None, where: Path
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The linears and the tables that carry LoRA, by PEFT's rules."""
+    """The linears and the tables that carry LoRA, by PEFT's rules; linears that are whole carry it here, too."""
     wanted, excluded, layers = fields["target_modules"], fields.get("exclude_modules") or [], fields.get(_LAYERS)
+    whole = fields.get(WHOLE_LINEARS, ())
     if wanted == _NO_TARGETS:
-        return (), ()
+        return tuple(name for name in linear_names if name in whole), ()
     table_names = () if tables is None or wanted == ALL_LINEAR else tables.names
     names = (*linear_names, *table_names)
     targets = _meant(
@@ -225,9 +228,21 @@ def _targets(
         chosen = in_layers(targets, layers, [pattern] if isinstance(pattern, str) else pattern)
         targets = tuple(name for name in targets if name in chosen or name in wanted)  # as PEFT does
     return (
-        tuple(name for name in targets if name not in table_names),
+        tuple(name for name in linear_names if name in targets or name in whole),
         tuple(name for name in targets if name in table_names),
     )
+
+
+def _require_linears(fields: Mapping[str, Any], linear_names: Sequence[str], where: Path) -> None:
+    """Refuse a file that has not whole what the fields say, or whole what is no linear of the base."""
+    whole, saved = fields.get(WHOLE_LINEARS, ()), fields.get("modules_to_save") or ()
+    if missing := [name for name in linear_names if saved and is_saved(saved, name) and name not in whole]:
+        found = f"modules_to_save = {list(saved)!r}, which means {missing[0]}, and no matrix {missing[0]}.weight"
+        raise wrong_adapter(where, found, f"the weights of all {len(missing) + len(whole)} linears that it means")
+    if others := [name for name in whole if name not in linear_names]:
+        raise wrong_adapter(
+            where, f"a matrix {others[0]}.weight, which is no linear of this base", "weights of this base"
+        )
 
 
 def _of_this_base(wanted: str | Sequence[str], names: Sequence[str]) -> str | Sequence[str]:
@@ -240,16 +255,16 @@ def _of_this_base(wanted: str | Sequence[str], names: Sequence[str]) -> str | Se
 def _saved_modules(
     fields: Mapping[str, Any], tables: BaseTables | None, where: Path
 ) -> tuple[tuple[str, ...], str | None, tuple[str, ...]]:
-    """`LoraSettings.modules_to_save`, `.tied_head` and `.norms`, by PEFT's rule: an entry means every name that ends
-    with it, after a dot or not. It unties what it trains of two tables, unless it is told not to.
+    """`LoraSettings.modules_to_save`, `.tied_head` and `.norms`; PEFT unties what it trains of two tables, unless it
+    is told not to.
 
     Entries that mean nothing here are passed over where another does; what they meant is in the file, if anything.
     """
     if tables is None or not fields.get("modules_to_save"):
         return (), None, ()
     names = (*tables.names, *tables.norms)
-    meant = tuple(name for name in names if name.endswith(tuple(fields["modules_to_save"])))
-    if not meant:
+    meant = tuple(name for name in names if is_saved(fields["modules_to_save"], name))
+    if not meant and not fields.get(WHOLE_LINEARS):
         leaves = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in names))
         found = f"modules_to_save with {fields['modules_to_save'][0]!r}, which names no embedding, head or norm"
         raise wrong_adapter(where, found, f"some of these, which are all that may be trained whole here: {leaves}")

@@ -30,7 +30,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.safetensors_header import require_sane_header
 from qlora_trainer.model.table_names import BaseTables
 from qlora_trainer.model.table_updates import TableUpdate, take_updates
-from qlora_trainer.model.whole_linears import trained_whole, with_whole_linears
+from qlora_trainer.model.whole_linears import whole_linears, with_whole_linears
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -113,7 +113,10 @@ def read_adapter_fields(folder: Path) -> dict[str, Any]:
     if fields.get("target_parameters"):
         require_named(folder / ADAPTER_CONFIG_FILE, fields, modules)
         fields = as_target_modules(fields, modules)
-    fields = with_whole_linears(fields, *trained_whole(shapes), modules)
+    whole = whole_linears(fields, shapes)
+    if both := sorted(whole.keys() & set(modules)):
+        raise wrong_adapter(folder / WEIGHTS_FILE, f"LoRA on {both[0]}, and its weight", "one of them")
+    fields = with_whole_linears(fields, whole)
     require_activated(folder / ADAPTER_CONFIG_FILE, fields)
     return fields
 

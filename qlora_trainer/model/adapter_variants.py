@@ -137,7 +137,9 @@ def variant_told(fields: Mapping[str, Any]) -> str | None:
     if is_loftq_of_nf4(fields):
         told.append("LoftQ of one step, which has the base in NF4")
     if variant.whole:
-        told.append(f"{len(variant.whole)} linears that were trained whole, of full rank")
+        told.append(
+            f"{len(variant.whole)} linears that were trained whole, of full rank, which dropout and decay reach, too"
+        )
     if fields.get("target_parameters"):
         told.append("LoRA on weights (target_parameters), on the linears that have them")
     return f"read as plain LoRA: {'; '.join(told)}" if told else None

@@ -71,6 +71,14 @@ def as_plain_lora(adapter: AdapterFolder, base_folder: Path) -> AdapterFolder:
 
 def _of_whole(name: str, trained_OI: Tensor, settings: LoraSettings, disk: DiskWeights) -> dict[str, Tensor]:
     """What LoRA of full rank has of a linear that was trained whole."""
+    shape = disk.shape(f"{name}.weight") if f"{name}.weight" in disk.files else ()
+    if tuple(trained_OI.shape) != tuple(shape):
+        raise ConfigError(
+            where=f"the base's {name}.weight",
+            found=f"{tuple(shape)}" if shape else "none",
+            expected=f"{tuple(trained_OI.shape)}, as this adapter has it",
+            fix=_FIX,
+        )
     base_OI = disk.copied(f"{name}.weight", device=torch.device("cpu"), dtype=torch.float32)
     a_RI, b_OR = lora_of_full_rank(trained_OI, base_OI)
     found = {f"{name}.lora_A": a_RI, f"{name}.lora_B": b_OR}

@@ -19,47 +19,44 @@ from torch import Tensor
 # Never in a file: a field that is not known is refused.
 WHOLE_LINEARS = "whole_linears"
 _WEIGHT = ".weight"
-_WRAPPED = (".modules_to_save", ".original_module")  # of PEFT's copies, beside the module's own name
 
 
-def trained_whole(shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Which modules of an adapter's file were trained whole, by full name.
+def is_saved(entries: Sequence[str], name: str) -> bool:
+    """Whether an entry of `modules_to_save` means a module or what it lies in: PEFT takes every name that ends so."""
+    parts = name.split(".")
+    return any(".".join(parts[: count + 1]).endswith(tuple(entries)) for count in range(len(parts)))
+
+
+def whole_linears(fields: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The modules in numbered layers that the fields mean, and whose weight is a matrix: full name -> [O, I].
 
     Args:
-        shapes: of its tensors, by their names in the file without PEFT's prefix.
-
-    Returns:
-        Linears in numbered layers, with the shape [O, I] of their weights; and all others, tables and norms.
+        fields: checked.
+        shapes: of the tensors in the file, by their names there without PEFT's prefix.
     """
-    names: dict[str, tuple[int, ...]] = {
-        name.removesuffix(_WEIGHT): tuple(shape)
-        for name, shape in shapes.items()
-        if name.endswith(_WEIGHT) and ".lora_" not in name and not name.removesuffix(_WEIGHT).endswith(_WRAPPED)
-    }
-    linears = {name: names[name] for name in names if len(names[name]) == 2 and _is_in_a_layer(name)}
-    return linears, tuple(name for name in names if name not in linears)
+    saved = fields.get("modules_to_save") or ()
+    found = {}
+    for key, shape in shapes.items():
+        name = key.removesuffix(_WEIGHT)
+        is_meant = key.endswith(_WEIGHT) and ".lora_" not in key and is_saved(saved, name)
+        if is_meant and len(shape) == 2 and any(map(str.isdigit, name.split("."))):
+            found[name] = tuple(shape)
+    return found
 
 
-def with_whole_linears(
-    fields: Mapping[str, Any], linears: Mapping[str, tuple[int, ...]], others: Sequence[str], with_lora: Sequence[str]
-) -> dict[str, Any]:
-    """The checked fields of an adapter whose linears have LoRA of full rank where they were trained whole.
+def with_whole_linears(fields: Mapping[str, Any], linears: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The checked fields of an adapter in whose file these are whole: LoRA of full rank, at a scale of 1.
 
     Args:
         fields: of the file.
-        linears, others: of `trained_whole`.
-        with_lora: full names of the modules that have LoRA in the file.
+        linears: of `whole_linears`.
     """
     if not linears:
         return {**fields, WHOLE_LINEARS: ()}
     ranks = {re.escape(name): min(shape) for name, shape in linears.items()}
     alphas = {name: math.sqrt(rank) if fields.get("use_rslora") else rank for name, rank in ranks.items()}
-    elsewhere = dict.fromkeys(("layers_to_transform", "layers_pattern", "exclude_modules"))  # the file has decided
     return {
         **fields,
-        **elsewhere,
-        "target_modules": [*with_lora, *linears],
-        "modules_to_save": list(others) or None,
         "rank_pattern": {**ranks, **(fields.get("rank_pattern") or {})},
         "alpha_pattern": {**alphas, **(fields.get("alpha_pattern") or {})},
         WHOLE_LINEARS: tuple(linears),
@@ -73,7 +70,3 @@ def lora_of_full_rank(trained_OI: Tensor, base_OI: Tensor) -> tuple[Tensor, Tens
     if num_outputs < num_inputs:
         return change_OI, torch.eye(num_outputs)
     return torch.eye(num_inputs), change_OI
-
-
-def _is_in_a_layer(name: str) -> bool:
-    return any(map(str.isdigit, name.split(".")))

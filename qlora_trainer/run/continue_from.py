@@ -40,6 +40,7 @@ from qlora_trainer.model.lora_settings import LoraSettings, asked_settings, patt
 from qlora_trainer.model.repeated_layers import ranges_of
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.model.table_names import means
+from qlora_trainer.model.whole_linears import WHOLE_LINEARS
 from qlora_trainer.run.folder import find_adapter
 from qlora_trainer.run.records import Preparing
 
@@ -139,6 +140,7 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
     if adapter.updates:
         changed = (*adapter.updates, *tied)
         key, leaves = "lora.modules_to_save", [name.rpartition(".")[2] for name in whole]
+        leaves += short_target_modules(adapter.settings.norms, tables.norms)
         if not all(any(means(entry, name) for entry in config.lora.modules_to_save) for name in changed):
             raise ConfigError(
                 where=key,
@@ -148,14 +150,15 @@ def _beside_linears(config: RunConfig, folder: Path, fields: Mapping[str, Any]) 
                 fix=f"Write {key}: [{', '.join(leaves)}], or choose another adapter.",
             )
     wanted = fields["target_modules"] if adapter.settings.targets else []
-    if fields.get("exclude_modules"):  # which a config does not have
+    if fields.get("exclude_modules") or fields[WHOLE_LINEARS]:  # which a config does not have
         wanted = list(adapter.settings.targets)
     elif wanted and not isinstance(wanted, str):  # an expression is looked for in names of linears only
         wanted = _naming(wanted, parts.linears)
     norms = adapter.settings.norms
     alone = [name for name in modules_with_bias(parts) if name not in (*whole, *norms)]
     bias = _as_bias((config.lora.bias, fields.get("bias")), adapter.settings, alone, folder)
-    layers = fields.get("layers_to_transform") if adapter.settings.targets else None
+    is_named = bool(adapter.settings.targets) and not fields[WHOLE_LINEARS]
+    layers = fields.get("layers_to_transform") if is_named else None
     unties = tables.is_tied and not tied and bool({tables.embeddings[0], tables.head} & set(whole))
     named = [*whole, *short_target_modules(norms, tables.norms)]
     found = {"modules_to_save": named, "untie_tables": unties, "target_modules": wanted, "bias": bias}
@@ -307,7 +310,9 @@ def _require_equal(asked: LoraSettings, given: LoraSettings, folder: Path) -> No
 
 
 def _whole(settings: LoraSettings) -> str:
-    names = ", ".join(settings.trained_whole) or "nothing"
+    num_norms = len(settings.norms)
+    shown = f"{num_norms} norms such as {settings.norms[0]}" if num_norms > 2 else ", ".join(settings.norms)
+    names = ", ".join(filter(None, (*settings.modules_to_save, shown))) or "nothing"
     return f"{names} trained whole{', as embedding and head in one' * (settings.tied_head is not None)}"
 
 

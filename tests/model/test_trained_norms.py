@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import NemotronConfig
+from transformers import NemotronConfig, StableLmConfig
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.activation_policy import tile_layers
@@ -48,6 +48,19 @@ NEMOTRON = NemotronConfig(  # norms with a bias, which add one to their weight
     max_position_embeddings=512,
     tie_word_embeddings=False,
 )
+# Each head has a norm of its own, which PEFT copies in one module.
+STABLELM = StableLmConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    qk_layernorm=True,
+    tie_word_embeddings=False,
+)
+OTHERS = {"nemotron": NEMOTRON, "stablelm": STABLELM}
 # Fused halves, with norms of heads and with an offset; layers that are not fused; norms with a bias.
 BASES = ("llama", "qwen3", "gemma", "gemma2", "phi", "persimmon", "olmo3")
 # Base, what PEFT is asked for, and how many norms that means.
@@ -66,13 +79,14 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("olmo3", {"modules_to_save": ["norm"]}, 9),
     ("nemotron", {"modules_to_save": ["norm"], "bias": "none"}, 5),
     ("nemotron", {"bias": "all"}, 0),
+    ("stablelm", {"modules_to_save": ["norm"]}, 17),  # of two layers, and of six heads in each
 ]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    nemotron = prepare_apart(tmp_path_factory.mktemp("nemotron"), NEMOTRON)
-    return {**prepared_apart(tmp_path_factory, BASES), "nemotron": nemotron}
+    others = {name: prepare_apart(tmp_path_factory.mktemp(name), config) for name, config in OTHERS.items()}
+    return {**prepared_apart(tmp_path_factory, BASES), **others}
 
 
 def vector_gradients(wrapped: Any) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
-from qlora_trainer.model.whole_linears import WHOLE_LINEARS, trained_whole, with_whole_linears
+from qlora_trainer.model.whole_linears import WHOLE_LINEARS, is_saved, whole_linears, with_whole_linears
 from qlora_trainer.run.export import export_adapter
 from tests.export.made_adapters import load_base
 from tests.model.peft_oracle import load_adapter, logits, wrap
@@ -45,13 +45,17 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {"modules_to_save": ["k_proj"], "layers_to_transform": [1]}, 2),
     ("qwen2", {"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "o_proj"]}, 2),  # with its bias
     ("qwen2", {"modules_to_save": ["v_proj"], "bias": "all"}, 2),
+    ("llama-biases", {"modules_to_save": ["mlp"], "bias": "all"}, 6),  # of which PEFT writes each bias three times
     ("qwen3", {"modules_to_save": ["self_attn"], "target_modules": "all-linear"}, 8),  # and the norms of heads
 ]
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    return {name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name]) for name in ("llama", "qwen2", "qwen3")}
+    return {
+        name: prepare_apart(tmp_path_factory.mktemp(name), CONFIGS[name])
+        for name in ("llama", "llama-biases", "qwen2", "qwen3")
+    }
 
 
 def moved(folder: Path, base: Base, fields: dict[str, Any]) -> Any:
@@ -102,21 +106,71 @@ def test_it_is_what_peft_loads(
     assert relative_error(base_TV, trained_TV) > 1e-2
 
 
-def test_one_that_does_not_fit_is_named(prepared: Prepared, tmp_path: Path) -> None:
+V_PROJ, O_PROJ, UP_PROJ = (f"model.layers.1.{own}" for own in ("self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj"))
+# What is changed in a file with two whole linears, a norm and a head: removed, or put there, and what is told.
+BROKEN: list[tuple[list[str], dict[str, tuple[int, ...]], str]] = [
+    ([f"{V_PROJ}.lora_A.weight", f"{V_PROJ}.lora_B.weight"], {}, rf"2 weights .*{V_PROJ}\.lora_A: adapter has none"),
+    (
+        [],
+        {f"{UP_PROJ}.lora_A.weight": (3, 64), f"{UP_PROJ}.lora_B.weight": (128, 3)},
+        rf"2 weights .*{UP_PROJ}\.lora_A: adapter \(3",
+    ),
+    (
+        [f"{O_PROJ}.weight"],
+        {},
+        rf"means {O_PROJ}, and no matrix {O_PROJ}\.weight; expected the weights of all 2 linears",
+    ),
+    (["lm_head.weight"], {}, r"lm_head\.weight: adapter has none"),
+    (["model.norm.weight"], {}, r"model\.norm\.weight: adapter has none"),
+    ([], {f"{O_PROJ}.weight": (64, 32)}, rf"{O_PROJ}\.weight: adapter \(64, 32\), base \(64, 64\)"),
+    ([], {f"{O_PROJ}.weight": (1, 64)}, rf"{O_PROJ}\.weight: adapter \(1, 64\), base \(64, 64\)"),
+    ([], {f"{O_PROJ}.weight": (64,)}, rf"no matrix {O_PROJ}\.weight"),
+    ([], {f"{O_PROJ}.lora_A.weight": (3, 64), f"{O_PROJ}.lora_B.weight": (64, 3)}, f"LoRA on {O_PROJ}, and its weight"),
+    ([], {f"{UP_PROJ}.weight": (128, 64)}, rf"1 weights .*{UP_PROJ}\.weight: adapter \(128, 64\), base has none"),
+    ([], {"model.layers.1.o_proj.weight": (4, 4)}, r"a matrix model\.layers\.1\.o_proj\.weight, which is no linear"),
+    ([], {"model.embed_tokens.weight": (128, 64)}, "an adapter that changes model.embed_tokens other than as a whole"),
+]
+
+
+@pytest.mark.parametrize("gone, there, told", BROKEN, ids=str)
+def test_what_the_file_has_not_or_too_much_is_refused(
+    gone: list[str], there: dict[str, tuple[int, ...]], told: str, prepared: Prepared, tmp_path: Path
+) -> None:
+    base, _ = prepared["llama"]
+    moved(tmp_path / "trained", base, {"modules_to_save": ["o_proj", "norm", "lm_head"]})
+    path, prefix = tmp_path / "trained" / WEIGHTS_FILE, "base_model.model."
+    kept = {name: own for name, own in load_file(path).items() if name.removeprefix(prefix) not in gone}
+    save_file(kept | {prefix + name: torch.ones(shape) for name, shape in there.items()}, path)
+    with pytest.raises(ConfigError, match=told):
+        read(tmp_path / "trained", base)
+
+
+def test_one_of_another_base_is_named_where_its_weights_are_read(prepared: Prepared, tmp_path: Path) -> None:
     base, cache = prepared["llama"]
-    moved(tmp_path / "trained", base, {"modules_to_save": ["o_proj"]})
+    moved(tmp_path / "trained", base, {"modules_to_save": ["o_proj"], "target_modules": "dummy-target-modules"})
     adapter = read(tmp_path / "trained", base)
     with pytest.raises(ConfigError, match=r"adapter a: found weights of a variant: .*o_proj.*as_plain_lora"):
         AdapterSet(load_for_training(base, cache)).add("a", adapter)
-    path = tmp_path / "trained" / WEIGHTS_FILE
-    tensors = load_file(path)
-    wrong = next(name for name in tensors if "o_proj" in name)
-    save_file(tensors | {wrong: torch.zeros(64, 32)}, path)
-    with pytest.raises(ConfigError, match=r"o_proj\.weight: adapter \(64, 32\), base \(64, 64\)"):
-        read(tmp_path / "trained", base)
-    save_file(tensors | {wrong.replace("o_proj", "score"): torch.zeros(64, 32)}, path)
-    with pytest.raises(ConfigError, match="score"):
-        read(tmp_path / "trained", base)
+    other, _ = prepared["qwen3"]
+    with pytest.raises(ConfigError, match=r"o_proj\.weight: found \(64, 128\); expected \(64, 64\), as this adapter"):
+        as_plain_lora(adapter, other.folder)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("table", ["embed_tokens", "lm_head"])
+def test_lora_on_a_table_beside_one_is_what_it_is(table: str, prepared: Prepared, tmp_path: Path) -> None:
+    """And a table that PEFT writes beside it, which the config does not name, is not trained for that."""
+    base, _ = prepared["llama"]
+    moved(tmp_path / "trained", base, {"modules_to_save": ["down_proj"], "target_modules": ["q_proj", table]})
+    skeleton = build_skeleton(base.config, with_buffers=False)
+    parts = find_parts(skeleton)
+    adapter = read_adapter_folder(
+        tmp_path / "trained", linear_names=parts.linears, tables=base_tables(parts), may_change_base=True
+    )
+    require_adapter_fits(skeleton, adapter, where="adapter")
+    assert len(adapter.updates) == 1
+    assert adapter.variant is not None
+    assert len(adapter.variant.whole) == 2
 
 
 def test_no_file_says_by_itself_what_was_whole(prepared: Prepared, tmp_path: Path) -> None:
@@ -131,21 +185,25 @@ def test_no_file_says_by_itself_what_was_whole(prepared: Prepared, tmp_path: Pat
     assert read(tmp_path / "trained", base).variant is None
 
 
-def test_what_is_whole_is_told_by_the_file() -> None:
+def test_what_is_whole_is_told_by_both() -> None:
+    """By the config, with PEFT's ends of names, and the file."""
     shapes = {
         "model.layers.0.q.lora_A.weight": (3, 8),
         "model.layers.0.o.weight": (8, 6),
+        "model.layers.0.up.weight": (8, 6),
         "model.layers.0.norm.weight": (8,),
         "lm_head.weight": (9, 8),
         "lm_head.original_module.weight": (9, 8),
         "model.layers.0.o.bias": (8,),
     }
-    linears, others = trained_whole(shapes)
-    assert linears == {"model.layers.0.o": (8, 6)}
-    assert others == ("model.layers.0.norm", "lm_head")
-    found = with_whole_linears({"use_rslora": True, "rank_pattern": None}, linears, others, ["model.layers.0.q"])
-    assert found["rank_pattern"] == {r"model\.layers\.0\.o": 6}
-    assert found["alpha_pattern"] == {r"model\.layers\.0\.o": 6**0.5}
-    assert found["modules_to_save"] == list(others)
-    plain = with_whole_linears({"modules_to_save": ["x"]}, {}, others, [])
-    assert plain == {"modules_to_save": ["x"], WHOLE_LINEARS: ()}
+    assert whole_linears({"modules_to_save": None}, shapes) == {}
+    found = whole_linears({"modules_to_save": ["o", "norm", "lm_head"]}, shapes)
+    assert found == {"model.layers.0.o": (8, 6)}
+    assert whole_linears({"modules_to_save": ["layers.0"]}, shapes).keys() == {"model.layers.0.o", "model.layers.0.up"}
+    fields = with_whole_linears({"use_rslora": True, "rank_pattern": None}, found)
+    assert fields["rank_pattern"] == {r"model\.layers\.0\.o": 6}
+    assert fields["alpha_pattern"] == {r"model\.layers\.0\.o": 6**0.5}
+    assert fields[WHOLE_LINEARS] == ("model.layers.0.o",)
+    assert with_whole_linears({"modules_to_save": ["x"]}, {}) == {"modules_to_save": ["x"], WHOLE_LINEARS: ()}
+    assert is_saved(["self_attn"], "model.layers.0.self_attn.q_proj")
+    assert not is_saved(["attn.q"], "model.layers.0.self_attn.q_proj")
