@@ -57,6 +57,7 @@ def test_random_weights_are_of_the_right_size_and_differ() -> None:
     assert float(model.head.weight.float().std()) == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_point_is_measured(tmp_path: Path) -> None:
     spec = PointSpec(
         model="tiny", micro_batch_tokens=64, seq_len=32, rank=2, dtype="float32", num_steps=1, limit_bytes=2**40

@@ -70,12 +70,14 @@ def golden_file() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_our_step_costs_what_it_did(ours: dict[str, dict[str, Any]]) -> None:
     """Mutations tried: a clone of a linear's output, a float(loss) in the step, a weight unpacked twice."""
     found = differences("ours", golden_file()["ours"], ours[GOLDEN_CASE.model])
     assert not found, "\n".join(["a step's cost has changed:", *found, HOW])
 
 
+@pytest.mark.slow
 def test_our_step_of_three_layers_and_of_packed_documents_costs_what_it_did(now: OurSteps) -> None:
     golden = golden_file()
     lines = differences("three layers", golden["three layers"], now.three_layers)
@@ -83,6 +85,7 @@ def test_our_step_of_three_layers_and_of_packed_documents_costs_what_it_did(now:
     assert not lines, "\n".join(["a step's cost has changed:", *lines, HOW])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", POLICIES)
 def test_our_step_of_the_whole_model_is_on_the_line_through_two_and_three_layers(policy: str, now: OurSteps) -> None:
     """So the file's figures of 32 layers are ours as they are now; those outside of forward and backward are traced in
@@ -123,6 +126,7 @@ def test_the_bounds_hold_for_the_whole_model(policy: str) -> None:
     }
 
 
+@pytest.mark.slow
 def test_packed_documents_cost_launches_and_copies_of_attention_alone(now: OurSteps) -> None:
     """A document beyond the first: forward a kernel and a copy of its output; backward the forward again, the gradients
     (a kernel) and a copy of them, which of one long document takes two. Nothing is waited for.
@@ -143,6 +147,7 @@ def test_a_row_is_cut_into_equal_documents_or_not_at_all(capsys: pytest.CaptureF
     assert "--documents 3: expected a divisor of 4096 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_our_step_of_other_models_costs_what_it_did(ours: dict[str, dict[str, Any]]) -> None:
     """Whatever the architecture: no wait inside the step, and a weight is unpacked once forward and once backward.
 
@@ -159,6 +164,7 @@ def test_our_step_of_other_models_costs_what_it_did(ours: dict[str, dict[str, An
         assert (unpacked["forward"], unpacked["recompute"], unpacked["backward"]) == (num_linears, 0, num_linears - 3)
 
 
+@pytest.mark.slow
 def test_our_step_with_a_lever_costs_what_it_did(with_levers: dict[str, dict[str, Any]]) -> None:
     """Mutations tried: blocking copies on the side stream, a streamed layer fetched although a buffer holds it, every
     block of the head copied twice."""
@@ -166,6 +172,7 @@ def test_our_step_with_a_lever_costs_what_it_did(with_levers: dict[str, dict[str
     assert not lines, "\n".join(["a step's cost has changed:", *lines, HOW])
 
 
+@pytest.mark.slow
 def test_a_lever_copies_what_it_must_and_waits_where_that_is_meant(with_levers: dict[str, dict[str, Any]]) -> None:
     """Five tensors of a micro-batch come to the device; and what a lever copies, worked out from its description."""
     layers, rows = LEVER_CASE.num_layers, LEVER_CASE.num_tokens

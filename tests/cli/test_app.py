@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import make_dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -163,9 +163,9 @@ def test_segments_expand_unless_the_user_said_otherwise(
     """Set before the room that imports torch is entered."""
     seen: list[dict[str, str]] = []
 
-    def run(*_: Any, **__: Any) -> str:
+    def run(*_: Any, **__: Any) -> SimpleNamespace:
         seen.append({name: os.environ[name] for name in ALLOCATOR if name in os.environ})
-        return ""
+        return SimpleNamespace(text="", note=None)
 
     (work / "adapter_config.json").touch()
     stand_in(monkeypatch, "qlora_trainer.run.loop", train=run)
@@ -236,16 +236,17 @@ def test_generate_prints_the_answer(
 ) -> None:
     asked: list[dict[str, object]] = []
 
-    def answer(target: Path, prompt: str, **settings: object) -> str:
+    def answer(target: Path, prompt: str, **settings: object) -> SimpleNamespace:
         asked.append({"target": target, "prompt": prompt, **settings})
-        return "Four."
+        return SimpleNamespace(text="Four.", note="the base answers" if settings["seed"] else None)
 
     (work / "adapter_config.json").touch()
     stand_in(monkeypatch, "qlora_trainer.run.answer", answer=answer)
     assert main(["generate", str(work), "--prompt", "2 + 2?"]) == 0
-    assert capsys.readouterr().out == "Four.\n"
+    assert capsys.readouterr() == ("Four.\n", "")
     options = ["--model", "a/b", "--max-new-tokens", "5", "--temperature", "0.7", "--seed", "3"]
     assert main(["generate", str(work), "--prompt", "2 + 2?", *options]) == 0
+    assert capsys.readouterr() == ("Four.\n", "the base answers\n")
     common = {"target": work, "prompt": "2 + 2?"}
     assert asked == [
         {**common, "base": None, "max_new_tokens": 128, "temperature": 0.0, "seed": 0},

@@ -44,6 +44,7 @@ def test_defaults() -> None:
             "untie_tables": False,
             "bias": "none",
             "lora_bias": False,
+            "alora_invocation_tokens": (),
             "init_from": None,
         },
         "data": {
@@ -267,6 +268,9 @@ def test_keys_that_other_parts_of_the_project_promise() -> None:
         ({"target_modules": [], "bias": "lora_only"}, "some linears, unless"),
         ({"lora_bias": True, "use_dora": True}, "false beside lora.use_dora"),
         ({"bias": "all", "layer_replication": [[0, 1]]}, "none beside lora.layer_replication"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, r"\[\] beside lora.use_dora or lora.lora_bias"),
+        ({"alora_invocation_tokens": [1], "target_modules": [], "bias": "all"}, r"\[\] without lora.target_modules"),
+        ({"alora_invocation_tokens": [2**31]}, "a list of numbers of tokens"),
         (
             {"lora_bias": True, "target_modules": [], "modules_to_save": ["lm_head"]},
             "false without lora.target_modules",

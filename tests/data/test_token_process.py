@@ -203,7 +203,7 @@ def test_a_python_that_cannot_be_started_is_told(
         list(make_tokens_apart(job_of(write_rows(tmp_path / "rows.jsonl", 3), tokenizer)))
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_it_ends_with_the_process_that_began_it(
     cache: Path, tmp_path: Path, tokenizer: KnownTokenizer, sent: signal.Signals
 ) -> None:
@@ -248,6 +248,7 @@ list(tokenize_named(DataSection(train={str(path)!r}), "train", KnownTokenizer(fa
     assert "SystemExit" not in told
 
 
+@pytest.mark.slow
 def test_closed_descriptors_do_no_harm(cache: Path, tmp_path: Path, tokenizer: KnownTokenizer) -> None:
     """Of a daemon, say. Mutation tried: the pipe has the numbers that are free."""
     path = write_rows(tmp_path / "rows.jsonl", 1200)

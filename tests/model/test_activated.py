@@ -256,8 +256,9 @@ def test_a_linear_that_is_whole_works_at_every_token(prepared: Prepared, tmp_pat
     """As LoRA it would not: refused."""
     base, cache = prepared["llama"]
     moved_by_peft(cache.folder, alora_invocation_tokens=list(INVOCATION)).save_pretrained(tmp_path / "adapter")
-    path = tmp_path / "adapter" / WEIGHTS_FILE
+    path, config = tmp_path / "adapter" / WEIGHTS_FILE, tmp_path / "adapter" / "adapter_config.json"
     save_file(load_file(path) | {"base_model.model.model.layers.0.mlp.up_proj.weight": torch.zeros(128, 64)}, path)
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"modules_to_save": ["layers.0.mlp.up_proj"]}))
     with pytest.raises(ConfigError, match="alora_invocation_tokens and linears that were trained whole"):
         read_for(tmp_path / "adapter", load_for_training(base, cache))
 

@@ -322,8 +322,8 @@ def offered(budget: Budget, *overrides: str) -> dict[str, tuple[int | str, int |
     "asked_bytes, asked_host_bytes, expected",
     [
         (GIB, 50 * MIB, "memory.host_budget"),
-        (50 * MIB, GIB, "--ram"),
-        (50 * MIB, None, "--ram"),
+        pytest.param(50 * MIB, GIB, "--ram", marks=pytest.mark.slow),
+        pytest.param(50 * MIB, None, "--ram", marks=pytest.mark.slow),
         (None, None, "--ram"),  # what is free is too little, and more may be asked for
         (50 * MIB, 49 * MIB, None),  # one change alone is not enough
     ],
@@ -459,7 +459,9 @@ def test_rows_of_a_pinned_micro_batch_in_tiles_are_not_all_traced(monkeypatch: p
     assert not plan.fits
 
 
-@pytest.mark.parametrize("row_tokens, tile_tokens", [(SEQ_LEN, 64), (SEQ_LEN, 200), (64, 96)])
+@pytest.mark.parametrize(
+    "row_tokens, tile_tokens", [(SEQ_LEN, 64), pytest.param(SEQ_LEN, 200, marks=pytest.mark.slow), (64, 96)]
+)
 def test_few_rows_in_tiles_tell_what_all_of_them_take(
     row_tokens: int, tile_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

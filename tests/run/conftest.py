@@ -15,7 +15,7 @@ from qlora_trainer.model import base as base_module
 from qlora_trainer.planning.budget import Budget
 from qlora_trainer.planning.make_plan import make_plan
 from qlora_trainer.planning.plan import Plan
-from qlora_trainer.run import planned
+from qlora_trainer.run import evaluation, knobs, planned
 from tests.run.tiny_run import write_base
 
 
@@ -44,6 +44,15 @@ def accepted_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base_module, "require_accepted", remembered)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_one_thread() -> Iterator[None]:
+    """Tiny products take longer in two, and two workers share the cores; commands that tests begin take all."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (knobs, evaluation):
+            patch.setattr(module, "num_cpu_threads", lambda: 1)
         yield
 
 

@@ -56,7 +56,7 @@ def test_what_changes_the_course_is_refused_or_needs_a_flag() -> None:
     lora = {f"lora.{key}" for key in ("rank", "alpha", "dropout", "dtype", "target_modules", "layers_to_transform")}
     lora.add("lora.layer_replication")
     lora |= {f"lora.{key}" for key in ("use_rslora", "use_dora", "init_from", "rank_pattern", "alpha_pattern")}
-    lora |= {"lora.modules_to_save", "lora.untie_tables", "lora.bias", "lora.lora_bias"}
+    lora |= {"lora.modules_to_save", "lora.untie_tables", "lora.bias", "lora.lora_bias", "lora.alora_invocation_tokens"}
     read = {"train", "eval", "eval_fraction", "format", "columns", "on_bad_row", "streaming", "stream_rows"}
     learned = {"chat_template", "train_on", "seq_len", "overlong", "packing"}
     training = {f"training.{key}" for key in ("global_batch_size", "optimizer", "seed")}

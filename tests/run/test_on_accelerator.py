@@ -316,6 +316,7 @@ def test_a_run_with_every_lever_dora_and_a_head_in_nf4_leaves_nothing_on_the_wro
     run_and_resume(EVERYTHING, check_everything, seen, tmp_path, untied)
 
 
+@pytest.mark.slow
 def test_a_run_in_fp16_that_trains_tables_leaves_nothing_on_the_wrong_device(
     seen: Seen, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
