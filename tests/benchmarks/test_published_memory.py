@@ -55,6 +55,7 @@ def test_two_shallow_depths_give_the_full_one() -> None:
     assert figures == pytest.approx(full, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_what_is_held_beside_the_loss_is_seen() -> None:
     """transformers >= 4.46 holds the 16-bit logits while the loss is computed; the fused loss saves a copy in fp32."""
     newer, older = forward_bytes(), forward_bytes(path="refs/a100_80gb_liger.csv")

@@ -87,6 +87,7 @@ def test_json_for_a_card_that_is_not_here(tiny: Path, capsys: pytest.CaptureFixt
         assert max(predicted["phases"].values()) == predicted["allocated_peak_bytes"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [[[0, 20], [15, 30]], [[0, 31]]], ids=str)
 def test_layers_of_a_known_name_are_repeated(asked: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
     """Without data, too: 35 layers of 30; a range that the base does not have is refused."""

@@ -163,6 +163,7 @@ def test_a_damaged_cache_is_made_again(
     assert (folder / name).read_bytes() == raw
 
 
+@pytest.mark.slow
 def test_processes_that_make_the_same_do_not_disturb_each_other(
     cache: Path, data: Path, tokenizer: KnownTokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

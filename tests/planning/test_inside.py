@@ -214,6 +214,7 @@ def test_blocks_of_a_vocabulary_in_nf4_are_a_line(vocabulary: int, dtype: torch.
     assert bytes_of(Inside(0, inside.LOSS, arguments)) == inside._traced_bytes(inside.LOSS, arguments)
 
 
+@pytest.mark.slow
 @given(
     lengths=st.lists(st.integers(1, 96), min_size=1, max_size=6),
     kv_heads=st.sampled_from([1, 2, 4]),

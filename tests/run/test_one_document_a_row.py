@@ -76,6 +76,7 @@ def test_the_command_says_that_it_does_not_pack(
     assert said == {"stablelm": [f"rows       one document each, padded; {why}"], "llama": []}
 
 
+@pytest.mark.slow
 def test_its_plan_is_one_of_padded_rows(tmp_path: Path, base: Path) -> None:
     config = tiny_config(tmp_path, base)
     padded = tiny_config(tmp_path, base, "data.packing=false")

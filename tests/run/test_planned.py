@@ -266,6 +266,7 @@ def _tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "UNASKED_BYTES", -(2**40))  # the interpreter's pages are not given back for it
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_tensors_alone")
 def test_the_budget_does_not_change_what_is_learned(tmp_path: Path, base: Path) -> None:
     """The same run in the least that fits, in twice and in four times as much; then resumed in another budget."""

@@ -24,6 +24,7 @@ def kill(work: Path, *arguments: str, kills: int) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_three_kills_change_nothing(tmp_path: Path) -> None:
     """Several micro-batches a step (eight of documents of full length); the third kill comes after a SIGTERM.
 
