@@ -95,13 +95,18 @@ def cuda_memory(compute_capability: tuple[int, int]) -> DeviceMemory:
     )
 
 
-def cpu_memory(interpreter_bytes: int = INTERPRETER_BYTES) -> DeviceMemory:
-    """The host itself, as the resident set of one process whose interpreter and data take `interpreter_bytes`."""
+def cpu_memory(interpreter_bytes: int = INTERPRETER_BYTES, *, compiled_bytes: int = 0) -> DeviceMemory:
+    """The host itself, as the resident set of one process.
+
+    Args:
+        interpreter_bytes: what interpreter and data take.
+        compiled_bytes: of kernels that are compiled meanwhile (see `kernel_workspace.compiled_bytes`).
+    """
     return DeviceMemory(
         kind="cpu",
         alignment_bytes=1,
         workspace_bytes=0,
-        fixed_bytes=interpreter_bytes + CPU_FIXED_BYTES,
+        fixed_bytes=interpreter_bytes + compiled_bytes + CPU_FIXED_BYTES,
         expected_spread=CPU_EXPECTED_SPREAD,
         worst_spread=CPU_WORST_SPREAD,
         host_bytes=0,

@@ -26,6 +26,18 @@ QUANTIZE_4BIT_BYTES = 9.5
 SCRATCH_LEAST_BYTES, SCRATCH_BYTES_A_COLUMN, SCRATCH_MOST_BYTES = 32 * 2**10, 168, 193 * 2**10
 
 
+# Products of 16 bits that oneDNN compiles for each length of row, and keeps: what a run of SmolLM2 had of them beside
+# its plan, for rows of one length and for those of the others (docs/log.md, 2026-11-29).
+COMPILED_BYTES, COMPILED_FOR_OTHERS_BYTES = 12 * 2**20, 32 * 2**20
+
+
+def compiled_bytes(compute_dtype: torch.dtype, *, has_one_length: bool) -> int:
+    """Of the kernels that a CPU keeps while it trains in this dtype, on documents of one length or of several."""
+    if compute_dtype.itemsize != 2 or not onednn_multiplies_16_bits():
+        return 0
+    return COMPILED_BYTES + (0 if has_one_length else COMPILED_FOR_OTHERS_BYTES)
+
+
 def inside_bytes(op: str, args: tuple[Any, ...], num_threads: int | None = None) -> int:
     """Bytes that `op` needs beyond its results while it runs.
 
@@ -63,13 +75,14 @@ def _product_bytes(left: Tensor, num_threads: int) -> int:
     Its size follows from blockings that differ from processor to processor. This is what most products take on an
     AVX-512 one with bf16 instructions; a few take up to 1.3 MiB a thread, which `device_memory.CPU_FIXED_BYTES` covers.
     """
-    if left.device.type != "cpu" or left.dtype.itemsize != 2 or not _onednn_multiplies_16_bits():
+    if left.device.type != "cpu" or left.dtype.itemsize != 2 or not onednn_multiplies_16_bits():
         return 0
     return num_threads * min(SCRATCH_MOST_BYTES, SCRATCH_LEAST_BYTES + SCRATCH_BYTES_A_COLUMN * left.shape[-1])
 
 
 @functools.cache
-def _onednn_multiplies_16_bits() -> bool:
+def onednn_multiplies_16_bits() -> bool:
+    """Whether products of 16 bits on this CPU are oneDNN's: it has instructions for them."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

@@ -11,6 +11,7 @@ import torch
 from qlora_trainer.config.sizes import format_size
 from qlora_trainer.errors import ConfigError, DoesNotFitError
 from qlora_trainer.hardware.device import (
+    DTYPES,
     ComputeDtype,
     choose_compute_dtype,
     choose_device,
@@ -19,6 +20,7 @@ from qlora_trainer.hardware.device import (
 )
 from qlora_trainer.hardware.device_memory import DeviceMemory, cpu_memory, cuda_memory
 from qlora_trainer.hardware.gpu_catalogue import LARGEST_NOMINAL_GIB, choose_gpu, nearest_by_name
+from qlora_trainer.hardware.kernel_workspace import compiled_bytes
 from qlora_trainer.hardware.memory import available_memory_bytes, resident_bytes, total_memory_bytes
 from qlora_trainer.planning.plan import DEVICE_KEY, HOST_KEY
 from qlora_trainer.planning.throughput import Speed, cpu_speed, gpu_speed
@@ -133,7 +135,7 @@ def cpu_budget(
         most_bytes=total_memory_bytes(cpu),
         most_host_bytes=total_memory_bytes(cpu),
         compute_dtype=dtype,
-        memory=cpu_memory(),
+        memory=cpu_memory(compiled_bytes=compiled_bytes(DTYPES[dtype], has_one_length=True)),
         speed=cpu_speed(dtype),
         device_key=where,
         asked_bytes=ram_bytes,

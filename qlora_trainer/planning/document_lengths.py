@@ -32,6 +32,11 @@ class DocumentLengths:
     largest_batch_tokens: int
     std_tokens: float = 0.0
 
+    @property
+    def are_equal(self) -> bool:
+        """Whether all are of one length."""
+        return self.shortest_tokens == self.seq_len
+
     @classmethod
     def of_full_length(cls, seq_len: int, *, global_batch_size: int) -> DocumentLengths:
         """Of documents that are not there yet."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from qlora_trainer.config.schema import RunConfig
 from qlora_trainer.hardware.device_memory import cpu_memory
+from qlora_trainer.hardware.kernel_workspace import compiled_bytes
 from qlora_trainer.model.positions import require_positions
 from qlora_trainer.model.repeated_layers import with_repeated_layers
 from qlora_trainer.planning.budget import Budget
@@ -80,7 +81,9 @@ def make_plan(
     with without_collector():
         planner = Planner.of(config, budget, model_config, documents, packing=config.data.packing and can_pack)
         if interpreter_bytes is not None and budget.kind == "cpu":
-            planner = replace(planner, budget=replace(budget, memory=cpu_memory(interpreter_bytes())))
+            compiled = compiled_bytes(planner.dry.model.compute_dtype, has_one_length=documents.are_equal)
+            memory = cpu_memory(interpreter_bytes(), compiled_bytes=compiled)
+            planner = replace(planner, budget=replace(budget, memory=memory))
         plan = choose(planner, choose_rank(planner))
         if with_frontier:
             gains = lever_gains(planner, plan.knobs)

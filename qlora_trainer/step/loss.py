@@ -27,6 +27,7 @@ from qlora_trainer.model.frozen import FrozenHead
 from qlora_trainer.model.nf4 import BLOCKSIZE, BlockScales
 from qlora_trainer.model.quantized import LogitShape
 from qlora_trainer.model.vocabulary_blocks import VocabularyBlocks, rows_in_block
+from qlora_trainer.step.batch import ROW_MULTIPLE
 
 
 def chunked_cross_entropy(
@@ -101,10 +102,11 @@ class _ChunkedLoss(torch.autograd.Function):
 def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, *, chunk_tokens: int) -> int:
     """What `chunked_cross_entropy` takes of memory at most: a chunk's logits in all their forms, and the head's own."""
     itemsize = hidden_NH.itemsize
-    chunk_elements = min(hidden_NH.shape[0], chunk_tokens) * head.out_features
+    num_rows = min(hidden_NH.shape[0], chunk_tokens)
+    chunk_elements = num_rows * head.out_features
     num_bytes = 4 * chunk_elements * (1 if logit_shape.softcap == 0.0 else 2)
     if hidden_NH.dtype != torch.float32:
-        num_bytes += itemsize * chunk_elements
+        num_bytes += itemsize * (num_rows + _num_missing(num_rows, hidden_NH)) * head.out_features
     if head.weight.dtype != hidden_NH.dtype:
         num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
     if head.scales is not None:
@@ -197,9 +199,9 @@ def loss_and_gradient(
                 grad_CV.mul_(gradient_scale)
             if bias_grad_V is not None:
                 bias_grad_V += grad_CV.sum(0)
-            rounded_CV = grad_CV.to(hidden_NH.dtype)
+            rounded_CV = _filled(grad_CV, hidden_NH.dtype)
             if weight_grad_VH is not None:
-                _add_product_(weight_grad_VH, rounded_CV, hidden_NH[chunk])
+                _add_product_(weight_grad_VH, rounded_CV[: grad_CV.shape[0]], hidden_NH[chunk])
             _set_to_product_(grad_NH[chunk], rounded_CV, blocks)
             del grad_CV, rounded_CV
         del tanh_CV  # before the next chunk's is made
@@ -212,21 +214,46 @@ def _logits(hidden_CH: Tensor, blocks: VocabularyBlocks, out_CV: Tensor) -> Tens
         if hidden_CH.dtype == torch.float32:
             torch.mm(hidden_CH, part_VH.t(), out=out_CV[:, block])
         else:
-            out_CV[:, block] = torch.mm(hidden_CH, part_VH.t())
+            filled_CH = _filled(hidden_CH, hidden_CH.dtype)
+            out_CV[:, block] = torch.mm(filled_CH, part_VH.t())[: hidden_CH.shape[0]]
         del part_VH  # before the next one is unpacked
     return out_CV
 
 
+def _num_missing(num_rows: int, like: Tensor) -> int:
+    """Rows of zeros that fill a product of 16 bits on a CPU up to a multiple of `ROW_MULTIPLE`.
+
+    oneDNN compiles such a product for each number of rows and keeps it, 0.3 MiB each: what chunks leave over has
+    another number at each step.
+    """
+    return -num_rows % ROW_MULTIPLE if like.device.type == "cpu" and like.dtype != torch.float32 else 0
+
+
+def _filled(rows_CW: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows in that dtype, and as many of zeros behind them as are missing."""
+    num_rows, width = rows_CW.shape
+    missing = _num_missing(num_rows, rows_CW.new_empty(0, dtype=dtype))
+    if not missing:
+        return rows_CW.to(dtype)
+    out_CW = rows_CW.new_zeros((num_rows + missing, width), dtype=dtype)
+    out_CW[:num_rows] = rows_CW
+    return out_CW
+
+
 def _set_to_product_(out_CH: Tensor, grad_CV: Tensor, blocks: VocabularyBlocks) -> None:
-    """`out` becomes the gradient of the chunk's hidden states."""
+    """`out` becomes the gradient of the chunk's hidden states; rows of the gradient beyond its own are zeros."""
     # In 16 bits a sum over many blocks would be rounded with each.
     is_summed_apart = (blocks.is_on_host or blocks.scales is not None) and out_CH.dtype != torch.float32
     sum_CH = torch.zeros_like(out_CH, dtype=torch.float32) if is_summed_apart else out_CH
     for block, part_VH in blocks.each():
         if not is_summed_apart:
-            sum_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 it is not read
+            if grad_CV.shape[0] > sum_CH.shape[0]:
+                assert block.start == 0  # a dense projection in 16 bits is one block
+                sum_CH.copy_(torch.mm(grad_CV[:, block], part_VH)[: sum_CH.shape[0]])
+            else:
+                sum_CH.addmm_(grad_CV[:, block], part_VH, beta=float(block.start > 0))  # with beta = 0 it is not read
         else:
-            sum_CH += torch.mm(grad_CV[:, block], part_VH)
+            sum_CH += torch.mm(grad_CV[:, block], part_VH)[: sum_CH.shape[0]]
         del part_VH
     if is_summed_apart:
         out_CH.copy_(sum_CH)

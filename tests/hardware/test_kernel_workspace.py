@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_trainer.hardware.kernel_workspace import inside_bytes
+from qlora_trainer.hardware import kernel_workspace
+from qlora_trainer.hardware.kernel_workspace import compiled_bytes, inside_bytes
 from qlora_trainer.planning.tracker import StorageTracker
 from qlora_trainer.step.optimizer import CPU_PIECE_ELEMENTS, AdapterOptimizer, OptimizerSettings
 from tests.hardware.profiled_memory import allocated_by, bytes_beyond_results
@@ -123,6 +124,15 @@ def test_16_bit_products_need_a_scratch_buffer_where_onednn_multiplies(
         assert max(told, found) <= num_threads * MOST_SCRATCH_BYTES
         if one is left:  # too little is the dangerous side: 0.98 to 1.53 were seen
             assert 0.9 * found <= told <= 1.6 * found
+
+
+def test_what_onednn_compiles_is_counted_where_it_multiplies_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for multiplies in (True, False):
+        monkeypatch.setattr(kernel_workspace, "onednn_multiplies_16_bits", lambda: multiplies)  # noqa: B023
+        one, several = (compiled_bytes(torch.bfloat16, has_one_length=own) for own in (True, False))
+        assert (0 < one < several) == multiplies
+        assert several == 0 or multiplies
+        assert compiled_bytes(torch.float32, has_one_length=False) == 0
 
 
 @pytest.mark.parametrize("op", ["aten::addmm", "aten::addmm_"])

@@ -262,7 +262,7 @@ def test_out_of_memory_in_the_rehearsal_revises_the_plan(
 @pytest.fixture
 def _tensors_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A budget of what the run itself allocates: beside the interpreter's 400 MiB this run's one would be nothing."""
-    monkeypatch.setattr(planning, "cpu_memory", lambda _: replace(cpu_memory(0), fixed_bytes=0))
+    monkeypatch.setattr(planning, "cpu_memory", lambda _, compiled_bytes: replace(cpu_memory(0), fixed_bytes=0))
     monkeypatch.setattr(prepare, "UNASKED_BYTES", -(2**40))  # the interpreter's pages are not given back for it
 
 

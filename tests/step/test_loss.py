@@ -136,3 +136,23 @@ def test_the_room_it_asks_for_is_what_it_takes(
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     taken = allocated_by(run).peak_bytes
     assert 0.98 * taken <= largest_bytes(hidden_NH, head, shape, chunk_tokens=256) <= 1.02 * taken
+
+
+@pytest.mark.parametrize("num_positions", [1, 63, 64, 65, 300])
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_that_fill_a_product_of_16_bits_change_nothing(num_positions: int, bias: bool) -> None:
+    """As though the positions were filled up, by some that have a loss and a gradient of their own."""
+    hidden_NH, targets_N, head = _inputs(num_positions, bias=bias)
+    hidden_NH = hidden_NH.detach().bfloat16().requires_grad_()
+    shape = LogitShape(2.0, 5.0)
+    expected = _plain_loss(hidden_NH, targets_N, head, shape)
+    found = chunked_cross_entropy(hidden_NH, targets_N, head, shape, chunk_tokens=128)
+    (expected_grad_NH,), (found_grad_NH,) = (torch.autograd.grad(own, hidden_NH) for own in (expected, found))
+    assert found_grad_NH.shape == hidden_NH.shape
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=1e-2)
+    torch.testing.assert_close(found_grad_NH, expected_grad_NH, rtol=3e-2, atol=3e-2)
+    whole_NH = torch.cat([hidden_NH.detach(), torch.ones(-num_positions % 64, NUM_HIDDEN).bfloat16()]).requires_grad_()
+    more_N = torch.zeros(len(whole_NH) - num_positions, dtype=torch.int64)
+    filled = chunked_cross_entropy(whole_NH, torch.cat([targets_N, more_N]), head, shape, chunk_tokens=128)
+    (filled_grad_NH,) = torch.autograd.grad(filled, whole_NH)
+    assert torch.equal(filled_grad_NH[:num_positions], found_grad_NH)
