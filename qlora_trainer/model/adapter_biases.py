@@ -120,10 +120,11 @@ def take_biases(
 
 
 def _forget_copies(weights: dict[str, Tensor], whole: Collection[str], where: Path) -> None:
-    """Those of PEFT's wrappers, around a module or around what it lies in."""
-    for name in [name for name in weights if name.endswith(_OWN)]:
+    """Those of PEFT's wrappers, around a module or around what it lies in: biases, and tables of its
+    `save_embedding_layers`."""
+    for name in list(weights):
         plain, num_copies = _WRAPPER.subn(".", name)
-        if not num_copies or plain.removesuffix(_OWN) not in whole:
+        if not num_copies or plain.rpartition(".")[0] not in whole:
             continue
         if ".original_module." in name:
             del weights[name]  # of the base, beside what PEFT computes with

@@ -214,7 +214,7 @@ def _targets(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The linears and the tables that carry LoRA, by PEFT's rules; linears that are whole carry it here, too."""
     wanted, excluded, layers = fields["target_modules"], fields.get("exclude_modules") or [], fields.get(_LAYERS)
-    whole = fields.get(WHOLE_LINEARS, ())
+    whole, saved = fields.get(WHOLE_LINEARS, ()), fields.get("modules_to_save") or ()
     if wanted == _NO_TARGETS:
         return tuple(name for name in linear_names if name in whole), ()
     table_names = () if tables is None or wanted == ALL_LINEAR else tables.names
@@ -229,7 +229,7 @@ def _targets(
         targets = tuple(name for name in targets if name in chosen or name in wanted)  # as PEFT does
     return (
         tuple(name for name in linear_names if name in targets or name in whole),
-        tuple(name for name in targets if name in table_names),
+        tuple(name for name in targets if name in table_names and not (saved and is_saved(saved, name))),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import ALL_LINEAR, in_layers, pattern_fits
 from qlora_trainer.model.table_names import means
-from qlora_trainer.model.whole_linears import WHOLE_LINEARS
+from qlora_trainer.model.whole_linears import WHOLE_LINEARS, before_others
 
 STARTS = ("pissa", "olora")  # values of `init_lora_weights` whose change of the base can be found again there
 _SUBCONFIGS = ("kasa_config", "monteclora_config", "use_bdlora")
@@ -203,7 +203,7 @@ def of_fewer_ranks(fields: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[
             patterns["alpha_pattern"][re.escape(name)] = alpha * (
                 math.sqrt(share) if fields.get("use_rslora") else share
             )
-    return {field: {**own, **(fields.get(field) or {})} for field, own in patterns.items() if own}
+    return {field: before_others(own, fields.get(field)) for field, own in patterns.items() if own}
 
 
 def _of_pattern(fields: Mapping[str, Any], field: str, otherwise: str, name: str) -> Any:

@@ -57,10 +57,15 @@ def with_whole_linears(fields: Mapping[str, Any], linears: Mapping[str, tuple[in
     alphas = {name: math.sqrt(rank) if fields.get("use_rslora") else rank for name, rank in ranks.items()}
     return {
         **fields,
-        "rank_pattern": {**ranks, **(fields.get("rank_pattern") or {})},
-        "alpha_pattern": {**alphas, **(fields.get("alpha_pattern") or {})},
+        "rank_pattern": before_others(ranks, fields.get("rank_pattern")),
+        "alpha_pattern": before_others(alphas, fields.get("alpha_pattern")),
         WHOLE_LINEARS: tuple(linears),
     }
+
+
+def before_others(own: Mapping[str, Any], others: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A pattern in which `own` decides: the first that fits does, and a key that both have is `own`'s."""
+    return {**own, **{key: value for key, value in (others or {}).items() if key not in own}}
 
 
 def lora_of_full_rank(trained_OI: Tensor, base_OI: Tensor) -> tuple[Tensor, Tensor]:

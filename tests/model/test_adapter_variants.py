@@ -111,6 +111,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"r": 100, "init_lora_weights": "pissa", **PATTERNS}),  # of 64 ranks at most
     ("llama", {"r": 100, "init_lora_weights": "olora", "target_modules": ["k_proj", "up_proj"], "use_dora": True}),
     ("llama", {"r": 64, "init_lora_weights": "pissa", "target_modules": ["k_proj"], "alpha_pattern": {"k_proj": 9}}),
+    (  # a key as ours for that weight are written
+        "llama",
+        {
+            "r": 100,
+            "init_lora_weights": "pissa",
+            "alpha_pattern": {r"model\.layers\.0\.self_attn\.q_proj": 9},
+        },
+    ),
     ("llama", {"monteclora_config": MontecloraConfig(), **PATTERNS}),
     ("llama", {"use_qalora": True}),  # which PEFT ignores on a linear that is not GPTQ's
 ]

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:PiSSA changes the base weights",
     "ignore:`lora_bias=True` was passed",
     "ignore:Adapter .* LoRA tensor.*invalid shape",
+    "ignore:The following (rank|alpha)_pattern keys did not match",
 )
 DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5
@@ -45,6 +46,16 @@ CASES: list[tuple[str, dict[str, Any], int]] = [
     ("llama", {"modules_to_save": ["k_proj"], "layers_to_transform": [1]}, 2),
     ("qwen2", {"modules_to_save": ["q_proj"], "target_modules": ["q_proj", "o_proj"]}, 2),  # with its bias
     ("qwen2", {"modules_to_save": ["v_proj"], "bias": "all"}, 2),
+    (  # keys that PEFT does not look at, since it puts no LoRA there
+        "llama",
+        {
+            "modules_to_save": ["layers.1.self_attn.o_proj"],
+            "target_modules": ["o_proj"],
+            "alpha_pattern": {r"model\.layers\.1\.self_attn\.o_proj": 2},
+            "rank_pattern": {r"model\.layers\.1\.self_attn\.o_proj": 2},
+        },
+        1,
+    ),
     ("llama-biases", {"modules_to_save": ["mlp"], "bias": "all"}, 6),  # of which PEFT writes each bias three times
     ("qwen3", {"modules_to_save": ["self_attn"], "target_modules": "all-linear"}, 8),  # and the norms of heads
 ]

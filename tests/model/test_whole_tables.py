@@ -19,7 +19,7 @@ from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
 from qlora_trainer.model.table_names import asked_tables
-from qlora_trainer.model.trained_tables import base_tables_of, table_parameters
+from qlora_trainer.model.trained_tables import base_tables_of, table_parameters, with_updated_tables
 from qlora_trainer.run.export import export_adapter
 from qlora_trainer.step.document import Document
 from qlora_trainer.step.train_step import accumulate_gradients
@@ -28,6 +28,7 @@ from tests.model.peft_oracle import (
     load_adapter,
     load_oracle,
     logits,
+    moved_by_peft,
     oracle_step,
     with_adapters,
     wrap,
@@ -210,6 +211,27 @@ def test_we_read_a_folder_of_peft(
     attach_adapters(model, read.settings, read.weights, dtype=torch.float32)
     assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
     assert relative_error(without_TV, theirs_TV) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r".*(q_proj|lm_head)"], ids=str)
+def test_a_table_is_trained_whole_where_lora_was_meant_too(
+    targets: list[str] | str, prepared: Prepared, tmp_path: Path
+) -> None:
+    """PEFT puts no LoRA there, and writes the table twice more, since the config names it among the targets."""
+    base, cache = prepared["llama"]
+    wrapped = moved_by_peft(cache.folder, target_modules=targets, modules_to_save=["lm_head"])
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    with torch.no_grad():
+        theirs_TV = logits(load_adapter(load_oracle(cache.folder, torch.float32), tmp_path / "adapter"), DOCUMENTS)
+    model = load_for_training(base, cache)
+    read = read_adapter_folder(
+        tmp_path / "adapter", linear_names=list(model.linears), tables=base_tables_of(model), may_change_base=True
+    )
+    assert read.settings.modules_to_save[-1] == "lm_head"
+    read = with_updated_tables(model, read)
+    attach_adapters(model, read.settings, read.weights, dtype=torch.float32)
+    assert relative_error(packed_logits(model, DOCUMENTS), theirs_TV) <= TOLERANCE
 
 
 def test_two_tables_that_were_to_be_one_are_refused(prepared: Prepared, tmp_path: Path) -> None:
