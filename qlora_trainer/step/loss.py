@@ -106,7 +106,9 @@ def largest_bytes(hidden_NH: Tensor, head: FrozenHead, logit_shape: LogitShape, 
     chunk_elements = num_rows * head.out_features
     num_bytes = 4 * chunk_elements * (1 if logit_shape.softcap == 0.0 else 2)
     if hidden_NH.dtype != torch.float32:
-        num_bytes += itemsize * (num_rows + _num_missing(num_rows, hidden_NH)) * head.out_features
+        num_bytes += (
+            itemsize * (num_rows + _num_missing(num_rows, hidden_NH.device, hidden_NH.dtype)) * head.out_features
+        )
     if head.weight.dtype != hidden_NH.dtype:
         num_bytes += itemsize * rows_in_block(head.weight) * head.in_features
     if head.scales is not None:
@@ -220,19 +222,19 @@ def _logits(hidden_CH: Tensor, blocks: VocabularyBlocks, out_CV: Tensor) -> Tens
     return out_CV
 
 
-def _num_missing(num_rows: int, like: Tensor) -> int:
+def _num_missing(num_rows: int, device: torch.device, dtype: torch.dtype) -> int:
     """Rows of zeros that fill a product of 16 bits on a CPU up to a multiple of `ROW_MULTIPLE`.
 
     oneDNN compiles such a product for each number of rows and keeps it, 0.3 MiB each: what chunks leave over has
     another number at each step.
     """
-    return -num_rows % ROW_MULTIPLE if like.device.type == "cpu" and like.dtype != torch.float32 else 0
+    return -num_rows % ROW_MULTIPLE if device.type == "cpu" and dtype != torch.float32 else 0
 
 
 def _filled(rows_CW: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows in that dtype, and as many of zeros behind them as are missing."""
     num_rows, width = rows_CW.shape
-    missing = _num_missing(num_rows, rows_CW.new_empty(0, dtype=dtype))
+    missing = _num_missing(num_rows, rows_CW.device, dtype)
     if not missing:
         return rows_CW.to(dtype)
     out_CW = rows_CW.new_zeros((num_rows + missing, width), dtype=dtype)
