@@ -94,7 +94,7 @@ def _layers(value: object) -> tuple[int, ...]:
 
 
 def _tokens(value: object) -> tuple[int, ...]:
-    if isinstance(value, (list, tuple)) and all(type(token) is int and 0 <= token < 2**31 for token in value):
+    if isinstance(value, (list, tuple)) and all(type(token) is int and 0 <= token < MAX_TOKEN for token in value):
         return tuple(value)
     raise ValueError("a list of numbers of tokens, from 0")
 
@@ -123,6 +123,7 @@ def _budget_text(value: int | Auto) -> str:
     return value if isinstance(value, str) else format_size(value)
 
 
+MAX_TOKEN = 2**31  # as many as no vocabulary has
 # The keys of all forms of rows (data.formats reads them).
 COLUMNS = (
     "messages",

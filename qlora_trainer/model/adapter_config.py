@@ -10,9 +10,10 @@ from typing import Any
 
 from qlora_trainer.config.bases import ADAPTER_CONFIG_FILE, is_revision
 from qlora_trainer.config.strict_json import decode, read_capped
+from qlora_trainer.config.values import MAX_TOKEN
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fields import require_plain_lora
-from qlora_trainer.model.adapter_variants import MAX_TOKEN, of_more_rank, require_variant, variant_of
+from qlora_trainer.model.adapter_variants import of_more_rank, require_variant, variant_of
 from qlora_trainer.model.lora_settings import (
     ALL_LINEAR,
     LoraSettings,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_trainer.config.values import MAX_TOKEN
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.lora_settings import ALL_LINEAR, in_layers, pattern_fits
 from qlora_trainer.model.table_names import means
@@ -23,7 +24,6 @@ from qlora_trainer.model.whole_linears import WHOLE_LINEARS, before_others
 STARTS = ("pissa", "olora")  # values of `init_lora_weights` whose change of the base can be found again there
 _SUBCONFIGS = ("kasa_config", "monteclora_config", "use_bdlora")
 _WEIGHT = ".weight"
-MAX_TOKEN = 2**31  # as many as no vocabulary has
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,13 +32,11 @@ def invocations_told(config: RunConfig, inputs: Inputs) -> Iterator[Preparing]:
     if not invocation:
         return
     learned = counted(data.train.documents, invocation)
-    is_all = learned.num_documents == len(data.train.documents) and data.stream is None
-    of_all = "all" if is_all else f"the first {learned.num_documents:,}"
     if not learned.num_active and data.stream is None:
         raise ConfigError(
             where=_KEY,
             found=f"{list(invocation)!r} ({inputs.tokenizer.decode(list(invocation))!r}), behind which nothing is to "
-            f"be learned in {of_all} documents",
+            f"be learned in all {learned.num_documents:,} documents",
             expected="tokens that stand in a row before what is learned, as the base's tokenizer makes them there",
             fix="Correct the key, or bring data that has them; plain LoRA is without the key.",
         )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
 from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_folder
 from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.adapters import attach_adapters
@@ -16,6 +17,7 @@ from qlora_trainer.model.base import Base
 from qlora_trainer.model.lora_settings import LoraSettings
 from qlora_trainer.model.nf4_cache import NF4Cache
 from qlora_trainer.model.quantized import QuantizedModel
+from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.model.trained_tables import base_tables_of
 from qlora_trainer.step.document import Document
 from tests.model.tiny_bases import CONFIGS
@@ -33,6 +35,15 @@ def read_for(folder: Path, model: QuantizedModel) -> AdapterFolder:
     """A PEFT folder, whatever it makes of tables."""
     names, tables = list(model.linears), base_tables_of(model)
     return read_adapter_folder(folder, linear_names=names, tables=tables, may_change_base=True)
+
+
+def read_that_fits(folder: Path, base: Base) -> AdapterFolder:
+    """Another one, which is held against its base without any weight of that."""
+    skeleton = build_skeleton(base.config, with_buffers=False)
+    parts = find_parts(skeleton)
+    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
+    require_adapter_fits(skeleton, adapter, where=str(folder))
+    return adapter
 
 
 def require_fresh_after_swaps(

@@ -141,6 +141,13 @@ def test_peft_reads_ours_and_gives_our_logits(prepared: Prepared, tmp_path: Path
     assert read_for(tmp_path / "ours", model).settings == settings
 
 
+def padded_on_the_left(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """With token 0, and the mask of what is none."""
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (longest - len(own)) + list(own) for own in prompts])
+    return ids_BT, torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+
+
 def some_settings() -> LoraSettings:
     targets = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.o_proj", "model.layers.1.mlp.down_proj")
     return LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=targets, invocation_tokens=INVOCATION)
@@ -187,9 +194,7 @@ def test_answers_go_on_as_their_prompts_ended(prepared: Prepared, tmp_path: Path
     adapter = read_for(tmp_path / "adapter", model)
     attach_adapters(model, adapter.settings, adapter.weights, dtype=torch.float32)
     prompts = [DOCUMENTS[0].input_ids_T.tolist(), DOCUMENTS[3].input_ids_T.tolist(), DOCUMENTS[2].input_ids_T.tolist()]
-    longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[0] * (longest - len(own)) + own for own in prompts])
-    mask_BT = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+    ids_BT, mask_BT = padded_on_the_left(prompts)
     asked: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
     generate: Any = model.module.generate
     with generating(model, 0):
@@ -296,12 +301,10 @@ def test_what_pads_a_prompt_is_no_invocation(prepared: Prepared) -> None:
     settings = replace(some_settings(), targets=tuple(model.linears), invocation_tokens=(0,))
     attach_adapters(model, settings, random_adapter(model, settings, b_size=0.3), dtype=torch.float32)
     prompts = [own.input_ids_T.tolist() for own in (DOCUMENTS[3], DOCUMENTS[0])]
-    longest = max(map(len, prompts))
-    ids_BT = torch.tensor([[0] * (longest - len(own)) + own for own in prompts])
-    mask_BT = torch.tensor([[0] * (longest - len(own)) + [1] * len(own) for own in prompts])
+    ids_BT, mask_BT = padded_on_the_left(prompts)
     asked: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 1}
     generate: Any = model.module.generate
     with generating(model, 0):
         together_BT = generate(input_ids=ids_BT, attention_mask=mask_BT, **asked)
         alone_BT = generate(input_ids=torch.tensor(prompts[:1]), attention_mask=torch.ones(1, len(prompts[0])), **asked)
-    assert together_BT[0, longest:].tolist() == alone_BT[0, len(prompts[0]) :].tolist()
+    assert together_BT[0, ids_BT.shape[1] :].tolist() == alone_BT[0, len(prompts[0]) :].tolist()

@@ -11,8 +11,6 @@ import pytest
 import torch
 
 from qlora_trainer.errors import ConfigError
-from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
-from qlora_trainer.model.adapter_folder import AdapterFolder, read_adapter_folder
 from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.adapters import attach_adapters
 from qlora_trainer.model.base import Base
@@ -21,6 +19,7 @@ from qlora_trainer.model.plain_lora import as_plain_lora
 from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.run.export import export_adapter
 from tests.export.made_adapters import load_base
+from tests.model.adapters_in_use import read_that_fits
 from tests.model.peft_oracle import (
     adapter_parameters,
     load_adapter,
@@ -75,14 +74,6 @@ def trained_by_peft(folder: Path, base: Base, **fields: Any) -> Any:
     return wrapped
 
 
-def read(folder: Path, base: Base) -> AdapterFolder:
-    skeleton = build_skeleton(base.config, with_buffers=False)
-    parts = find_parts(skeleton)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
-    require_adapter_fits(skeleton, adapter, where=str(folder))
-    return adapter
-
-
 @pytest.mark.parametrize("fields", CASES, ids=str)
 def test_it_is_what_peft_loads(fields: dict[str, Any], prepared: tuple[Base, NF4Cache], tmp_path: Path) -> None:
     """Put on the same base, by PEFT: a folder of ours, over a fresh one. Mutation tried: the part added, not taken."""
@@ -92,7 +83,7 @@ def test_it_is_what_peft_loads(fields: dict[str, Any], prepared: tuple[Base, NF4
         trained_TV = logits(wrapped, DOCUMENTS)
         loaded_TV = logits(load_adapter(load_base(base.folder), tmp_path / "trained"), DOCUMENTS)
     assert relative_error(loaded_TV, trained_TV) <= TOLERANCE  # PEFT finds the same part again
-    adapter = as_plain_lora(read(tmp_path / "trained", base), base.folder)
+    adapter = as_plain_lora(read_that_fits(tmp_path / "trained", base), base.folder)
     assert adapter.variant is None
     names = find_parts(build_skeleton(base.config, with_buffers=False)).linears
     export_adapter(
@@ -115,7 +106,7 @@ def test_it_is_pefts_own_conversion_and_its_gradients(prepared: tuple[Base, NF4C
         parameter.requires_grad_(".lora_" in name)
     expected = oracle_step(theirs, DOCUMENTS)
     model = load_for_training(base, cache)
-    adapter = as_plain_lora(read(tmp_path / "trained", base), base.folder)
+    adapter = as_plain_lora(read_that_fits(tmp_path / "trained", base), base.folder)
     found = our_step(model, adapter.settings, adapter.weights, DOCUMENTS)
     assert found.loss == pytest.approx(expected.loss, rel=TOLERANCE)
     assert found.gradients.keys() == expected.gradients.keys()
@@ -133,7 +124,7 @@ def test_what_cannot_be_found_is_refused(prepared: tuple[Base, NF4Cache], tmp_pa
     trained_by_peft(tmp_path, base, init_lora_weights="olora")
     config = tmp_path / "trained" / "adapter_config.json"
     fields = json.loads(config.read_text())
-    adapter = read(tmp_path / "trained", base)
+    adapter = read_that_fits(tmp_path / "trained", base)
     with pytest.raises(ConfigError, match="8 weights that do not fit the base"):  # half of them is still to be found
         attach_adapters(load_for_training(base, cache), adapter.settings, adapter.weights, dtype=torch.float32)
     with pytest.raises(ConfigError, match=r"adapter a: found weights of a variant: .*olora.*as_plain_lora"):
@@ -147,4 +138,4 @@ def test_what_cannot_be_found_is_refused(prepared: tuple[Base, NF4Cache], tmp_pa
     for start in ("pissa_niter_4", "corda", "lora_ga"):
         config.write_text(json.dumps(fields | {"init_lora_weights": start}))
         with pytest.raises(ConfigError, match=f"init_lora_weights = '{start}'.*PEFT cannot load it"):
-            read(tmp_path / "trained", base)
+            read_that_fits(tmp_path / "trained", base)

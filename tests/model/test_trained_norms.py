@@ -38,28 +38,19 @@ from tests.model.tiny_models import (
 DOCUMENTS = tiny_documents(33, 21)
 TOLERANCE = 1e-5
 OF_LAYERS = ["input_layernorm", "post_attention_layernorm"]
-NEMOTRON = NemotronConfig(  # norms with a bias, which add one to their weight
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    tie_word_embeddings=False,
-)
+_SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+NEMOTRON = NemotronConfig(**_SIZES)  # norms with a bias, which add one to their weight
 # Each head has a norm of its own, which PEFT copies in one module.
-STABLELM = StableLmConfig(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    qk_layernorm=True,
-    tie_word_embeddings=False,
-)
+STABLELM = StableLmConfig(**_SIZES, qk_layernorm=True)
 OTHERS = {"nemotron": NEMOTRON, "stablelm": STABLELM}
 # Fused halves, with norms of heads and with an offset; layers that are not fused; norms with a bias.
 BASES = ("llama", "qwen3", "gemma", "gemma2", "phi", "persimmon", "olmo3")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qlora_trainer.errors import ConfigError
 from qlora_trainer.model.adapter_fit import base_tables, require_adapter_fits
-from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, AdapterFolder, read_adapter_folder
+from qlora_trainer.model.adapter_folder import WEIGHTS_FILE, read_adapter_folder
 from qlora_trainer.model.adapter_set import AdapterSet
 from qlora_trainer.model.base import Base
 from qlora_trainer.model.nf4_cache import NF4Cache
@@ -22,6 +22,7 @@ from qlora_trainer.model.skeleton import build_skeleton, find_parts
 from qlora_trainer.model.whole_linears import WHOLE_LINEARS, is_saved, whole_linears, with_whole_linears
 from qlora_trainer.run.export import export_adapter
 from tests.export.made_adapters import load_base
+from tests.model.adapters_in_use import read_that_fits
 from tests.model.peft_oracle import load_adapter, logits, wrap
 from tests.model.tiny_bases import CONFIGS
 from tests.model.tiny_models import load_for_training, prepare_apart, relative_error, tiny_documents
@@ -81,14 +82,6 @@ def moved(folder: Path, base: Base, fields: dict[str, Any]) -> Any:
     return wrapped
 
 
-def read(folder: Path, base: Base) -> AdapterFolder:
-    skeleton = build_skeleton(base.config, with_buffers=False)
-    parts = find_parts(skeleton)
-    adapter = read_adapter_folder(folder, linear_names=parts.linears, tables=base_tables(parts))
-    require_adapter_fits(skeleton, adapter, where=str(folder))
-    return adapter
-
-
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize("name, fields, num_linears", CASES, ids=str)
 def test_it_is_what_peft_loads(
@@ -102,7 +95,7 @@ def test_it_is_what_peft_loads(
         trained_TV, base_TV = logits(trained, DOCUMENTS), logits(load_base(base.folder), DOCUMENTS)
         loaded_TV = logits(load_adapter(load_base(base.folder), tmp_path / "trained"), DOCUMENTS)
     assert relative_error(loaded_TV, trained_TV) <= TOLERANCE
-    found = read(tmp_path / "trained", base)
+    found = read_that_fits(tmp_path / "trained", base)
     assert found.variant is not None
     assert len(found.variant.whole) == num_linears
     adapter = as_plain_lora(found, base.folder)
@@ -153,13 +146,13 @@ def test_what_the_file_has_not_or_too_much_is_refused(
     kept = {name: own for name, own in load_file(path).items() if name.removeprefix(prefix) not in gone}
     save_file(kept | {prefix + name: torch.ones(shape) for name, shape in there.items()}, path)
     with pytest.raises(ConfigError, match=told):
-        read(tmp_path / "trained", base)
+        read_that_fits(tmp_path / "trained", base)
 
 
 def test_one_of_another_base_is_named_where_its_weights_are_read(prepared: Prepared, tmp_path: Path) -> None:
     base, cache = prepared["llama"]
     moved(tmp_path / "trained", base, {"modules_to_save": ["o_proj"], "target_modules": "dummy-target-modules"})
-    adapter = read(tmp_path / "trained", base)
+    adapter = read_that_fits(tmp_path / "trained", base)
     with pytest.raises(ConfigError, match=r"adapter a: found weights of a variant: .*o_proj.*as_plain_lora"):
         AdapterSet(load_for_training(base, cache)).add("a", adapter)
     other, _ = prepared["qwen3"]
@@ -191,9 +184,9 @@ def test_no_file_says_by_itself_what_was_whole(prepared: Prepared, tmp_path: Pat
     fields = json.loads(path.read_text())
     path.write_text(json.dumps(fields | {WHOLE_LINEARS: ["model.layers.0.mlp.up_proj"]}))
     with pytest.raises(ConfigError, match="a field that is not known"):
-        read(tmp_path / "trained", base)
+        read_that_fits(tmp_path / "trained", base)
     path.write_text(json.dumps(fields | {WHOLE_LINEARS: 1}))  # a number is no field that computes
-    assert read(tmp_path / "trained", base).variant is None
+    assert read_that_fits(tmp_path / "trained", base).variant is None
 
 
 def test_what_is_whole_is_told_by_both() -> None:

@@ -166,3 +166,15 @@ def test_what_means_nothing_is_refused(override: str, where: str, found: str) ->
     with pytest.raises(ConfigError, match=found) as error:
         make_planner("llama", CPU, override)
     assert str(error.value).startswith(where)
+
+
+def test_a_table_that_is_trained_stays_on_the_device_and_norms_do_not_keep_it_there() -> None:
+    on_host = "memory.embedding_residency=host"
+    for names, leaf in (("lm_head", "lm_head"), ("embed_tokens, input_layernorm", "embed_tokens")):
+        expected = rf"found host, and {leaf} in lora\.modules_to_save; expected auto or device"
+        with pytest.raises(ConfigError, match=expected):
+            make_planner("llama", CPU, f"lora.modules_to_save=[{names}]", on_host)
+    assert (
+        len(make_planner("llama", CPU, "lora.modules_to_save=[input_layernorm]", on_host).settings.norms) == NUM_LAYERS
+    )
+    make_planner("llama", CPU, "lora.modules_to_save=[lm_head]", "memory.embedding_residency=device")
