@@ -53,6 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
     "dora with patterns": {"use_dora": True, **PATTERNS},
     "head": {"modules_to_save": ["lm_head"]},
+    "norms and linears": {"modules_to_save": ["norm", "down_proj"]},
     "tables": {"modules_to_save": ["lm_head", "embed_tokens"]},
     "lora on tables": {"target_modules": ["down_proj", "lm_head", "embed_tokens"]},
     "rows": {"target_modules": ["lm_head", "down_proj"], "trainable_token_indices": [3, 5], "use_dora": True},

@@ -116,6 +116,7 @@ def test_bf16_stays_where_the_scale_rounds_nothing(tmp_path: Path) -> None:
     [
         ({"use_dora": True}, "DoRA's magnitudes"),
         ({"modules_to_save": ["lm_head"]}, "trained whole (lm_head)"),
+        ({"modules_to_save": ["norm", "lm_head"]}, "trained whole (lm_head, 5 norms)"),
         ({"bias": "lora_only"}, "an adapter with trained biases"),
         ({"lora_bias": True}, "an adapter with trained biases"),
     ],
